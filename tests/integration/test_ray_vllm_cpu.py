@@ -58,7 +58,6 @@ async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
         assert [len(tokens) for tokens in answer.json()["token_ids"]] == [240] * 4
         assert [len(rows) for rows in answer.json()["logprobs"]] == [240] * 4
         assert all(last == step for _, last in answer.json()["policy_versions"])
-        assert gateway.engine.continued > 0
 
 
 _SCHEMA = {

@@ -1,10 +1,5 @@
-"""Random forests with shared prefixes and without: loss, logprobs and every gradient against each other.
+"""Random forests with shared prefixes and without: loss, logprobs and every gradient against each other."""
 
-Run under torchrun with a model, an output file and a number of forests: rank 0 writes ``compare``'s result as JSON.
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +65,3 @@ def _serve(worker: PolicyWorker, calls: int) -> None:
         torch.distributed.broadcast_object_list(message, src=0, device=torch.device("cpu"))
         name, arguments = message[0]
         getattr(worker, name)(*arguments)
-
-
-if __name__ == "__main__":
-    if results := compare(Path(sys.argv[1]), int(sys.argv[3])):
-        Path(sys.argv[2]).write_text(json.dumps(results))

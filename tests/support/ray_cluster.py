@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,14 +161,42 @@ class Cluster:
 
     def canary(self, token_ids: list[int], server: Any = None) -> float:
         """Largest difference of a logprob between trainer and replica (None: the first)."""
+        [trainer] = self.workers.trainer_logprobs(token_ids)
+        engine = self.call(logprobs, token_ids, server=server)
+        return max(abs(a - b) for a, b in zip(trainer, engine, strict=True))
+
+    def call(self, function: Callable[..., Any], *arguments: Any, server: Any = None) -> Any:
+        """Calls a function of this module in a server's process (None: the first)."""
         import ray
 
-        [trainer] = self.workers.trainer_logprobs(token_ids)
-        engine = ray.get((server or self.server).compute_logprobs.remote(token_ids))
-        return max(abs(a - b) for a, b in zip(trainer, engine, strict=True))
+        return ray.get((server or self.server).__ray_call__.remote(function, *arguments))
 
 
 # Called in a server's process, through __ray_call__.
+
+
+def stats(server: Any) -> dict[str, Any]:
+    found, engine = server._engine.stats(), server._engine
+    known = {"policy_version": engine.policy_version, "gate": engine.gate.state.value}
+    return {name: getattr(found, name) for name in found.__slots__} | known
+
+
+def logprobs(server: Any, token_ids: list[int]) -> list[float]:
+    return list(server._engine.compute_logprobs(token_ids))
+
+
+def count_weights(server: Any) -> None:
+    receive, server.received = server._receiver.receive, 0
+
+    async def counted(update: str, bucket: Any, last: bool) -> Any:
+        server.received += bucket.nbytes
+        return await receive(update, bucket, last)
+
+    server._receiver.receive = counted
+
+
+def received_bytes(server: Any) -> int:
+    return int(server.received)
 
 
 def kill(_: Any) -> None:

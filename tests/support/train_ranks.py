@@ -1,4 +1,7 @@
-"""Run under torchrun: two training steps on fixed samples; rank 0 writes what it saw as JSON to ``sys.argv[2]``."""
+"""Run under torchrun: two training steps on fixed samples, and random forests (``forest_ranks``).
+
+Arguments: a model, the file into which rank 0 writes what it saw as JSON, eight times the number of forests.
+"""
 
 import json
 import sys
@@ -10,12 +13,13 @@ import numpy as np
 from atropos_verl.backends.local.worker import PolicyWorker
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.types import TrainingSample
+from support.forest_ranks import compare
 from support.samples import random_samples
 
 
-def main() -> None:
-    model, out = Path(sys.argv[1]), Path(sys.argv[2])
-    results = {}
+def results(model: Path, directory: Path) -> dict[str, dict[str, object]]:
+    """What rank 0 saw, by kind of loss; {} on other ranks."""
+    found = {}
     for kind in ("advantage_weighted_sft", "grpo"):
         config = RunConfig.from_mapping(
             {"optim": {"lr": 1e-2}, "loss": {"type": kind}, "trainer": {"max_token_len_per_gpu": 64, "device": "cpu"}}
@@ -24,10 +28,9 @@ def main() -> None:
         if worker.rank > 0:
             worker.serve()
         else:
-            results[kind] = _train(worker, out.parent / kind)
+            found[kind] = _train(worker, directory / kind)
             worker.close()
-    if results:
-        out.write_text(json.dumps(results))
+    return found
 
 
 def _uneven() -> list[TrainingSample]:
@@ -65,4 +68,7 @@ def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    model, out = Path(sys.argv[1]), Path(sys.argv[2])
+    found = results(model, out.parent / "ranks") | {"forests": compare(model, int(sys.argv[3]) // 8)}
+    if found["forests"]:  # of rank 0
+        out.write_text(json.dumps(found))

@@ -15,6 +15,9 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 DROPOUT_VARIABLE = "ATROPOS_VERL_DROPOUT"
 """``1`` in the environment of a training process of Ray: dropout is on in the update (``atropos.model.dropout``)."""
 _PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
+# Nothing may be fetched from a hub behind the user's back, and Ray must not phone home. verl's own default lets some of
+# its modules say on standard error what they do; below WARN its logger.info(..., flush=True) raises (separate_async).
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false", "VERL_LOGGING_LEVEL": "WARN"}
 
 
 def _with_module(module: str) -> str:
@@ -24,30 +27,23 @@ def _with_module(module: str) -> str:
 
 
 def own_rank() -> tuple[int, int]:
-    """This process's rank and the number of ranks, by what torchrun put into the environment; (0, 1) without it.
-
-    Raises ``ConfigError``, which names the variables, when they cannot be those of one run.
-    """
-    try:
-        world_size = _number("WORLD_SIZE", 1)
-        rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if world_size > 1 and missing:
-            raise ValueError(f"WORLD_SIZE={world_size} comes without {', '.join(missing)}")
-        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
-            if not 0 <= value < world_size:
-                raise ValueError(f"{name}={value} is none of the {world_size} ranks that WORLD_SIZE means")
-    except ValueError as error:
-        raise ConfigError(f"{error}; {rank_remedy()}") from None
-    return rank, world_size
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{name}={text!r} is not a number") from None
+    """This process's rank and the number of ranks, as torchrun put them into the environment; (0, 1) without it. Raises
+    ``ConfigError``, which names the variables, when they cannot be those of one run."""
+    number = {}
+    for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name) or default
+        if not text.lstrip("-").isdecimal():
+            raise ConfigError(f"{name}={text!r} is not a number; {rank_remedy()}")
+        number[name] = int(text)
+    world_size = number.pop("WORLD_SIZE")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise ConfigError(f"WORLD_SIZE={world_size} comes without {', '.join(missing)}; {rank_remedy()}")
+    for name, value in number.items():
+        if not 0 <= value < world_size:
+            text = f"{name}={value} is none of the {world_size} ranks that WORLD_SIZE means"
+            raise ConfigError(f"{text}; {rank_remedy()}")
+    return number["RANK"], world_size
 
 
 def rank_remedy() -> str:
@@ -62,8 +58,7 @@ def activate(device: str) -> None:
     verl loads ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it
     first needs it. (Plugins found by entry point fail silently in verl 0.9.1; those named by this variable raise.)
 
-    Raises:
-        RuntimeError: verl has already picked another device in this process.
+    Raises ``RuntimeError`` when verl has already picked another device in this process.
     """
     os.environ["VERL_PLATFORM"] = _PLATFORMS[device]
     module = "atropos_verl.verl_plugin.platform_cpu"
@@ -81,30 +76,25 @@ def activate(device: str) -> None:
             importlib.import_module(module)
     if device == "cpu":
         os.environ["VERL_USE_EXTERNAL_MODULES"] = _with_module(module)
-    # Nothing here may be fetched from a hub behind the user's back, and Ray must not phone home.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # verl's own default lets some of its modules say on standard error what they do.
-    os.environ.setdefault("VERL_LOGGING_LEVEL", "WARN")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(
         lambda record: "is_fx_tracing will return true" not in record.getMessage()
     )
 
 
 def ray_environment(device: str) -> dict[str, str]:
-    """Returns the variables that every process of a Ray run needs, the driver included (before its first verl import).
-
-    Put them into ``os.environ`` of the driver and into Ray's ``runtime_env``. ``device``: ``"cpu"`` or ``"cuda"``.
-    """
-    variables = {
+    """Returns the variables that every process of a run on ``"cpu"`` or ``"cuda"`` needs. Put them into the driver's
+    ``os.environ``, before its first import of verl, and into Ray's ``runtime_env``."""
+    defaults = _QUIET | {
+        # Threads that spin while they wait take the cores from the other processes of the same machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Ray would hide devices from actors that ask for none, and warn about it; logical GPUs have no devices.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # TransferQueue warns at every message of more threads than there are physical cores.
+        "TQ_NUM_THREADS": str(max(1, min(8, (os.cpu_count() or 1) // 2))),
+    }
+    return {name: os.environ.get(name, value) for name, value in defaults.items()} | {
         "VERL_PLATFORM": _PLATFORMS[device],
         "VERL_USE_EXTERNAL_MODULES": _with_module("atropos_verl.verl_plugin.plugin"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TOKENIZERS_PARALLELISM": "false",
     }
-    if device == "cpu":
-        # Threads that spin while they wait take the cores from the other processes of the same machine.
-        variables["OMP_WAIT_POLICY"] = "PASSIVE"
-        # Ray would hide devices from actors that ask for none, and warn about it; logical GPUs have no devices.
-        variables["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    return variables

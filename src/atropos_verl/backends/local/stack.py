@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import Listener
 from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.staleness import make_throttle
 from atropos_verl.training.trace import TraceWriter
 from atropos_verl.training.weight_sync import AtroposShardingManager, Canary, WeightSource
@@ -33,50 +31,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass
 class LocalStack:
-    """Built by ``LocalStack.build``; ``close`` ends threads and sockets, in the order in which they depend."""
+    """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
 
-    worker: PolicyWorker
-    engine: TransformersEngine
-    gate: RequestGate
-    evaluated: PinnedEngine
-    gateway: GatewayServer
-    sessions: SessionStore
-    ledger: Ledger
-    throttle: StalenessThrottle | None
-    tokenizer: Any
-    sharding_manager: AtroposShardingManager
-
-    @classmethod
-    def build(
-        cls,
+    def __init__(
+        self,
         config: RunConfig,
         model_path: Path,
         source: WeightSource,
         gateway_listener: Listener | None,
         run_dir: Path,
         trace: TraceWriter,
-    ) -> LocalStack:
-        """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet)."""
+    ) -> None:
         import torch
         from transformers import AutoConfig, AutoTokenizer
 
         from atropos_verl.engine.embedded import TransformersEngine
 
         with ExitStack() as built:  # what was made before something failed is ended
-            gate = RequestGate()
+            self.gate = RequestGate()
             device = import_verl(config)
             model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
             threads, trainer_threads = share_cores(config, device, model)
-            worker = PolicyWorker(config, model_path)
-            built.callback(worker.close)
-            tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
-            engine = TransformersEngine.from_pretrained(
+            self.worker = PolicyWorker(config, model_path)
+            built.callback(self.worker.close)
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
+            self.engine = TransformersEngine.from_pretrained(
                 model_path,
-                tokenizer=tokenizer,
+                tokenizer=self.tokenizer,
                 trust_remote_code=config.model.trust_remote_code,
-                gate=gate,
+                gate=self.gate,
                 # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
                 dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
                 device=device,
@@ -87,47 +71,41 @@ class LocalStack:
                 seed=config.seed,
                 num_threads=threads,
             )
-            built.callback(engine.close)
+            built.callback(self.engine.close)
             if trainer_threads is not None:
                 torch.set_num_threads(trainer_threads)  # of this thread, the trainer's
-            gate.pause(timeout=60.0)
-            engine.release_memory_occupation()
-            evaluated = PinnedEngine(engine)
-            ledger = Ledger(config.off_policy.ledger_bytes)
-            throttle = make_throttle(config.off_policy, ledger, config.batch_size)
+            self.gate.pause(timeout=60.0)
+            self.engine.release_memory_occupation()
+            self.ledger = Ledger(config.off_policy.ledger_bytes)
+            built.callback(self.ledger.close)
+            self.throttle = make_throttle(config.off_policy, self.ledger, config.batch_size)
             sessions = SessionStore(run_dir / "gateway", trace.session)
             built.callback(sessions.close)
+            self.evaluated = PinnedEngine(self.engine)
             app = create_app(
-                engine,
-                tokenizer,
-                gate=gate,
-                ledger=ledger,
-                throttle=throttle,
-                evaluated=evaluated,
+                self.engine,
+                self.tokenizer,
+                gate=self.gate,
+                ledger=self.ledger,
+                throttle=self.throttle,
+                evaluated=self.evaluated,
                 max_new_tokens=config.max_response_length,
                 model_name=str(model_path),
                 sessions=sessions,
                 on_request=trace.request,
                 **config.gateway.for_app(),
             )
-            gateway = GatewayServer(app, host=config.gateway.host, port=config.gateway.port, listener=gateway_listener)
-            gateway.start(timeout=30.0)
-            built.callback(gateway.stop, timeout=10.0)
-            canary = _build_canary(config, worker, engine, tokenizer) if config.sync.canary else None
-            manager = AtroposShardingManager(engine, source, gate=gate, canary=canary)
-            built.pop_all()
-        return cls(worker, engine, gate, evaluated, gateway, sessions, ledger, throttle, tokenizer, manager)
-
-    def close(self) -> None:
-        """Stops gateway, engine and worker. Safe to call twice."""
-        with ExitStack() as stack:  # a part that fails to stop, or a second Ctrl-C, does not spare the others
-            stack.callback(self.ledger.close)
-            stack.callback(self.sessions.close)
-            stack.callback(self.worker.close)
-            stack.callback(self.gateway.stop, timeout=10.0)
-            stack.callback(self.evaluated.close)
+            settings = config.gateway
+            self.gateway = GatewayServer(app, host=settings.host, port=settings.port, listener=gateway_listener)
+            self.gateway.start(timeout=30.0)
+            built.callback(self.gateway.stop, timeout=10.0)
+            built.callback(self.evaluated.close)
+            canary = _build_canary(config, self.worker, self.engine, self.tokenizer) if config.sync.canary else None
+            self.sharding_manager = AtroposShardingManager(self.engine, source, gate=self.gate, canary=canary)
             # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
-            stack.callback(self.engine.close)
+            built.callback(self.engine.close)
+            # A part that fails to stop, or a second Ctrl-C, does not spare the others. A second time it does nothing.
+            self.close = built.pop_all().close
 
 
 def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersEngine, tokenizer: Any) -> Canary:
@@ -138,9 +116,6 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
     mask[0] = False
     sample = TrainingSample(token_ids=np.asarray(ids, dtype=np.int64), loss_mask=mask, advantages=np.zeros(len(ids)))
 
-    def trainer_logprobs() -> list[float]:
-        return [float(value) for value in worker.compute_logprobs([sample])[0][1:]]
-
     def engine_logprobs() -> list[float]:
         try:
             return list(engine.compute_logprobs(ids))
@@ -148,7 +123,7 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
             raise WeightSyncError(f"after the weight sync the engine gives no logprobs: {error}") from error
 
     return Canary(
-        trainer_logprobs=trainer_logprobs,
+        trainer_logprobs=lambda: worker.compute_logprobs([sample])[0][1:].tolist(),
         engine_logprobs=engine_logprobs,
         staged_logprobs=lambda: engine.compute_staged_logprobs(ids),
         threshold=config.canary_threshold,
@@ -158,12 +133,9 @@ def _build_canary(config: RunConfig, worker: PolicyWorker, engine: TransformersE
 def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = None) -> tuple[int | None, int | None]:
     """Torch threads of engine and trainer; None: torch's default.
 
-    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores. The
-    engine of a model so small that a second thread only costs time gets one (``engine.runner.engine_threads``).
-    Two pools that each expect every core wait for each other at every barrier: on two cores a training step beside a
-    generating engine took 1.2 s with two threads each, 0.7 s with one.
-
-    ``model`` is the policy's Hugging Face configuration, ``cores`` None: those that this process may run on.
+    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores:
+    two pools that each expect every core wait for each other at every barrier; the engine of a small ``model`` (its
+    Hugging Face configuration) gets one. ``cores`` None: those that this process may run on.
     """
     engine, trainer = config.inference.num_threads, config.trainer.num_threads
     if device == "cpu" and not os.environ.get("OMP_NUM_THREADS"):

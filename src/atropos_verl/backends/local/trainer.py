@@ -1,7 +1,4 @@
-"""``AtroposTrainer``: one optimiser step at a time, on rollouts that came through a trajectory API.
-
-Rollout (gate open, engine holds the newest weights) → batch → samples → optimiser step → weight sync → ack.
-"""
+"""``AtroposTrainer``: one optimiser step at a time, on rollouts that came through a trajectory API."""
 
 from __future__ import annotations
 
@@ -63,9 +60,8 @@ _ONE_INTERRUPT_SECONDS = 1.0
 def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
     """Delivers SIGINT, SIGTERM and SIGHUP when the block ends, after a whole step; a second, over 1 s later, at once.
 
-    An exception of the block goes up as it is, and the signal is dropped: the run is ending anyway, and its cause is
-    the better explanation. ``deliver=False`` drops the first signal altogether. Blocks may be nested. Outside the main
-    thread, where Python delivers no signal, nothing is done.
+    An exception of the block drops the signal: the run is ending anyway, and its cause is the better explanation.
+    ``deliver=False`` drops the first signal altogether. Blocks may be nested. Only the main thread gets signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -104,9 +100,7 @@ class AtroposTrainer:
     Args:
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
             ``reward.path`` may name it instead.
-        client: used instead of one made from the configuration.
-        source: the batch source of a run that has registered already; the trainer closes it.
-        gateway_listener: a socket that listens already, for the gateway.
+        source: the batch source of a run that has registered already; the trainer closes it, and ``client``.
     """
 
     def __init__(
@@ -138,11 +132,12 @@ class AtroposTrainer:
         with ExitStack() as held:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
+            held.callback(self.source.close)
             parts = (self, gateway_listener, self.run_dir, self.source.trace)
-            self.stack = stack = LocalStack.build(config, self.model_path, *parts)
+            self.stack = stack = LocalStack(config, self.model_path, *parts)
             held.callback(stack.close)
             self.settings = sample_settings(config, stack.engine.vocab_size)
-            self._held = held.pop_all()
+            self._parts = held.pop_all()
         self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
         self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer)
         self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
@@ -150,7 +145,7 @@ class AtroposTrainer:
         self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
         self._saved_at = 0
-        self._held_out: HeldOut | None = None
+        self._held_out: HeldOut
         self._evaluating: int | None = None
         """The step whose policy is being evaluated while training goes on."""
         self._held_out_figures: dict[str, float | int | None] = {}
@@ -163,9 +158,8 @@ class AtroposTrainer:
     ) -> AtroposTrainer:
         """Builds a trainer from a plain dictionary with the recipe's keys (see ``config.schema.describe``).
 
-        ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override the dictionary's values. The API is not contacted yet.
-        Raises ``ConfigError``, which names a key that is unknown, of the wrong type or contradictory, and
-        ``StorageInUseError`` when another trainer writes into ``run_dir``.
+        ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override it. The API is not contacted yet. Raises ``ConfigError``,
+        which names the key, and ``StorageInUseError`` when another trainer writes into ``run_dir``.
         """
         settings = fitted_to_model(apply_environment(dict(config)))
         for note in settings.notes:
@@ -181,12 +175,8 @@ class AtroposTrainer:
 
     def close(self) -> None:
         """Ends the rollout phase, the gateway, the engine and the connection. Safe to call twice."""
-        try:
+        with self._parts:
             self.close_rollouts()
-        finally:
-            self.stack.close()
-            self.source.close()
-            self._held.close()
 
     @property
     def step(self) -> int:
@@ -208,10 +198,7 @@ class AtroposTrainer:
         return self.config.gateway.advertise_url or self.stack.gateway.url
 
     def open_rollouts(self) -> None:
-        """Enters the rollout phase: memory back, newest weights in, canary, gate open. No-op when open.
-
-        With ``mode=overlap`` it lasts to the end of the run, and ``serve_newest`` swaps weights within it.
-        """
+        """Enters the rollout phase: memory back, newest weights in, canary, gate open. No-op when open."""
         if not self._is_open:
             self.sharding_manager.__enter__()
             self._is_open = True
@@ -247,7 +234,6 @@ class AtroposTrainer:
         ``ConfigError`` without a ``reward_fn``, and ``AtroposAPIError``.
         """
         started = time.perf_counter()
-        self.open_rollouts()
         try:
             rollout_data = self.rollout_phase(prompts)
         finally:
@@ -265,10 +251,7 @@ class AtroposTrainer:
         self.open_rollouts()
         if self._self_play is None:
             parts = (self.config, self.engine, self.tokenizer, self.client, self.stack.ledger, self.reward_fn)
-            self._self_play = SelfPlay(
-                *parts,
-                register_trainer=lambda batch_size: self.source.register(self.step, batch_size),
-            )
+            self._self_play = SelfPlay(*parts, register_trainer=lambda size: self.source.register(self.step, size))
         started = time.perf_counter()
         self._self_play.submit(prompts)
         data = self.source.fetch()
@@ -276,10 +259,8 @@ class AtroposTrainer:
         return data
 
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
-        """Advantages [B, L] float32 (right-padded with 0) of the batch's B trainable sequences.
-
-        Bad groups are written to ``run_dir/quarantine``. The samples are kept in ``rollout_data.report``.
-        """
+        """Advantages [B, L] float32 (right-padded with 0) of the batch's B trainable sequences, which are kept in
+        ``rollout_data.report``. Bad groups are written to ``run_dir/quarantine``."""
         import torch
 
         data = rollout_data if isinstance(rollout_data, RolloutData) else RolloutData(list(rollout_data))
@@ -349,17 +330,15 @@ class AtroposTrainer:
         from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
 
         logits = self.stack.worker.forward_logits(input_ids)
-        given = (tensor.to(logits.device) for tensor in (input_ids, advantages, loss_mask))
-        return compute_advantage_weighted_sft_loss(logits, *given)
+        return compute_advantage_weighted_sft_loss(
+            logits, *(tensor.to(logits.device) for tensor in (input_ids, advantages, loss_mask))
+        )
 
     # ------------------------------------------------------------------ a whole step
 
     @held_interrupts()
     def train_on(self, rollout_data: RolloutData, started: float | None = None) -> StepReport:
-        """Advantages, optimiser step, weight sync, ack: everything after a batch was fetched.
-
-        ``started`` is ``time.perf_counter()`` at the beginning of the step, for ``timing/step``.
-        """
+        """Everything after a batch was fetched. ``started``: ``time.perf_counter()`` at the beginning of the step."""
         data, begin = rollout_data, time.perf_counter()
         moments = self.moments.state_dict()
         try:
@@ -367,32 +346,27 @@ class AtroposTrainer:
             report = data.report or self._make_samples(data)
             figures = self._update(data, report.samples)
         except BaseException:
-            self.moments.load_state_dict(moments)  # the batch counts when it is trained on, which is yet to come
+            self.moments.load_state_dict(moments)  # the batch counts when it is trained on
             raise
         trained = time.perf_counter()
         self.state.step += 1
         self.source.trained(data, self.step)
         counts = {
-            "groups": report.groups,
+            **{name: getattr(report, name) for name in ("groups", "dropped_overlong", "truncated")},
             "sequences": len(report.samples),
             "rollouts": len({(s.group_id, s.rollout_id) for s in report.samples}),
             "quarantined": len(report.quarantined),
             "filtered": len(report.filtered),
-            "dropped_overlong": report.dropped_overlong,
-            "truncated": report.truncated,
             "trained_tokens": int(figures.pop("tokens")),
         }
         stale = int(data.off_policy["off_policy/dropped_stale_groups"] or 0)
         self.totals.count({**counts, **look_up_counts(data.off_policy), "stale": stale})
         self.updating = False
-        synced = None
         try:
             self.serve_newest()
             self.source.done(stale)
-            synced = time.perf_counter()
-            self.source.ack(data)
         finally:  # whatever failed since, the step was taken: its line must not be missing
-            synced = synced or time.perf_counter()
+            synced = time.perf_counter()
             seconds = {
                 # How long the trainer waited for this batch; how long the API was asked for it; how long it was in the
                 # making beside the step before (mode=overlap).
@@ -402,9 +376,7 @@ class AtroposTrainer:
                 "step": synced - (begin if started is None else started),
             }
             line = self._report(data, report, figures, counts, seconds)
-            self._held_out_figures = {}
-            if self._log is not None:
-                self._log.append(line)
+        self.source.ack(data)
         return line
 
     def _report(
@@ -416,15 +388,16 @@ class AtroposTrainer:
         seconds: dict[str, float],
     ) -> StepReport:
         env_ids = {group.env_id for group in data.groups if group.env_id is not None}
+        scores = {(s.env_id, s.group_id, s.rollout_id): s.score for s in report.samples}
         advantages = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
         last = self.sharding_manager.last_sync
         sync: Any = last if last is not None and last.policy_version == self.policy_version else None
-        return step_report(
+        line = step_report(
             self.step,
             self.policy_version,
             figures.pop("loss"),
             scores=report.scores,
-            environments={env_id: _scores_of(report.samples, env_id) for env_id in env_ids},
+            environments={env: [score for (own, *_), score in scores.items() if own == env] for env in env_ids},
             counts=counts,
             seconds=seconds,
             figures={
@@ -441,14 +414,16 @@ class AtroposTrainer:
                 **{key if "/" in key else f"actor/{key}": value for key, value in figures.items()},
             },
         )
+        self._held_out_figures = {}
+        if self._log is not None:
+            self._log.append(line)
+        return line
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self) -> Path:
-        """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go.
-
-        Raises ``CheckpointError``; the checkpoint before then stays the newest one.
-        """
+        """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go. Raises
+        ``CheckpointError``; the checkpoint before then stays the newest one."""
         root = self.run_dir / "checkpoints"
         if self._log is not None:
             self._log.sync()
@@ -470,13 +445,10 @@ class AtroposTrainer:
             note(f"resumed from {directory} at step {self.step}, policy version {self.policy_version}")
             if changes := changed_settings(saved, self.config):
                 note(f"settings that have changed since: {', '.join(changes)}")
-        resumes = self.config.resume != "disable"
-        self.provenance.resumed_at = self.policy_version if resumes else None
-        known = self.stack.ledger.persist(self.run_dir / "ledger", self.provenance.resumed_at)
-        if known:
+        self.provenance.resumed_at = None if self.config.resume == "disable" else self.policy_version
+        if known := self.stack.ledger.persist(self.run_dir / "ledger", self.provenance.resumed_at):
             note(f"{known} completions of before the interruption are known: their groups may still come")
-        pending = self.source.resume(self.step)
-        if pending:
+        if pending := self.source.resume(self.step):
             note(f"{pending} batches fetched before the interruption are trained first")
 
     # ------------------------------------------------------------------ environment-driven training
@@ -492,12 +464,8 @@ class AtroposTrainer:
         """Trains on the batches of environments up to step ``config.steps``; returns its part of ``summary.json``.
 
         The rollout phase stays open (newest weights served), so that an evaluation can follow. What ends the run is
-        raised after the steps since the last checkpoint were saved, if that is possible.
-
-        Args:
-            check_services: called while waiting; raises when a process of the run has died.
-            held_out: evaluates the policy before the first step, if that was started, and every ``eval.every`` steps.
-            on_step: called with every step's report, for trackers.
+        raised after the steps since the last checkpoint were saved, if that is possible. ``check_services`` is called
+        while waiting, and raises when a process of the run has died; ``on_step`` with every step's report.
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
         source.note = progress.note
@@ -507,7 +475,7 @@ class AtroposTrainer:
             progress.phase("registering at the trajectory API")
             source.register(self.step, config.batch_size)
         self.open_rollouts()
-        self._held_out = held_out
+        self._held_out = held_out or HeldOut(None, progress, {})
         self.evaluate("before")
 
         def check() -> None:
@@ -546,15 +514,14 @@ class AtroposTrainer:
 
     def evaluate(self, label: str) -> None:
         """Waits for the evaluation ``label`` that was started, if one was, while nothing is trained."""
-        if self._held_out is not None:
-            self.stack.evaluated.pin()
-            self._finish_evaluation(self._held_out, label, self.step)
+        self.stack.evaluated.pin()
+        self._finish_evaluation(label, self.step)
 
     def _evaluate_if_due(self, progress: Progress) -> None:
         """Starts ``eval.every``'s evaluation of the policy served now, and with ``mode=sync`` waits for it."""
         self._collect_evaluation(wait=False)
         held_out, label = self._held_out, f"step_{self.step}"
-        if held_out is None or not self.config.evaluates_at(self.step) or label in held_out.scores:
+        if not self.config.evaluates_at(self.step) or label in held_out.scores:
             return
         if self._evaluating is not None:
             progress.note(f"step {self.step} is not evaluated: the evaluation of step {self._evaluating} goes on")
@@ -567,17 +534,17 @@ class AtroposTrainer:
 
     def _collect_evaluation(self, *, wait: bool) -> None:
         """Notes the result of the evaluation that goes on beside training, if it has ended, or ``wait``."""
-        held_out, step = self._held_out, self._evaluating
-        if held_out is not None and step is not None and (wait or held_out.is_over(f"step_{step}")):
+        step = self._evaluating
+        if step is not None and (wait or self._held_out.is_over(f"step_{step}")):
             self._evaluating = None
-            self._finish_evaluation(held_out, f"step_{step}", step)
+            self._finish_evaluation(f"step_{step}", step)
 
-    def _finish_evaluation(self, held_out: HeldOut, label: str, step: int) -> None:
-        figures = held_out.finish(label, self._attend)
+    def _finish_evaluation(self, label: str, step: int) -> None:
+        figures = self._held_out.finish(label, self._attend)
         self.stack.evaluated.unpin()
         if figures:
             self._held_out_figures = {**figures, "held_out/step": step}
-        if self.config.eval.keep_best and is_best(held_out.scores, label):
+        if self.config.eval.keep_best and is_best(self._held_out.scores, label):
             mark_best(self.run_dir / "checkpoints", step)
 
     def _next_step(self, progress: Progress, on_step: Callable[[StepReport], None] | None) -> None:
@@ -611,23 +578,13 @@ class AtroposTrainer:
         if self.config.save_freq <= 0 or self.step == saved_at or unusable:
             return
         if self.updating:
-            error.add_note(
-                f"(in the middle of an optimiser step: the weights are not those of step {self.step} any more, and "
-                f"nothing after step {saved_at} is saved; the journal holds the batches, resume=auto trains on them "
-                "again)"
-            )
-            return
-        try:
-            with held_interrupts(deliver=False):
-                directory = self.save_checkpoint()
-        except CheckpointError as second:
-            error.add_note(f"(and the trained steps since {saved_at} could not be saved: {second})")
+            note = f"in the middle of an optimiser step: nothing after step {saved_at} is saved; the journal holds the "
+            note += "batches, resume=auto trains on them again"
         else:
-            error.add_note(
-                f"(steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on)"
-            )
-
-
-def _scores_of(samples: Sequence[TrainingSample], env_id: int) -> list[float]:
-    """One score of each rollout of an environment."""
-    return list({(s.group_id, s.rollout_id): s.score for s in samples if s.env_id == env_id}.values())
+            try:
+                with held_interrupts(deliver=False):
+                    directory = self.save_checkpoint()
+                note = f"steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on"
+            except CheckpointError as second:
+                note = f"and the trained steps since {saved_at} could not be saved: {second}"
+        error.add_note(f"({note})")

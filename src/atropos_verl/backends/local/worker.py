@@ -1,8 +1,7 @@
 """verl's ``TrainingWorker`` in this process, or one per rank under torchrun.
 
 Rank 0 runs the trainer and calls the methods here; each call is broadcast, and the other ranks, which sit in
-``serve()``, run the same method on their share of the samples. Sums of the loss go over all ranks, so the gradient is
-that of the whole batch whatever the number of ranks.
+``serve()``, run the same method on their share of the samples.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,17 +43,14 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
-"""Other ranks wait in a broadcast while rank 0 waits for rollouts; that may take hours and is not a fault."""
+"""Other ranks wait in a broadcast while rank 0 waits for rollouts."""
 _MEETING_SECONDS = 1800.0
 """For all ranks to start."""
 
 
 def import_verl(config: RunConfig) -> str:
-    """Imports what the worker needs of verl; returns ``"cpu"`` or ``"cuda"``. Takes seconds, once.
-
-    Raises ``ConfigError`` without the GPU that is asked for, and ``RuntimeError`` when verl has already picked another
-    device in this process.
-    """
+    """Imports what the worker needs of verl; returns ``"cpu"`` or ``"cuda"``. Takes seconds, once. Raises
+    ``ConfigError`` without the GPU that is asked for, and ``RuntimeError`` when verl has picked another device."""
     device, visible = config.trainer.device, os.environ.get("CUDA_VISIBLE_DEVICES")
     if device != "cpu" and not torch.cuda.is_available():
         reason = "torch finds no GPU" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r} leaves torch no GPU"
@@ -143,10 +140,10 @@ class PolicyWorker:
         try:
             for item in items:  # noqa: UP028 - "yield from" would close them with this
                 yield item
+            self._is_inside = False
         except Exception:
             self._left = None
             raise
-        self._is_inside = False
 
     def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Raises ``RuntimeError`` after a call that did not come to its end: nobody would hear it, for hours."""
@@ -164,9 +161,9 @@ class PolicyWorker:
     def train(self, samples: list[TrainingSample]) -> dict[str, float]:
         """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
 
-        Returns ``loss`` (over the global batch, before the update), ``grad_norm``, ``lr`` and the loss's own figures:
-        means over the optimiser steps, but for ``lr``, which is the last. Raises ``TrainingDivergedError`` when loss
-        or gradient norm is not finite; the weights are unchanged by that step.
+        Returns ``loss`` (over the global batch, before the update), ``grad_norm``, the loss's own figures (means over
+        the optimiser steps) and the last ``lr``. Raises ``TrainingDivergedError`` when loss or gradient norm is not
+        finite; the weights are unchanged by that step.
         """
         old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
@@ -216,16 +213,11 @@ class PolicyWorker:
         from verl.utils import tensordict_utils as tu
 
         shares = self._shares(samples)
-        share, rows = shares[self.rank], max(map(len, shares))
-        mine = None if old is None else [old[i] for i in share]
-        data = self._to_tensordict([samples[i] for i in share], mine, rows)
+        data = self._to_tensordict(samples, old, shares)
         tu.assign_non_tensor(data, update_lr_scheduler=last)
-        data["row"] = torch.tensor([*share, *[-1] * (data.batch_size[0] - len(share))])
         self.loss_function.start()
-        output = self._worker.train_batch(data)
-        metrics = dict(tu.get(output, "metrics"))
-        grad_norm = float(metrics["grad_norm"])
-        loss = float(metrics["loss"])
+        metrics = dict(tu.get(self._worker.train_batch(data), "metrics"))
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             own = "" if (path := self.config.loss.path) is None else f", or correct {path} (loss.path)"
             raise TrainingDivergedError(
@@ -241,13 +233,11 @@ class PolicyWorker:
         from verl.utils import tensordict_utils as tu
 
         shares = self._shares(samples)
-        data = self._to_tensordict([samples[i] for i in shares[self.rank]], None, max(map(len, shares)))
+        data = self._to_tensordict(samples, None, shares)
         tu.assign_non_tensor(data, compute_loss=False)
-        output = self._worker.infer_batch(data)
-        # What follows them are fillers.
-        rows = output["log_probs"].unbind()[: len(shares[self.rank])]
+        rows = self._worker.infer_batch(data)["log_probs"].unbind()
         mine: dict[int, FloatArray] = {}
-        for index, row in zip(shares[self.rank], rows, strict=True):
+        for index, row in zip(shares[self.rank], rows, strict=False):  # what follows them are fillers
             values = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
             mine[index] = np.concatenate([[0.0], values])
         found = {index: values for part in self._of_every_rank(mine) for index, values in part.items()}
@@ -274,11 +264,12 @@ class PolicyWorker:
         shares_prefixes = self.config.trainer.share_prefixes and not self.config.model.dropout
         return split_for_ranks(samples, self.world_size, shares_prefixes=shares_prefixes)
 
-    def _to_tensordict(self, samples: list[TrainingSample], old: list[FloatArray] | None, count: int) -> Any:
-        """The columns that verl's engine and our losses read: jagged [B, T_b], and ``temperature`` [B].
+    def _to_tensordict(
+        self, samples: Sequence[TrainingSample], old: list[FloatArray] | None, shares: list[list[int]]
+    ) -> Any:
+        """This rank's share in the columns that verl's engine and our losses read: jagged [B, T_b], and [B].
 
-        Untrained fillers bring ``samples`` to ``count`` (at least one): every rank makes the same number of
-        micro-batches, and needs as many rows for them as any other.
+        Untrained fillers make it as many rows as any rank has: every rank makes the same number of micro-batches.
         """
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -289,14 +280,16 @@ class PolicyWorker:
             raise ConfigError(text, "trainer.max_token_len_per_gpu")
         ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
         filler = TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))
-        lacking = max(count, 1) - len(samples)
-        samples = [*samples, *[filler] * lacking]
-        old = None if old is None else [*old, *[np.zeros(2)] * lacking]
+        share = shares[self.rank]
+        lacking = max(1, *map(len, shares)) - len(share)
+        old = None if old is None else [*(old[i] for i in share), *[np.zeros(2)] * lacking]
+        samples = [*(samples[i] for i in share), *[filler] * lacking]
 
         def jagged(rows: list[Any], dtype: torch.dtype) -> torch.Tensor:
             return torch.nested.as_nested_tensor([torch.as_tensor(r).to(dtype) for r in rows], layout=torch.jagged)
 
         columns = {
+            "row": torch.tensor([*share, *[-1] * lacking]),
             "input_ids": jagged([s.token_ids for s in samples], torch.int64),
             "position_ids": jagged([np.arange(len(s)) for s in samples], torch.int64),
             "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
@@ -333,9 +326,7 @@ class PolicyWorker:
         rank, world_size = verl_plugin.own_rank()
         # verl's own call builds "cpu:gloo,cpu:gloo", which torch refuses; verl skips it when a group exists.
         backend = "cpu:gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
+        for name, value in zip(verl_plugin.RANK_VARIABLES, ("0", "1", "0", "1", "127.0.0.1", "0"), strict=True):
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_LOCAL_WORLD_SIZE", os.environ["LOCAL_WORLD_SIZE"])
         if self.device == "cuda":
@@ -358,23 +349,21 @@ class PolicyWorker:
 
 
 def _meet(init: Callable[[], None], rank: int, world_size: int) -> None:
-    """Calls ``init``, which waits in torch for the other ranks, in a thread: Ctrl-C is heard meanwhile.
-
-    Raises ``ConfigError`` when they have not come after half an hour, and what ``init`` raises.
-    """
-    ended: list[BaseException | None] = []
+    """Calls ``init``, which waits in torch for the other ranks, in a thread: Ctrl-C is heard meanwhile. Raises
+    ``ConfigError`` when they have not come after half an hour."""
+    ended: Future[None] = Future()
 
     def run() -> None:
         try:
             init()
-            ended.append(None)
+            ended.set_result(None)
         except BaseException as error:  # noqa: BLE001 - the end of a thread: raised below
-            ended.append(error)
+            ended.set_exception(error)
 
-    thread, started, told = threading.Thread(target=run, name="atropos-verl-ranks", daemon=True), time.monotonic(), 1
-    thread.start()
-    while not ended:
-        thread.join(0.2)
+    started, told = time.monotonic(), 1
+    threading.Thread(target=run, name="atropos-verl-ranks", daemon=True).start()
+    while not ended.done():
+        wait([ended], 0.2)
         waited = time.monotonic() - started
         text = f"rank {rank} has waited {waited:.0f} s for the other {world_size - 1}; {verl_plugin.rank_remedy()}"
         if waited > _MEETING_SECONDS:
@@ -382,8 +371,7 @@ def _meet(init: Callable[[], None], rank: int, world_size: int) -> None:
         if waited > 20 * told:
             logger.warning("%s", text)
             told *= 2
-    if ended[0] is not None:
-        raise ended[0]
+    ended.result()
 
 
 def _build_worker(config: RunConfig, model_path: Path) -> Any:
@@ -391,7 +379,7 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
     from verl.workers.engine_workers import TrainingWorker
 
-    model, optim, trainer = config.model, config.optim, config.trainer
+    model, trainer = config.model, config.trainer
     return TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",
@@ -408,23 +396,12 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
                 dtype={"fp32": "float32", "bf16": "bfloat16"}[model.compute_dtype],
                 model_dtype=model.dtype,
                 mixed_precision={"param_dtype": model.compute_dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-                use_dynamic_bsz=True,
                 max_token_len_per_gpu=trainer.max_token_len_per_gpu,
                 infer_max_token_len_per_gpu=trainer.max_token_len_per_gpu,
                 use_torch_compile=False,
-                fsdp_size=-1,
                 seed=config.seed,
             ),
-            optimizer_config=FSDPOptimizerConfig(
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                betas=optim.betas,
-                clip_grad=optim.clip_grad,
-                lr_warmup_steps=optim.lr_warmup_steps,
-                lr_scheduler_type=optim.lr_scheduler_type,
-                min_lr_ratio=optim.min_lr_ratio,
-                total_training_steps=config.steps,
-            ),
+            optimizer_config=FSDPOptimizerConfig(**config.optim.model_dump(), total_training_steps=config.steps),
             checkpoint_config=CheckpointConfig(),
         )
     )
@@ -436,8 +413,7 @@ def split_for_ranks(
     """Shares ``samples`` out over ranks: indices, rank by rank. A rank's share may be empty.
 
     Those with a common prefix stay together, and each rank gets about the same number of distinct tokens (of tokens,
-    without ``shares_prefixes``). It depends on the tokens only, so every rank computes the same shares. Within a rank
-    the order of ``samples`` is kept.
+    without ``shares_prefixes``), in the order of ``samples``. Every rank computes the same shares.
     """
     if world_size == 1:
         return [list(range(len(samples)))]
@@ -460,42 +436,34 @@ def _mini_batches(samples: Sequence[TrainingSample], epochs: int, mini_batches: 
     return [[index for number in part for index in rows[number]] for parts in shuffled for part in parts]
 
 
-class _LogWriter(io.TextIOBase):
-    def write(self, text: str) -> int:
-        if text.strip():
-            logger.info("verl: %s", text.strip())
-        return len(text)
-
-
 @contextlib.contextmanager
 def _verl_prints_to_log() -> Iterator[None]:
     """verl 0.9.1 prints while it builds and saves; that goes to our log, not into the live table."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # Held here: print() only borrows sys.stdout, and a log handler that changes it meanwhile (pytest's live log does)
-    # would free the writer under print's hands.
-    writer = _LogWriter()
-    with contextlib.redirect_stdout(writer), warnings.catch_warnings():
+    # Held here: print() only borrows sys.stdout, and a log handler may change it meanwhile (pytest's live log does).
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
         # One warning for each engine whose package is not installed; none of them is asked for.
         warnings.filterwarnings("ignore", message=".* engine is not available")
         yield
+    if text := printed.getvalue().strip():
+        logger.info("verl: %s", text)
 
 
 class LossFunction:
     """The loss that verl's engine calls for each micro-batch: ``(model_output, data, dp_group) -> (loss, metrics)``.
 
     verl averages gradients over data-parallel ranks, so a micro-batch's loss is its sum, over the tokens of the
-    *global* batch, times the number of ranks: the sum over micro-batches and the mean over ranks give the global mean.
-
-    Metrics are gathered between ``start()`` and ``finish()`` rather than through verl's return value, whose lists are
-    joined over ranks and micro-batches without weights.
+    *global* batch, times the number of ranks. Metrics are gathered between ``start()`` and ``finish()``: verl joins
+    those of ranks and micro-batches without weights.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self._importance, self._loss_type = config, config.importance, config.loss_type
         from atropos_verl.verl_plugin.engines import added_loss  # which imports verl
 
+        self.config, self._importance, self._loss_type = config, config.importance, config.loss_type
         self._added_loss = added_loss
         self._user_loss = None if config.loss.path is None else load_loss(config.loss.path)
         self.start()
@@ -508,8 +476,7 @@ class LossFunction:
         self._weight = self._largest = 0.0
 
     def finish(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, float]:
-        """Mean of each metric over the trained tokens of all shares of the batch that ``gather`` finds; none without
-        any."""
+        """Mean of each metric over the trained tokens of all shares of the batch; none without any."""
         shares = gather((self._sums, self._weight, self._largest))
         weight = sum(weight for _, weight, _ in shares)
         if not weight:
@@ -547,9 +514,8 @@ class LossFunction:
         columns = set(data.keys())
         optional = ("rollout_logprobs", "old_logprobs")
         rollout, old = (data[name].values() if name in columns else None for name in optional)
-        numbers = torch.arange(len(offsets) - 1, device=offsets.device)
         # Told the size of the result, torch does not ask the device for it.
-        sequence_ids = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(mask))
+        sequence_ids = torch.repeat_interleave(offsets.diff(), output_size=len(mask))
         known = {"rollout_logprobs": rollout, "sequence_ids": sequence_ids}
         if self._user_loss is not None:
             return self._user_loss(logprobs, advantages, mask, num_loss_tokens, old_logprobs=old, **known)

@@ -1,8 +1,7 @@
 """The inference gateway in front of verl's replicas, in the task runner's process.
 
 A replica returns a request early when it is aborted for a weight update. The answer is then continued from the tokens
-it has, with their logprobs, at whichever replica is free: the environment sees one answer that took longer. verl's own
-client reports one policy version per attempt; ``AttemptClient`` returns each attempt with its own versions.
+it has, with their logprobs and versions, at whichever replica is free: the environment sees one answer.
 """
 
 import asyncio
@@ -10,7 +9,7 @@ import logging
 import threading
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -36,7 +35,7 @@ _REQUEST_TIMEOUT = 1200.0
 """Seconds a request may take in all, the time it is held included."""
 _MOST_FAILURES = 8
 """A request at which replicas fail or die is given up after so many."""
-_DEAD_ENGINE = ("EngineDeadError",)
+_DEAD_ENGINE = "EngineDeadError"
 """vLLM's word for an engine whose server lives on."""
 _NO_SERVER = "No available servers in load balancer"
 _NO_SERVER_RETRY = 0.25
@@ -50,8 +49,7 @@ class ClusterGateway(GatewayServer):
         self, llm_client: Any, tokenizer: Any, *, host: str = "127.0.0.1", port: int = 0, **for_app: Any
     ) -> None:
         """``for_app``: for ``create_app``: who may call, ledger, throttle."""
-        settings = llm_client.config.actor_rollout_ref
-        rollout, model = settings.rollout, settings.model
+        rollout, model = llm_client.config.actor_rollout_ref.rollout, llm_client.config.actor_rollout_ref.model
         limits = EngineLimits(
             max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
             vocab_size=max(len(tokenizer), embedding_rows(model)),
@@ -74,10 +72,7 @@ class ClusterGateway(GatewayServer):
 
 
 def embedding_rows(model: Any) -> int:
-    """Rows of the model's embedding, padding included: a replica may sample those as well.
-
-    ``model``: verl's ``actor_rollout_ref.model``. Reads the model's configuration file only.
-    """
+    """Rows of the embedding of verl's ``actor_rollout_ref.model``, padding included: a replica may sample those."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
@@ -87,11 +82,7 @@ def embedding_rows(model: Any) -> int:
 
 
 class ReplicaEngine:
-    """``GenerationEngine`` over an ``AttemptClient`` of verl's replicas. Safe to call from several threads and loops.
-
-    The tokenizer finds stop strings that an abort cut in two. ``limits.eos_token_ids`` tells "stop" from "length"
-    where a replica does not say. ``kind``: verl's ``rollout.name``.
-    """
+    """``GenerationEngine`` over an ``AttemptClient`` of verl's replicas of ``rollout.name`` ``kind``. Thread-safe."""
 
     def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits, kind: str = "transformers") -> None:
         self._client = client
@@ -103,8 +94,6 @@ class ReplicaEngine:
         self._pieces: dict[int, str] = {}
         self.policy_version = -1
         """Newest trainer step seen in an answer or set after a weight update; -1 before."""
-        self.continued = 0
-        """Answers that went on after an abort, in all."""
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """See ``GenerationEngine``. Aborts are invisible: no ``Generation`` ends with "abort"."""
@@ -112,7 +101,7 @@ class ReplicaEngine:
         try:
             async with asyncio.TaskGroup() as group:  # the first failure cancels the others and frees their slots
                 own = group.create_task(self._own_prompt_logprobs(request))
-                tasks = [group.create_task(self._complete(request, index, None)) for index in range(request.n)]
+                tasks = [group.create_task(self._complete(request, index)) for index in range(request.n)]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from errors
         return [task.result().result(own.result()) for task in tasks]
@@ -124,51 +113,36 @@ class ReplicaEngine:
             raise GenerationRequestError(text, "top_logprobs")
 
     async def _own_prompt_logprobs(self, request: GenerationRequest) -> tuple[float, ...]:
-        """[P-1] logprobs of the prompt's own tokens 1.. where alternatives are asked for, else nothing.
-
-        verl's protocol returns the k best only; a prompt token that is none of them has to be asked for by itself.
-        """
+        """[P-1] logprobs of the prompt's own tokens 1.. where alternatives are asked for, else nothing: verl's protocol
+        returns the k best only."""
         if not request.prompt_logprobs:
             return ()
-        alone = GenerationRequest(
-            prompt_token_ids=request.prompt_token_ids,
-            max_tokens=1,
-            temperature=request.temperature,
-            prompt_logprobs=0,
-            request_id=f"{request.request_id or uuid.uuid4().hex}-prompt",
-        )
-        rows = (await self._complete(alone, 0, None)).result().prompt_logprobs
+        name = f"{request.request_id or uuid.uuid4().hex}-prompt"
+        alone = replace(request, max_tokens=1, prompt_logprobs=0, constraint=None, stop=(), request_id=name)
+        rows = (await self._complete(alone, 0)).result().prompt_logprobs
         assert rows is not None
         return tuple(next(iter(row.values())) for row in rows if row is not None)
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        """See ``GenerationEngine``. verl's replicas answer whole, so one delta holds the tokens of one attempt."""
+        """See ``GenerationEngine``. verl's replicas answer whole: a completion comes in one piece for each policy."""
         self._validate(request)
         return self._stream(request)
 
     async def _stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
-        queue: asyncio.Queue[GenerationDelta | None] = asyncio.Queue()
-        tasks = [asyncio.ensure_future(self._complete(request, index, queue)) for index in range(request.n)]
-        ended = asyncio.ensure_future(asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))
-        ended.add_done_callback(lambda _: queue.put_nowait(None))
+        tasks = [asyncio.ensure_future(self._complete(request, index)) for index in range(request.n)]
         try:
-            while (delta := await queue.get()) is not None:
-                yield delta
-            for task in tasks:
-                if task.done():
-                    task.result()  # raises what ended the request
+            for answer in asyncio.as_completed(tasks):
+                for delta in (await answer).deltas():
+                    yield delta
         finally:
-            ended.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _complete(
-        self, request: GenerationRequest, index: int, deltas: asyncio.Queue[GenerationDelta | None] | None
-    ) -> "_Answer":
+    async def _complete(self, request: GenerationRequest, index: int) -> "_Answer":
         """Generate one completion, over as many attempts as it takes."""
         stops = StopStrings(self._tokenizer, request.stop, self._pieces) if request.stop else None
-        answer = _Answer(request, self._limits, stops)
+        answer = _Answer(index, request, self._limits, stops)
         constrained = {} if request.constraint is None else to_structured(request.constraint, self._kind)
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
@@ -194,14 +168,10 @@ class ReplicaEngine:
             self.policy_version = max([self.policy_version, *(v for v in answer.versions[-1:] if v is not None)])
             if answer.finish_reason is None:
                 if constrained:  # a replica would begin the grammar again after what was sampled
-                    answer = _Answer(request, self._limits, stops)
-                self.continued += bool(answer.tokens)
+                    answer = _Answer(index, request, self._limits, stops)
                 if len(answer.tokens) == done:
                     await asyncio.sleep(wait)
                     wait = min(2 * wait, longest)
-            if deltas is not None:
-                for delta in answer.deltas(index, done):
-                    deltas.put_nowait(delta)
         return answer
 
 
@@ -209,6 +179,7 @@ class ReplicaEngine:
 class _Answer:
     """A completion that grows attempt by attempt."""
 
+    index: int
     request: GenerationRequest
     limits: EngineLimits
     stops: StopStrings | None
@@ -246,7 +217,7 @@ class _Answer:
             self.finish_reason = "length"
 
     def _stop_across(self, joint: int) -> bool:
-        """True when a stop string began before the abort and ends after it: the replica saw only its second part."""
+        """True when a stop string began before the abort and ends after it (a replica sees one attempt)."""
         if self.stops is None:
             return False
         longest = max(len(stop.encode()) for stop in self.request.stop)
@@ -258,29 +229,25 @@ class _Answer:
 
     def _reason(self, said: str | None) -> FinishReason:
         """The replica's reason, or one found from its tokens: verl's vLLM server says "completed" for both."""
-        if said in ("stop", "length"):
-            return "stop" if said == "stop" else "length"
-        if len(self.tokens) < self.budget or not self.tokens:
-            return "stop"
-        if self.tokens[-1] in self.limits.stop_token_ids(self.request):
-            return "stop"
-        return "stop" if self.stops is not None and self.stops.completed_by(self.tokens) else "length"
+        if said == "length":
+            return "length"
+        stopped = said == "stop" or len(self.tokens) < self.budget or not self.tokens
+        stopped = stopped or self.tokens[-1] in self.limits.stop_token_ids(self.request)
+        return "stop" if stopped or (self.stops and self.stops.completed_by(self.tokens)) else "length"
 
-    def deltas(self, index: int, since: int) -> Iterator[GenerationDelta]:
-        """The tokens after the first ``since``: one delta per policy, the last with the finish reason."""
-        start = since
-        for version, run in groupby(self.versions[since:]):
-            end = start + len(list(run))
+    def deltas(self) -> Iterator[GenerationDelta]:
+        """One for each policy, the last with the finish reason."""
+        start = 0
+        for version, run in groupby(self.versions or [None]):
+            end = min(start + len(list(run)), len(self.tokens))
             yield GenerationDelta(
-                index=index,
+                index=self.index,
                 token_ids=tuple(self.tokens[start:end]),
                 logprobs=tuple(self.logprobs[start:end]),
                 finish_reason=self.finish_reason if end == len(self.tokens) else None,
                 policy_version=version,
             )
             start = end
-        if start == since and self.finish_reason is not None:
-            yield GenerationDelta(index=index, token_ids=(), logprobs=(), finish_reason=self.finish_reason)
 
     def result(self, own: Sequence[float] = ()) -> Generation:
         """The whole completion. ``own`` [P-1]: logprobs of the prompt's own tokens, put beside their alternatives."""
@@ -322,13 +289,8 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
     ) -> TokenOutput:
-        """Return the tokens that the replica made before it was done or aborted. Cancelling frees its slot.
-
-        Raises:
-            GenerationRequestError: the replica refuses the request.
-            EngineStoppedError: the replica is dead.
-            EngineError: the replica failed.
-        """
+        """Return the tokens that the replica made before it was done or aborted. Cancelling frees its slot. Raises
+        ``GenerationRequestError`` (it refuses), ``EngineStoppedError`` (it is dead), ``EngineError`` (it failed)."""
         server_id, server = await self._acquire(request_id, prompt_ids, sampling_params)
         reference = server.generate.remote(
             request_id=self._vllm_request_id(request_id),
@@ -343,7 +305,7 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
             raise
         except RayTaskError as error:
             cause = error.cause
-            if isinstance(cause, EngineStoppedError) or type(cause).__name__ in _DEAD_ENGINE:
+            if isinstance(cause, EngineStoppedError) or type(cause).__name__ == _DEAD_ENGINE:
                 ray.kill(server)  # without its engine it is of no use
                 raise self._lost(server_id, cause) from error
             if isinstance(cause, AtroposVerlError):
@@ -363,12 +325,11 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
     def _lost(self, server_id: str, cause: Exception) -> EngineStoppedError:
         self._load_balancer.remove_servers.remote([server_id])
         self.lost.set()
-        reason, _, _ = str(cause).partition("\n")  # Ray's error goes on for ten lines
-        logger.info("the rollout replica %s is gone: %s", server_id, reason)
+        # Ray's error goes on for ten lines.
+        reason, _, _ = str(cause).partition("\n")
         return EngineStoppedError(f"the rollout replica {server_id} is gone: {reason}")
 
     async def _acquire(self, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> tuple[str, Any]:
-        waited = False
         while True:
             try:
                 acquired = await self._acquire_server(request_id, prompt_ids=prompt_ids, sampling_params=params)
@@ -379,9 +340,6 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
             except RuntimeError as error:  # RayTaskError is one too
                 if _NO_SERVER not in str(error):
                     raise
-            if not waited:
-                logger.info("no rollout replica is available; %s waits for one", request_id)
-            waited = True
             await asyncio.sleep(_NO_SERVER_RETRY)
 
 
@@ -413,10 +371,8 @@ def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: in
 
 
 def to_structured(constraint: Constraint, kind: str) -> dict[str, Any]:
-    """verl's parameters for constrained decoding by replicas of ``rollout.name`` ``kind``.
-
-    Raises ``GenerationRequestError`` naming the client's field for what they cannot enforce.
-    """
+    """verl's parameters for constrained decoding. Raises ``GenerationRequestError`` naming the client's field for what
+    replicas of ``rollout.name`` ``kind`` cannot enforce."""
     if kind == "transformers":
         return {"constraint": constraint}
     if kind.startswith("vllm"):

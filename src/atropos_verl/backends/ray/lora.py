@@ -1,7 +1,6 @@
 """LoRA adapters in the embedded engine: only the adapter travels, the engine holds ``W0 + scaling * B @ A``.
 
-verl sends them under peft's names: ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`` is the factor A
-of ``model.layers.0.self_attn.q_proj.weight``.
+verl sends them under peft's names, such as ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``.
 Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaling alpha / r, or alpha / sqrt(r)
 with rsLoRA (Kalajdzievski, 2023).
 """
@@ -14,22 +13,15 @@ import torch
 from atropos_verl.errors import WeightSyncError
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("use_dora", "fan_in_fan_out"), (None, False)),
-    "bias": (None, "none"),
-    **dict.fromkeys(("alpha_pattern", "rank_pattern", "target_parameters", "modules_to_save"), (None, {}, [], ())),
-}
-"""peft settings whose values other than these would change the merged weights in ways not implemented here."""
-SETTINGS = (*_UNSUPPORTED, "lora_alpha", "use_rslora")
+_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "bias", "alpha_pattern", "rank_pattern", "target_parameters")
+"""peft settings that, where they are set, change the merged weights in ways not implemented here."""
+SETTINGS = (*_UNSUPPORTED, "modules_to_save", "lora_alpha", "use_rslora")
 """What ``LoraMerger`` reads of an adapter's config. The rest may hold objects of peft's own classes."""
 
 
 class LoraMerger:
-    """Keeps the base of every weight an adapter changed, and merges newer adapters into it.
-
-    Args:
-        parameters: the engine's parameters by name: the base weights, until the first adapter arrives.
-    """
+    """Keeps the base of every weight an adapter changed, and merges newer adapters into it. ``parameters``: the
+    engine's, by name: the base weights, until the first adapter arrives."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self._parameters = dict(parameters)
@@ -49,16 +41,13 @@ class LoraMerger:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every parameter of the engine: merged where the adapter changes it, itself where not.
 
-        Computed in float32 and rounded once to the engine's dtype.
-
-        Raises:
-            WeightSyncError: naming a peft setting, a tensor that is no LoRA factor, a factor without its other half,
-                or a weight that the engine does not have or that has another shape.
+        Computed in float32 and rounded once to the engine's dtype. Raises ``WeightSyncError``, which names the setting
+        or the weight.
         """
-        for key, neutral in _UNSUPPORTED.items():
-            if peft_config.get(key) not in neutral:
+        for key in (*_UNSUPPORTED, "modules_to_save"):
+            if (value := peft_config.get(key)) and value != "none":
                 raise WeightSyncError(
-                    f"the adapter's {key}={peft_config[key]!r} is not supported by the 'transformers' replica; set "
+                    f"the adapter's {key}={value!r} is not supported by the 'transformers' replica; set "
                     "actor_rollout_ref.model.lora.merge=True to send merged weights instead"
                 )
         # An earlier adapter may have changed a weight that this one leaves alone.
@@ -66,19 +55,17 @@ class LoraMerger:
         for module, factors in _pairs(adapter).items():
             name = f"{module}.weight"
             parameter = self._parameters.get(name)
-            if parameter is None:
-                raise WeightSyncError(f"the adapter changes {name!r}, which the engine's model does not have")
-            if set(factors) != {"lora_A", "lora_B"}:
-                raise WeightSyncError(f"the adapter of {name!r} has only {', '.join(factors)}")
-            down, up = factors["lora_A"].float(), factors["lora_B"].float()
-            if (up.shape[0], down.shape[1]) != tuple(parameter.shape) or up.shape[1] != down.shape[0]:
+            weight = () if parameter is None else tuple(parameter.shape)
+            shapes = {half: tuple(factor.shape) for half, factor in factors.items()}
+            rank = shapes.get("A", (0,))[0]
+            if parameter is None or shapes != {"A": (rank, weight[-1]), "B": (weight[0], rank)}:
                 raise WeightSyncError(
-                    f"the adapter of {name!r} has factors {tuple(up.shape)} and {tuple(down.shape)}; the weight is "
-                    f"{tuple(parameter.shape)}"
+                    f"the adapter's factors {shapes} do not fit {name!r} of the engine: {weight or None}"
                 )
+            down, up = factors["A"].float(), factors["B"].float()
             if name not in self.base:
                 self.base[name] = parameter.detach().clone()
-            base, rank = self.base[name], down.shape[0]
+            base = self.base[name]
             scaling = float(peft_config.get("lora_alpha") or rank)
             scaling /= rank**0.5 if peft_config.get("use_rslora") else rank
             delta = (up.to(base.device) @ down.to(base.device)).mul_(scaling)
@@ -88,14 +75,14 @@ class LoraMerger:
 
 
 def _pairs(adapter: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
-    """``{module: {"lora_A": [r, in], "lora_B": [out, r]}}``."""
+    """``{module: {"A": [r, in], "B": [out, r]}}``."""
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in adapter:
         plain = name.removeprefix(_PREFIX).replace(".default.", ".")
         module, _, tail = plain.rpartition(".lora_")
         if not module or tail not in ("A.weight", "B.weight"):
             raise WeightSyncError(f"{name!r} is not a LoRA factor of a linear layer; others are not supported here")
-        pairs.setdefault(module, {})[f"lora_{tail[0]}"] = tensor
+        pairs.setdefault(module, {})[tail[0]] = tensor
     if not pairs:
         raise WeightSyncError("the trainer sent an adapter without any tensor")
     return pairs

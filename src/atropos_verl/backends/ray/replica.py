@@ -1,7 +1,4 @@
-"""The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers``.
-
-Every answer says which policies (global steps) sampled its first and its last token.
-"""
+"""The embedded engine as a verl rollout replica: ``actor_rollout_ref.rollout.name=transformers`` (docs/cluster.md)."""
 
 import asyncio
 import contextlib
@@ -36,31 +33,18 @@ _PAUSE_TIMEOUT = 120.0
 _ABORT_INTERVAL = 0.05
 
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "prompt_logprobs", "constraint")
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("n", "best_of", "repetition_penalty"), (1,)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("logit_bias", "bad_words", "extra_args"), ({}, [], ())),
-}
+_NEUTRAL = {"n": 1, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "min_tokens": 0}
 """Parameters the embedded engine does not have, and the values at which, like None, they change nothing."""
-_TEXT_ONLY = {
-    "logprobs",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-    "no_stop_trim",
-    "detokenize",
-    "output_kind",
-    "response_length",
-}
+_TEXT_ONLY = {"logprobs", "skip_special_tokens", "include_stop_str_in_output", "detokenize", "response_length"}
 """Parameters about the form of the answer, which is tokens here."""
 
 
 class TransformersServer:
-    """The actor. Methods are verl's (``vLLMHttpServer``); see the module for what they do to requests in flight.
+    """The actor. Methods are verl's (``vLLMHttpServer``).
 
-    Settings of its own, in ``rollout.engine_kwargs.transformers``: ``num_threads`` (torch threads of the engine;
-    default on CPU: all cores, shared by the replicas of this machine), ``max_running`` (sequences decoded together;
-    default: ``rollout.max_num_seqs``, at most 256), ``seed``, ``api_key`` (without one nothing listens).
+    Settings of its own, in ``rollout.engine_kwargs.transformers``: ``num_threads`` (torch threads; default on CPU: all
+    cores), ``max_running`` (sequences decoded together; default: ``rollout.max_num_seqs``, at most 256), ``seed``,
+    ``api_key`` (without one nothing listens).
     """
 
     def __init__(
@@ -78,33 +62,30 @@ class TransformersServer:
         self._gate_lock = asyncio.Lock()
         self._running: dict[str, asyncio.Task[list[Generation]]] = {}
         self._settings: dict[str, Any] = {}
-        self._received_bytes = 0
         self._receiver = WeightReceiver(self._apply_weights)
         self._engine: TransformersEngine
         self._lora: LoraMerger | None = None
-        self._http: GatewayServer | None = None
-        self._api_key: str | None = None
 
     async def launch_server(self) -> str:
         """Load the model, start engine and HTTP server; returns ``host:port``, which names this server to verl."""
-        self._engine = await asyncio.to_thread(self._build_engine)
+        settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
+        api_key = settings.pop("api_key", None)
+        self._engine = await asyncio.to_thread(self._build_engine, settings)
         # With random weights nothing may be generated before the first update.
         self._has_weights = self.config.load_format != "dummy"
         await self._apply_gate()
         address = ray.util.get_node_ip_address()
-        if self._api_key is None:
+        if api_key is None:
             return f"{address}:{os.getpid()}"
-        names = {"model_name": self.model_config.path, "api_key": self._api_key}
+        names = {"model_name": self.model_config.path, "api_key": api_key}
         app = create_app(self._engine, self.model_config.tokenizer, **names)
         self._http = GatewayServer(app, host=address.strip("[]"))
         return (await asyncio.to_thread(self._http.start, 30.0)).removeprefix("http://")
 
-    def _build_engine(self) -> TransformersEngine:
+    def _build_engine(self, settings: dict[str, Any]) -> TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         model_config = self.model_config
-        settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
-        self._api_key = settings.pop("api_key", None)
         device = get_device_name()
         form = {"dtype": getattr(torch, self.config.dtype), "attn_implementation": "sdpa"}
         if self.config.load_format == "dummy":
@@ -115,42 +96,32 @@ class TransformersServer:
             )
         lora = model_config.lora_rank > 0 or model_config.lora_adapter_path is not None
         lora = lora and not model_config.lora.get("merge", False)
-        # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
-        cores = min(os.cpu_count() or 1, 16)
-        max_running = settings.pop("max_running", min(self.config.max_num_seqs, 256))
-        threads = engine_threads(model.config, max_running, cores) if device == "cpu" else None
+        seed, max_running = self.replica_rank + self.config.seed, min(self.config.max_num_seqs, 256)
+        own = {"num_threads": None, "max_running": max_running, "seed": seed} | settings
+        if len(own) > 3:
+            text = f"unknown setting(s) among {', '.join(own)}; known: api_key, max_running, num_threads, seed"
+            raise ConfigError(text, "actor_rollout_ref.rollout.engine_kwargs.transformers")
+        if own["num_threads"] is None and device == "cpu":
+            # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
+            own["num_threads"] = engine_threads(model.config, own["max_running"], min(os.cpu_count() or 1, 16))
         engine = TransformersEngine(
             model,
             model_config.tokenizer,
-            max_running=max_running,
             max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
             device=device,
-            num_threads=settings.pop("num_threads", threads),
-            seed=settings.pop("seed", self.replica_rank + self.config.seed),
             # With an adapter the base weights stay here: the trainer never sends them again.
             release_weights=self.rollout_mode is RolloutMode.HYBRID and not lora,
+            **own,
         )
-        if settings:
-            raise ConfigError(
-                f"unknown setting(s) {', '.join(sorted(settings))}; known: api_key, max_running, num_threads, seed",
-                "actor_rollout_ref.rollout.engine_kwargs.transformers",
-            )
         if lora:
             self._lora = LoraMerger(dict(engine.model.named_parameters(remove_duplicate=False)))
         return engine
 
     async def generate(
-        self,
-        prompt_ids: list[int],
-        sampling_params: dict[str, Any],
-        request_id: str,
-        image_data: Any = None,
-        video_data: Any = None,
-        audio_data: Any = None,
-        **_: Any,
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, **media: Any
     ) -> TokenOutput:
         """Generate one completion. Raises ``GenerationRequestError`` naming the parameter, or ``EngineError``."""
-        if any(data is not None for data in (image_data, video_data, audio_data)):
+        if any(media.get(f"{kind}_data") is not None for kind in ("image", "video", "audio")):
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
         request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
@@ -173,7 +144,12 @@ class TransformersServer:
             "finish_reason": generation.finish_reason,
         }
         if generation.prompt_logprobs is not None:
-            extra |= _prompt_logprob_fields(generation.prompt_logprobs, sampling_params["prompt_logprobs"])
+            # As verl's vLLM server lays them out, [P][k]: entry t is about prompt token t + 1, and the last is padding.
+            k = max(sampling_params["prompt_logprobs"], 1)  # 0: the token itself
+            entries = (entry or {} for entry in generation.prompt_logprobs[1:])
+            best = [sorted(entry.items(), key=lambda item: -item[1])[:k] for entry in entries] + [[(0, 0.0)] * k]
+            extra["prompt_ids"] = [[token for token, _ in row] for row in best]
+            extra["prompt_logprobs"] = [[value for _, value in row] for row in best]
         return TokenOutput(
             token_ids=list(generation.token_ids),
             log_probs=list(generation.logprobs) if sampling_params.get("logprobs") else None,
@@ -190,8 +166,7 @@ class TransformersServer:
         waiting = set(running.values())
         deadline = time.monotonic() + _PAUSE_TIMEOUT
         while waiting and time.monotonic() < deadline:
-            # Again and again: a request that had not reached the engine yet is not found the first time, and would
-            # then wait at the shut gate for as long as nobody opens it.
+            # Again and again: a request that had not reached the engine yet is not found the first time.
             for key in running:
                 self._engine.abort(key)
             _, waiting = await asyncio.wait(waiting, timeout=_ABORT_INTERVAL)
@@ -234,7 +209,7 @@ class TransformersServer:
     clear_kv_cache = release_kv_cache = resume_kv_cache = start_profile = stop_profile = _nothing
 
     async def receive_weights(
-        self, update_id: str, index: int, bucket: WeightBucket, last: bool, settings: dict[str, Any]
+        self, update_id: str, bucket: WeightBucket, last: bool, settings: dict[str, Any]
     ) -> int | None:
         """Take one bucket of an update (``weight_transfer``); the last one returns the bytes copied.
 
@@ -242,10 +217,9 @@ class TransformersServer:
         ``base_sync`` (they are the base weights of a model with adapters).
         """
         self._settings = settings
-        self._received_bytes += bucket.nbytes
-        copied: int | None = await self._receiver.receive(update_id, index, bucket, last)
-        if last and settings["global_steps"] is not None:
-            self.global_steps = settings["global_steps"]
+        copied: int | None = await self._receiver.receive(update_id, bucket, last)
+        if last:
+            self.global_steps = self._engine.policy_version
         if last and not settings["base_sync"]:  # base weights alone are not the policy
             self._has_weights = True
             await self._apply_gate()
@@ -253,37 +227,15 @@ class TransformersServer:
 
     def _apply_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
         steps, peft_config = self._settings["global_steps"], self._settings["peft_config"]
-        adapted = peft_config is not None or self._settings["base_sync"]
-        if adapted and self._lora is None:
-            raise ConfigError("the trainer sends LoRA weights, the replica was started without", "model.lora_rank")
-        if not adapted and self._lora is not None:
-            raise ConfigError(
-                "verl 0.9.1 sends its adapter to colocated replicas only; set actor_rollout_ref.model.lora.merge=True",
-                "actor_rollout_ref.model.lora.merge",
-            )
+        if (peft_config is None) is not (self._lora is None):
+            text = "verl 0.9.1 sends its adapter to colocated replicas only; set it to True"
+            raise ConfigError(text, "actor_rollout_ref.model.lora.merge")
         if self._lora is not None and self._settings["base_sync"]:
             tensors = self._lora.set_base(tensors)
         elif self._lora is not None:  # merged before the engine stops for the copy
-            tensors = iter(list(self._lora.merge(tensors, peft_config or {})))
+            tensors = iter(list(self._lora.merge(tensors, peft_config)))
         version = self._engine.policy_version if steps is None else steps
         return self._engine.update_weights_from_tensor(tensors, policy_version=version)
-
-    async def set_global_steps(self, global_steps: int) -> None:
-        """Set the policy version under verl's name; an update sets it as well."""
-        self.global_steps = global_steps
-
-    async def compute_logprobs(self, token_ids: list[int], temperature: float = 1.0) -> list[float]:
-        """Logprobs [T-1] of tokens 1.. of a sequence under its present weights, for a canary."""
-        return await asyncio.to_thread(self._engine.compute_logprobs, token_ids, temperature)
-
-    async def get_stats(self) -> dict[str, Any]:
-        """Return the engine's counters, the policy version, and whether it may generate."""
-        stats = self._engine.stats()
-        return {name: getattr(stats, name) for name in stats.__slots__} | {
-            "policy_version": self._engine.policy_version,
-            "gate": self._engine.gate.state.value,
-            "received_weight_bytes": self._received_bytes,
-        }
 
 
 class TransformersReplica(RolloutReplica):  # type: ignore[misc]
@@ -292,11 +244,10 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.world_size != 1:
-            raise ConfigError(
-                f"rollout.name=transformers runs on one device, not on {self.world_size}: set "
-                "tensor_model_parallel_size, data_parallel_size and pipeline_model_parallel_size to 1",
-                "actor_rollout_ref.rollout.tensor_model_parallel_size",
+            text = (
+                f"rollout.name=transformers runs on one device, not on {self.world_size}: set all parallel sizes to 1"
             )
+            raise ConfigError(text, "actor_rollout_ref.rollout.tensor_model_parallel_size")
 
     async def launch_servers(self) -> None:
         node_id, devices = await self.workers[0].__ray_call__.remote(_node_and_devices)
@@ -328,21 +279,18 @@ def to_request(
 ) -> GenerationRequest:
     """Turns the arguments of verl's server into a request. ``config`` is verl's ``RolloutConfig``.
 
-    Without ``max_tokens``: verl's default, ``response_length`` at most and ``prompt_length + response_length`` in all.
-
-    Raises ``GenerationRequestError`` naming a parameter that the embedded engine would have to ignore.
+    Without ``max_tokens``: ``response_length`` at most and ``prompt_length + response_length`` in all, as verl. Raises
+    ``GenerationRequestError`` naming a parameter that the embedded engine would have to ignore.
     """
-    params = dict(params)
     prompt = tuple(int(token) for token in prompt_ids)
     default = min(config.response_length, config.prompt_length + config.response_length - len(prompt))
-    given = (params.pop("max_tokens", None), params.pop("max_new_tokens", None), default)
-    wanted = next(int(value) for value in given if value is not None)
-    settings = {name: params.pop(name) for name in _SAME_NAME if params.get(name) is not None}
-    settings.setdefault("ignore_eos", bool(config.ignore_eos))
-    stop = params.pop("stop", None) or ()
-    stop_ids = params.pop("stop_token_ids", None) or ()
+    params = {name: value for name, value in params.items() if value is not None and name not in _TEXT_ONLY}
+    wanted = int(params.pop("max_tokens", params.pop("max_new_tokens", default)))
+    stop, stop_ids = params.pop("stop", ()), params.pop("stop_token_ids", ())
+    settings: dict[str, Any] = {"ignore_eos": bool(config.ignore_eos)}
+    settings |= {name: params.pop(name) for name in _SAME_NAME if name in params}
     for name, value in params.items():
-        if value is not None and name not in _TEXT_ONLY and value not in _NEUTRAL.get(name, ()):
+        if value != _NEUTRAL.get(name):
             raise GenerationRequestError(f"{name}={value!r} is not supported by rollout.name=transformers", name)
     return GenerationRequest(
         prompt_token_ids=prompt,
@@ -352,20 +300,6 @@ def to_request(
         request_id=request_id,
         **settings,
     )
-
-
-def _prompt_logprob_fields(entries: tuple[dict[int, float] | None, ...], k: int) -> dict[str, Any]:
-    """``prompt_ids`` and ``prompt_logprobs`` [P][max(k, 1)] as verl's vLLM server lays them out.
-
-    Entry t is about prompt token t+1, from likely to unlikely; the last one is padding. k = 0: the token itself.
-    """
-    k = max(k, 1)
-    best = [sorted((entry or {}).items(), key=lambda item: -item[1])[:k] for entry in entries[1:]]
-    best.append([(0, 0.0)] * k)
-    return {
-        "prompt_ids": [[token for token, _ in row] for row in best],
-        "prompt_logprobs": [[value for _, value in row] for row in best],
-    }
 
 
 class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
@@ -381,10 +315,8 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
 
     @property
     def server(self) -> Any:
-        """The replica's actor, which is started after this adapter, and again when it has died.
-
-        Raises ``RayActorError``, as its methods do, while there is none.
-        """
+        """The replica's actor, which is started after this adapter, and again when it has died. Raises
+        ``RayActorError``, as its methods do, while there is none."""
         if self.server_handle is None:
             try:
                 self.server_handle = ray.get_actor(f"{self.config.name}_server_{self.replica_rank}_0")
@@ -393,12 +325,10 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         return self.server_handle
 
     async def resume(self, tags: list[str]) -> None:
-        """Take memory again: ``weights`` before an update, ``kv_cache`` after it (generation goes on then)."""
         with contextlib.suppress(RayActorError):  # see update_weights
             await self.server.wake_up.remote(tags=tags)
 
     async def release(self) -> None:
-        """Stop at a token boundary and give memory back."""
         await self.server.sleep.remote()
 
     @torch.no_grad()
@@ -418,20 +348,16 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         """
         if wire_format != "named_tensors":
             raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
-        started = time.perf_counter()
         settings = {
             "global_steps": global_steps,
             "peft_config": None if peft_config is None else {key: peft_config.get(key) for key in SETTINGS},
             "base_sync": peft_config is not None and not base_sync_done,
         }
         try:
-            nbytes = await send_weights(
+            await send_weights(
                 lambda *part: self.server.receive_weights.remote(*part, settings),
                 weights,
                 self.config.checkpoint_engine.update_weights_bucket_megabytes << 20,
             )
         except RayActorError as error:
             logger.warning("weights of step %s did not reach replica %d: %s", global_steps, self.replica_rank, error)
-            return
-        text = "weights of step %s into replica %d: %.1f MB, %.3f s"
-        logger.info(text, global_steps, self.replica_rank, nbytes / 1e6, time.perf_counter() - started)

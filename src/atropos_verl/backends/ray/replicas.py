@@ -6,7 +6,6 @@ worker, whose end is the run's. docs/internals.md ("Dead replicas") draws the wa
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +24,8 @@ logger = logging.getLogger(__name__)
 _ANSWER_SECONDS = 30.0
 """A living server answers within it, also while it generates; one that does not is taken for busy."""
 _CANARY_SECONDS = 300.0
-_NAME_SECONDS, _NAME_RETRY = 60.0, 0.1
-"""Ray frees the name of a dead actor a little after its death."""
+_NAME_RETRIES, _NAME_RETRY = 600, 0.1
+"""Ray frees the name of a dead actor a little after its death; seconds between two tries."""
 _MOST_STARTS = 3
 
 
@@ -52,10 +51,9 @@ class ReplicaCanary:
         for replica, output in zip(replicas, ray.get(asked, timeout=_CANARY_SECONDS), strict=True):
             # verl's layout: entry t is about prompt token t + 1, and the last is padding.
             found = [values[0] for values in output.extra_fields.get("prompt_logprobs", [])[:-1]]
-            sides: dict[str, Any] = {"trainer_logprobs": partial(list, trainer)}
-            canary = Canary(**sides, engine_logprobs=partial(list, found), threshold=self._threshold)
+            asks: dict[str, Any] = {"trainer_logprobs": partial(list, trainer), "engine_logprobs": partial(list, found)}
             try:
-                worst = max(worst, canary.check())
+                worst = max(worst, Canary(**asks, threshold=self._threshold).check())
             except WeightSyncError as error:
                 text = str(error).replace("sync.canary", "atropos.sync.canary")
                 raise WeightSyncError(f"rollout replica {replica.replica_rank}: {text}") from error
@@ -63,26 +61,19 @@ class ReplicaCanary:
 
 
 class Replicas:
-    """The replicas of verl's managers, and the training workers that send them weights.
-
-    Args:
-        managers: verl's ``LLMServerManager``; requests go through the load balancer of the last one.
-        serving: those of them whose servers are awake.
-    """
+    """The replicas of verl's managers (requests go through the load balancer of the last one), and the training workers
+    that send them weights. ``serving``: the managers whose servers are awake."""
 
     def __init__(self, workers: Any, managers: Sequence[Any], serving: Callable[[], Sequence[Any]]) -> None:
         self.workers, self.serving = workers, serving
         self._managers = managers
+        self._balancer = managers[-1].global_load_balancer
         self.note: Callable[[str], None] = lambda text: None
         """Is told what the user should know."""
         self.replaced = 0
         """Servers that were started in the place of another, in all."""
         self.has_newcomers = False
         """A server waits for weights and ``admit``."""
-
-    @property
-    def _balancer(self) -> Any:
-        return self._managers[-1].global_load_balancer
 
     def replace_dead(self) -> int:
         """Start a new server in the place of each dead one; returns how many. They have no weights and no requests yet,
@@ -128,10 +119,11 @@ class Replicas:
             launch = replica.init_standalone
         else:
             if is_alone:
-                await asyncio.gather(*(worker.__ray_call__.remote(_forget_server) for worker in replica.workers))
+                # verl's worker of a standalone replica keeps the handle of a server that is dead.
+                calls = (worker.__ray_call__.remote(_forget_server) for worker in replica.workers)
+                await asyncio.gather(*calls)
             launch = replica.launch_servers
-        deadline = time.monotonic() + _NAME_SECONDS
-        deaths = 0
+        deaths = retries = 0
         while True:
             replica.servers = []
             try:
@@ -139,7 +131,8 @@ class Replicas:
                 self.replaced += 1
                 return
             except ValueError as error:
-                if "already taken" not in str(error) or time.monotonic() > deadline:
+                retries += 1
+                if "already taken" not in str(error) or retries > _NAME_RETRIES:
                     raise
             except RayActorError as error:
                 deaths += 1
@@ -147,7 +140,6 @@ class Replicas:
                 if deaths == _MOST_STARTS:
                     text = f"rollout replica {replica.replica_rank} died {deaths} times while it started: {error}"
                     raise EngineStoppedError(text) from error
-                deadline = time.monotonic() + _NAME_SECONDS
             await asyncio.sleep(_NAME_RETRY)
 
     def canary(self, config: SyncConfig, tokenizer: Any, *, exact: bool) -> Any:
@@ -164,15 +156,10 @@ class Replicas:
 def _ask(replica: Any) -> list[Any]:
     """A sign of life, to come, of each of its actors. Workers of a colocated replica are the trainer's."""
     workers = replica.workers if replica.rollout_mode is RolloutMode.STANDALONE else []
-    return [actor.__ray_call__.remote(_nothing) for actor in (*replica.servers, *workers)]
-
-
-def _nothing(_: Any) -> None:
-    """Runs in a server or a worker: it lives."""
+    return [actor.__ray_call__.remote(bool) for actor in (*replica.servers, *workers)]
 
 
 def _forget_server(worker: Any) -> None:
-    """Runs in verl's worker of a standalone replica, whose adapter keeps the handle of a server that is dead."""
     forget_server(worker.server_adapter)
 
 

@@ -1,8 +1,5 @@
-"""verl's training workers, with the losses and engines of this package registered in their processes.
-
-Ray imports this module in every process that trains. ``advantage_weighted_sft`` is a ``policy_loss.loss_mode`` then,
-and ``plain`` an ``algorithm.adv_estimator``.
-"""
+"""verl's training workers. Ray imports this module, which registers our losses, engines and estimators with verl, in
+every process that trains."""
 
 import os
 import shutil
@@ -114,11 +111,8 @@ def verls_loss(loss: Callable[..., LossOutput], aggregates: bool = False) -> Cal
     """``loss``, of ``training/``, with the arguments and results of a policy loss of verl's.
 
     Rows of padding and response tokens that are not trained are in its arguments, with ``loss_mask`` False. Importance
-    weights of rollout correction are multiplied into its advantages; ``rollout_logprobs`` is None, since verl does not
-    hand them to a loss.
-
-    Args:
-        aggregates: it is ``-log_prob · advantage`` per token, which verl may aggregate in other ways than token-mean.
+    weights of rollout correction are multiplied into its advantages; verl hands no ``rollout_logprobs`` to a loss.
+    ``aggregates``: it is ``-log_prob · advantage`` per token, which verl may aggregate in other ways than token-mean.
     """
 
     def policy_loss(
@@ -153,11 +147,8 @@ def verls_loss(loss: Callable[..., LossOutput], aggregates: bool = False) -> Cal
 
 
 def register_user_loss(config: Any) -> None:
-    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode``.
-
-    Args:
-        config: verl's ``actor_rollout_ref``.
-    """
+    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode`` in verl's
+    ``actor_rollout_ref``."""
     path = str(config.actor.policy_loss.loss_mode)
     if ":" in path and path not in POLICY_LOSS_REGISTRY:
         _register_policy_loss(path)(verls_loss(load_loss(path)))

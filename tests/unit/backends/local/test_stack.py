@@ -124,7 +124,7 @@ def test_the_engine_takes_the_tokenizer_of_the_settings_and_code_of_the_model(
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     own_settings = {"tokenizer_path": str(demo_model_path()), "trust_remote_code": True}
     config = RunConfig.from_mapping({"model": own_settings, "sync": {"canary": False}, "gateway": {"port": 0}})
-    stack = stack_module.LocalStack.build(config, model, Mock(), None, tmp_path, Mock())
+    stack = stack_module.LocalStack(config, model, Mock(), None, tmp_path, Mock())
     try:
         assert stack.engine.tokenizer is stack.tokenizer
         assert type(stack.engine.model).__name__ == "OwnForCausalLM"

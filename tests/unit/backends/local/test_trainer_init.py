@@ -21,7 +21,7 @@ def test_a_trainer_whose_sample_settings_fail_closes_its_parts_and_frees_the_run
     def sample_settings(*_: Any) -> Any:
         raise ValueError("no such function")
 
-    monkeypatch.setattr(trainer.LocalStack, "build", lambda *_: stack)
+    monkeypatch.setattr(trainer, "LocalStack", lambda *_: stack)
     monkeypatch.setattr(trainer, "sample_settings", sample_settings)
     api = {"api_url": "http://127.0.0.1:9"}
     config = RunConfig.from_mapping(

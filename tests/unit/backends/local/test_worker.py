@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support import forest_ranks, train_ranks
 from support.samples import random_samples
 from transformers import AutoModelForCausalLM
 
@@ -161,10 +162,7 @@ def test_a_checkpoint_restores_weights_and_optimiser_and_one_of_another_world_si
 @pytest.mark.parametrize(
     "optim",
     [
-        {"lr": 3e-3},
-        {"weight_decay": 0.1},
-        {"betas": (0.5, 0.6)},
-        {"lr_warmup_steps": 4},
+        {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.5, 0.6), "lr_warmup_steps": 4},
         {"lr": 3e-3, "lr_scheduler_type": "cosine", "min_lr_ratio": 0.1},
     ],
     ids=lambda optim: ",".join(optim),
@@ -190,14 +188,14 @@ def test_the_optimisers_settings_are_the_resumed_runs(model_path: Path, tmp_path
     assert resumed.train(samples)["lr"] == pytest.approx(all_along.train(samples)["lr"])
 
 
-@pytest.mark.parametrize("name", ["model", "optim", "extra_state"])
-def test_what_cannot_be_loaded_is_an_error_with_its_directory(model_path: Path, tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_loaded_is_an_error_with_its_directory(model_path: Path, tmp_path: Path) -> None:
     worker = _worker(model_path)
-    worker.save_checkpoint(tmp_path / "actor", 1)
-    path = tmp_path / "actor" / f"{name}_world_size_1_rank_0.pt"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=f"cannot load {tmp_path}/actor: "):
-        worker.load_checkpoint(tmp_path / "actor")
+    for name in ("model", "optim", "extra_state"):
+        worker.save_checkpoint(tmp_path / "actor", 1)
+        path = tmp_path / "actor" / f"{name}_world_size_1_rank_0.pt"
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(CheckpointError, match=f"cannot load {tmp_path}/actor: "):
+            worker.load_checkpoint(tmp_path / "actor")
 
 
 def test_no_lock_file_of_a_checkpoint_stays(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,18 +205,17 @@ def test_no_lock_file_of_a_checkpoint_stays(model_path: Path, tmp_path: Path, mo
     assert list((tmp_path / "temp").iterdir()) == []
 
 
-def test_two_ranks_give_the_loss_of_one(model_path: Path, tmp_path: Path) -> None:
-    tests = Path(__file__).parents[3]
-    found: list[dict[str, Any]] = []
-    for ranks in (1, 2):
-        (directory := tmp_path / str(ranks)).mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(directory / "result.json")]
-        path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        subprocess.run([*command, *script], check=True, timeout=240, env=environment)
-        found.append(json.loads((directory / "result.json").read_text()))
-    one, two = found
+def test_two_ranks_give_what_one_gives(model_path: Path, tmp_path: Path) -> None:
+    """Loss, logprobs, weights; and on random forests with shared prefixes and without, where every gradient is compared
+    (see the scripts)."""
+    tests, out, forests = Path(__file__).parents[3], tmp_path / "two.json", os.environ.get("ATROPOS_VERL_FORESTS", "24")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(tests / "support" / "train_ranks.py"), str(model_path), str(out), forests]
+    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run([*command, *script], check=True, timeout=900, env=environment)
+    one, two = train_ranks.results(model_path, tmp_path), json.loads(out.read_text())
+    assert np.allclose(two["forests"], forest_ranks.compare(model_path, int(forests) // 8), rtol=1e-4, atol=1e-6)
     for kind in ("advantage_weighted_sft", "grpo"):
         a, b = one[kind], two[kind]
         assert (a["world_size"], b["world_size"]) == (1, 2)
@@ -267,8 +264,7 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", STOCHASTIC)
+@pytest.mark.parametrize(("kind", "checkpointing"), [*((kind, False) for kind in STOCHASTIC), ("layerdrop", True)])
 def test_the_update_computes_what_the_engine_computed(
     kind: str, checkpointing: bool, model_path: Path, tmp_path: Path
 ) -> None:

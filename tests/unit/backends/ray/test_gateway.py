@@ -91,7 +91,7 @@ async def test_an_aborted_answer_goes_on_from_its_tokens_and_loses_nothing(abort
     assert answer.policy_versions == (versions[0], versions[-1])
     assert answer.policy_version_runs == tuple((v, len(list(run))) for v, run in groupby(versions))
     assert isinstance(engine, GenerationEngine)
-    assert engine.policy_version == versions[-1] and engine.continued == len(abort_at)
+    assert engine.policy_version == versions[-1]
     starts = [0, *abort_at]
     assert [call["prompt_ids"] for call in replica.calls] == [[1, 2, 3, *script[:start]] for start in starts]
     assert [call["max_tokens"] for call in replica.calls] == [40 - start for start in starts]
