@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Self, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -232,24 +231,14 @@ class ProgressReporter(LiveScreen):
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Shows the result of the run, as in ``summary.json``; a figure that is not there is left out."""
         self._stop_live()
+        self._print("training finished")
         rows = summary_rows(summary, ascii_only=self._ascii_only)
-        if self._is_terminal:
-            table = Table.grid(padding=(0, 2))
-            for label, value in rows:
-                table.add_row(Text(label, style="bold"), Text(value))
-            self._console.print(Panel(table, title="training finished", title_align="left", expand=False))
-        else:
-            self._print("training finished")
-            for label, value in rows:
-                self._print(f"  {label:<11} {value}")
-        if summary.get("run_dir") is None:
-            return
-        # Not in the panel, which would break a long path: it is to be copied.
-        root = Path(summary["run_dir"])
-        self._print(f"  {'run':<11} {root}")
-        for name in ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine"):
-            if (root / name).exists():
-                self._print(f"  {name.split('.')[0]:<11} {root / name}")
+        if summary.get("run_dir") is not None:
+            root = Path(summary["run_dir"])
+            names = ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine")
+            rows += [("run", str(root)), *((n.split(".")[0], str(root / n)) for n in names if (root / n).exists())]
+        for label, value in rows:
+            self._print(f"  {label:<11} {value}")
 
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []

@@ -378,12 +378,9 @@ def load_decoder(name: str) -> Decoder:
         slow = AutoTokenizer.from_pretrained(name)
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         return Decoder(len(slow), lambda ids: str(slow.decode(list(ids), **options)), slow.convert_ids_to_tokens)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer at {name}: {str(error).splitlines()[0]}", "--tokenizer") from error
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers package raises a bare Exception for a file it cannot read
-            raise
-        raise ConfigError(f"{file} is not a tokenizer file: {error}", "--tokenizer") from error
+    except Exception as error:  # the tokenizers package raises a bare one for a file that it cannot read
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"no tokenizer at {name}: {why}", "--tokenizer") from error
 
 
 def model_of_run(path: Path) -> tuple[str, Path] | None:

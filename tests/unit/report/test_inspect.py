@@ -6,6 +6,7 @@ Ids of the demo model's tokenizer: a = 64, b = 65, c = 66, newline = 198, <|im_e
 import argparse
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -112,16 +113,6 @@ def test_json_has_every_figure(tmp_path: Path) -> None:
     assert (first["staleness"], first["policy_version"], first["temperature"]) == (None, 3, 0.9)
 
 
-def test_normalisation_is_over_the_whole_batch(tmp_path: Path) -> None:
-    other = {"tokens": [[A, B, C]], "masks": [[-100, B, C]], "scores": [7.0]}
-    path = write(tmp_path / "batch.json", {"batch": [GROUP, other]})
-    _, text = inspect(path, "--json", "--estimator", "plain", "--normalization", "batch")
-    # Trained tokens: 1, 1, 0, 0, 7, 7; mean 16/6, squared deviations sum 100 - 256/6, divisor 5.
-    std = ((100 - 256 / 6) / 5) ** 0.5
-    means = [s["advantage"]["mean"] for g in json.loads(text)["groups"] for s in g["sequences"]]
-    assert means == pytest.approx([(1 - 16 / 6) / std, (0 - 16 / 6) / std, (7 - 16 / 6) / std], rel=1e-6)
-
-
 def test_tokens_as_a_table(tmp_path: Path) -> None:
     _, text = inspect(write(tmp_path / "group.json", GROUP), "--tokens")
     rows = [line.split() for line in text.splitlines()]
@@ -198,7 +189,7 @@ def test_quarantine_shows_what_the_run_said_and_what_is_said_now(tmp_path: Path)
         (["{bad}"], 1, "neither JSON nor JSON lines (line 1: group: not JSON"),
         (["{other}"], 1, "neither a batch, a group nor a quarantine file; it begins b'{\"x\": 1}'"),
         (["{good}", "--tokenizer", "{dir}/none.json"], 2, "no tokenizer at"),
-        (["{good}", "--tokenizer", "{bad}"], 2, "is not a tokenizer file"),
+        (["{good}", "--tokenizer", "{bad}"], 2, "no tokenizer at"),
         (["{good}", "--limit", "-1"], 2, "--limit: -1 must not be negative"),
         (["{good}", "--clipping", "3", "-3"], 2, "clipping: [3.0, -3.0] is not a range"),
         (["http://127.0.0.1:1", "--timeout", "1"], 1, "ATROPOS API ERROR: Cannot connect to Atropos API at http://127"),
@@ -252,10 +243,11 @@ BOTH = [("group 0", [1.0], None), ("group 1", [2.0], None)]
         (G1, BOTH[:1]),
         (json.dumps(json.loads(G1), indent=2).encode(), BOTH[:1]),
         (b'{"batch": null}', []),
+        *[(body, [("group 0", [math.nan], None)]) for body in (NAN, NAN.replace(b", ", b",\n"), b"[" + NAN + b"]")],
     ],
 )
 def test_batches_lists_and_single_groups(content: bytes, expected: list[object]) -> None:
-    assert shown(content) == expected
+    assert str(shown(content)) == str(expected)  # NaN is not itself
 
 
 def test_lines_keep_their_numbers_and_a_bad_line_does_not_hide_the_rest() -> None:
@@ -263,12 +255,6 @@ def test_lines_keep_their_numbers_and_a_bad_line_does_not_hide_the_rest() -> Non
     assert [origin for origin, *_ in found] == ["line 1", "line 3", "line 4"]
     assert [scores for _, scores, _ in found] == [[1.0], [], [2.0]]
     assert str(found[1][2]).startswith("group: not JSON")
-
-
-@pytest.mark.parametrize("content", [NAN, NAN.replace(b", ", b",\n"), b"[" + NAN + b"]", b'{"batch":[' + NAN + b"]}"])
-def test_nan_is_read_as_python_writes_it(content: bytes) -> None:
-    (found,) = load_groups(content, "FILE")
-    assert str(found.group.scores.tolist()) == "[nan]"
 
 
 @pytest.mark.parametrize(
