@@ -2,17 +2,17 @@
 
     python benchmarks/bench_trace.py [--steps 60] [--sequences 100000] [key=value ...]
 
-The first part trains the demo (with the settings given) and notes every second step only: the processor time of a step
-with and without, and the writing thread's own share of the steps with. The second part writes that many sequences of 64
-to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of the writing
-thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
+The first part trains the demo (with the settings given) and notes five steps, not the next five, and so on: the
+processor time of a step with and without, and what the writing thread takes of it. The second part writes that many
+sequences of 64 to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of
+the writing thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
 """
 
 import argparse
 import random
+import resource
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,14 +44,18 @@ def make_group(rng: np.random.Generator, number: int) -> ScoredGroup:
     )
 
 
-class EverySecondStep(TraceWriter):
-    """Keeps the processor time of this process in each step, and in those that are noted also its own."""
+class InBlocks(TraceWriter):
+    """Notes five steps, not the next five, and so on. Keeps the processor time of this process in each."""
 
     def __init__(self, run_dir: Path, most_bytes: int) -> None:
         super().__init__(run_dir, most_bytes)
-        self.is_on = True
+        WRITERS.append(self)
+        self.steps: list[float] = []
         self.last = 0.0
-        self.own = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        return len(self.steps) // BLOCK % 2 == 0
 
     def _put(self, job: Callable[[], None], weight: int) -> None:
         if self.is_on:
@@ -59,35 +63,37 @@ class EverySecondStep(TraceWriter):
 
     def ended(self, *about: Any, **named: Any) -> None:
         super().ended(*about, **named)
-        for _ in range(2 * self.is_on):  # the second one is taken when what came before the first is on the disk
-            written = threading.Event()
-            self._put(written.set, 0)
-            written.wait()
         now = time.process_time()
-        STEPS[self.is_on].append((now - self.last, self.seconds - self.own))
-        self.own, self.last, self.is_on = self.seconds, now, not self.is_on
+        self.steps.append(now - self.last)
+        self.last = now
 
 
-STEPS: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-"""Was it noted? → processor seconds of the step, and of the writing thread in it."""
+BLOCK = 5
+WRITERS: list[InBlocks] = []
 
 
 def overhead(words: list[str], steps: int) -> None:
     from atropos_verl.launch import train
     from atropos_verl.training import batch_source
 
-    batch_source.TraceWriter = EverySecondStep  # type: ignore[misc]
+    batch_source.TraceWriter = InBlocks  # type: ignore[misc]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as name:
-        fixed = [f"run_dir={name}/run", f"steps={steps}", "eval.before=false", "eval.after=false", "save_freq=0"]
+        fixed = [f"run_dir={name}/run", f"steps={steps}", "eval.before=false", "eval.after=false", "save_freq=-1"]
         if train.main([*fixed, *words], config_name="atropos") != 0:
             raise SystemExit("the run failed")
-    noted, without = STEPS[True][1:], STEPS[False]  # the first one has the start of the run
-    pairs = [a / b for (a, _), (b, _) in zip(noted, without, strict=False)]
+    [writer] = WRITERS
+    own = writer.steps[1:]  # the first one has the start of the run
+    sides = [[s for n, s in enumerate(own, 1) if n // BLOCK % 2 == side and n % BLOCK] for side in (0, 1)]
+    noted, without = (statistics.median(side) for side in sides)  # the first of a block has writing of the one before
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    others = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / steps
+    share = writer.seconds / sum(n // BLOCK % 2 == 0 for n in range(steps))
     print(
-        f"a step's processor time: {statistics.median(a for a, _ in noted):.3f} s with the trace, "
-        f"{statistics.median(a for a, _ in without):.3f} s without, ratio {statistics.median(pairs):.4f} "
-        f"(median of {len(pairs)} pairs); the writing thread's share "
-        f"{sum(own for _, own in noted) / sum(a for a, _ in noted):.2%}",
+        f"processor time of a step in the trainer's process: median {noted:.4f} s with the trace, {without:.4f} s "
+        f"without, ratio {noted / without:.4f} ({len(sides[0])} and {len(sides[1])} steps in turn)\n"
+        f"the writing thread: {share * 1e3:.2f} ms a step, {share / without:.2%} of that, "
+        f"{share / (without + others):.2%} of a step in all processes of the run ({without + others:.4f} s)",
         flush=True,
     )
 

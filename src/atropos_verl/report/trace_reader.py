@@ -26,7 +26,7 @@ import numpy as np
 from atropos_verl.config.model_checks import read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.training.trace import BITS, NAME, SequenceData
+from atropos_verl.training.trace import BITS, NAME, VERSION, SequenceData
 from atropos_verl.types import UNKNOWN_VERSION, FloatArray
 
 _MOST_ROWS = 1000
@@ -83,7 +83,7 @@ class RolloutFilter:
             "session = ?": self.session,
         }
         given = {condition: value for condition, value in conditions.items() if value is not None}
-        words = re.findall(r"\w+", self.text or "")
+        words = re.findall(r"[^\W_]+", self.text or "")
         if words:
             quoted = " ".join(f'"{word}"' for word in words) + "*"
             given["id IN (SELECT rowid FROM texts WHERE texts MATCH ?)"] = quoted
@@ -117,6 +117,8 @@ class TraceReader:
                 how = "mode=ro&immutable=1" if is_over else "mode=ro"
                 self._local.db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)
                 self._local.db.row_factory = sqlite3.Row
+                if (version := self._local.db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
+                    raise sqlite3.DatabaseError(f"it is of version {version}, this program reads {VERSION}")
                 self._local.identity = identity
             return [dict(row) for row in self._local.db.execute(sql, values)]
         except OverflowError:  # no row has such a number
@@ -409,25 +411,27 @@ def settings_of_run(directory: Path) -> dict[str, Any] | None:
 
 def _items(data: SequenceData, decoder: Decoder) -> list[dict[str, Any]]:
     ids = np.frombuffer(data.ids, "<u4").tolist()
-    shown = [place for start, stop in data.shown for place in range(start, stop)]
+    start = len(ids) - len(data.trained)
 
-    def spread(values: Any, nothing: Any) -> Any:
+    def whole(values: Any, nothing: Any) -> Any:
         found = np.full(len(ids), nothing)
         if len(values):
-            found[shown] = values
+            found[start:] = values
         return found
 
-    trained, unmatched = (spread(np.frombuffer(marks, np.bool_), False) for marks in (data.trained, data.unmatched))
+    trained, unmatched = (whole(np.frombuffer(marks, np.bool_), False) for marks in (data.trained, data.unmatched))
     packed = (data.advantages, data.logprobs, data.trainer_logprobs)
-    advantages, logprobs, own = (spread(np.frombuffer(values, "<f4"), math.nan) for values in packed)
-    versions = spread([version for version, count in data.versions for _ in range(count)], UNKNOWN_VERSION)
+    advantages, logprobs, own = (
+        np.where(trained, whole(np.frombuffer(values, "<f4"), math.nan), math.nan) for values in packed
+    )
+    versions = whole([version for version, count in data.versions for _ in range(count)], UNKNOWN_VERSION)
     texts = {id_: decoder.token(id_) for id_ in set(ids)}
     columns = {
         "id": ids,
         "text": [texts[id_] for id_ in ids],
         "trained": trained.tolist(),
         "unmatched": unmatched.tolist(),
-        "advantage": map(_number, np.where(trained, advantages, math.nan)),
+        "advantage": map(_number, advantages),
         "logprob": map(_number, logprobs),
         "mismatch": map(_number, own - logprobs),
         "version": [None if version == UNKNOWN_VERSION else version for version in versions.tolist()],

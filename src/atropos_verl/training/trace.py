@@ -8,6 +8,7 @@ docs/view.md.
 
 import functools
 import logging
+import math
 import queue
 import sqlite3
 import threading
@@ -44,10 +45,11 @@ Place = tuple[int, int]
 OfSequences = Mapping[tuple[int, int, int], FloatArray]
 """(batch, index, position in the group) → a value of each token [T]."""
 F = TypeVar("F", bound=Callable[..., Any])
-_VERSION = 1
+VERSION = 2
 _LONGEST_REASON = 500
 _MOST_WAITING = 8192
 """Sequences and requests that wait for a slow disk; what comes beyond is not noted."""
+_GATHER_SECONDS = 0.25
 _SCHEMA = """
 CREATE TABLE groups (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, environment INTEGER, state TEXT, reason TEXT,
     size INTEGER, reward REAL, hash TEXT, weight INTEGER DEFAULT 1);
@@ -55,7 +57,7 @@ CREATE TABLE sequences (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, envi
     reason TEXT, reward REAL, prompt_tokens INTEGER, tokens INTEGER, trained_tokens INTEGER, first_version INTEGER,
     last_version INTEGER, latency REAL, session TEXT, weight INTEGER DEFAULT 1);
 CREATE TABLE data (id INTEGER PRIMARY KEY, data BLOB);
-CREATE VIRTUAL TABLE texts USING fts5(text);
+CREATE VIRTUAL TABLE texts USING fts5(text, detail=none, columnsize=0);
 CREATE TABLE requests (id INTEGER PRIMARY KEY, record INTEGER UNIQUE, begun REAL, seconds REAL, prompt INTEGER,
     prompt_tokens INTEGER, tokens INTEGER, version INTEGER, session TEXT, sequence INTEGER, reason TEXT,
     weight INTEGER DEFAULT 1);
@@ -65,18 +67,17 @@ CREATE TABLE thinned (environment INTEGER, state TEXT, groups INTEGER, sequences
 
 
 class SequenceData(msgspec.Struct, array_like=True):
-    """The tokens of one sequence, packed: T ids, of which N are ``shown`` (trained, or would have been)."""
+    """The tokens of one sequence, packed: T ids. The arrays are about the last N of them: the first of these is the
+    first one that is trained, or would have been."""
 
     ids: bytes
     """uint32 [T]"""
-    shown: list[tuple[int, int]]
-    """Spans ``[start, stop)`` of the N tokens that the arrays below are about, in order."""
     trained: bytes
     """bool [N]"""
     unmatched: bytes
     """bool [N]: nobody is known to have generated it; empty: none."""
     advantages: bytes
-    """float32 [N], or [1] where all are equal; empty: not known."""
+    """float32 [N], or [1] where those of all trained tokens are equal; empty: not known."""
     logprobs: bytes
     """float32 [N], NaN: not known; of the policy that sampled; empty: not known."""
     trainer_logprobs: bytes
@@ -103,63 +104,54 @@ class _Held:
         """The columns of sequence ``i`` from ``prompt_tokens`` to ``last_version``, and its ``SequenceData``.
         ``advantages`` and ``trainer_logprobs`` [T] are the step's; without, those of the sample, or not known."""
         sample, match, group = self.samples[i], self.matches[i], self.whole
-        ids = group.token_ids[i] if sample is None else sample.token_ids
+        ids = np.clip(group.token_ids[i], 0, (1 << 32) - 1) if sample is None else sample.token_ids
         size = len(ids)
-        marks = np.zeros(size, dtype=np.bool_)
-        if i < len(group.masks) and len(mask := group.masks[i]) >= size:
-            marks = mask[:size] != NOT_TRAINED
+        marks = group.masks[i][:size] != NOT_TRAINED if i < len(group.masks) else np.zeros(0, dtype=np.bool_)
+        if len(marks) < size:
+            marks = np.zeros(size, dtype=np.bool_)
         trained = marks if sample is None else sample.loss_mask
-        shown = trained | marks
         if match is not None:
-            posted = self.posted.masks[i] != NOT_TRAINED if match.repaired is None else match.repaired.loss_mask
-            shown |= posted[:size]
+            marks = self.posted.masks[i][:size] != NOT_TRAINED if match.repaired is None else match.repaired.loss_mask
+        shown = trained | marks
         shown[:1] = False  # nothing predicts the first token
-        versions = None if group.token_versions is None else group.token_versions[i]
-        versions = None if versions is None else versions[:size][shown]
-        known = np.zeros(0) if versions is None else versions[versions != UNKNOWN_VERSION]
-        stated = None if sample is None else sample.policy_version
-        first, last = (int(known.min()), int(known.max())) if known.size else (stated, stated)
-        own, spans = trained[shown], _spans(shown)
-        lost = b"" if match is None or (found := match.found[:size][shown]).all() else (~found).tobytes()
-        logprobs = None if sample is None else sample.rollout_logprobs
+        start = int(shown.argmax()) if size else 0
+        start = start if size and shown[start] else size
+        trained, lost = trained[start:], b""
+        if match is not None and (missing := shown[start:] > match.found[start:size]).any():
+            lost = missing.tobytes()
+        count = 0 if sample is None else int(np.count_nonzero(trained))
         if advantages is None and sample is not None:
             advantages = sample.advantages
+        versions = None if group.token_versions is None else group.token_versions[i]
+        runs = [] if versions is None or start == size else _runs(versions[start:size])
+        known = [version for version, _ in runs if version != UNKNOWN_VERSION]
+        stated = None if sample is None else _stored(sample.policy_version)
         data = SequenceData(
-            ids=np.clip(ids, 0, (1 << 32) - 1).astype("<u4").tobytes(),
-            shown=spans,
-            trained=own.tobytes(),
+            ids=ids.astype("<u4").tobytes(),
+            trained=trained.tobytes(),
             unmatched=lost,
-            advantages=_packed(advantages, shown, own, may_be_one=True),
-            logprobs=_packed(logprobs, shown, own),
-            trainer_logprobs=_packed(trainer_logprobs, shown, own),
-            versions=[] if versions is None else _runs(versions),
+            advantages=b"" if advantages is None or not trained.any() else _one_or_all(advantages[start:size], trained),
+            logprobs=_packed(None if sample is None else sample.rollout_logprobs, start),
+            trainer_logprobs=_packed(trainer_logprobs, start),
+            versions=runs,
         )
-        prompt, count = spans[0][0] if spans else size, 0 if sample is None else int(own.sum())
-        return (prompt, size, count, first, last), msgspec.msgpack.encode(data)
+        columns = (start, size, count, min(known, default=stated), max(known, default=stated))
+        return columns, msgspec.msgpack.encode(data)
 
 
-def _packed(
-    values: FloatArray | None, shown: NDArray[np.bool_], trained: NDArray[np.bool_], *, may_be_one: bool = False
-) -> bytes:
-    """float32 of the N tokens that are ``shown`` [T], NaN where they are not ``trained`` [N]."""
-    if values is None or not trained.any():
-        return b""
-    chosen = values[: len(shown)][shown].astype("<f4")
-    chosen[~trained] = np.nan
-    own = chosen[trained]
-    return (own[:1] if may_be_one and (own == own[0]).all() else chosen).tobytes()
+def _packed(values: FloatArray | None, start: int) -> bytes:
+    return b"" if values is None else values[start:].astype("<f4").tobytes()
 
 
-def _spans(marks: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    padded = np.zeros(len(marks) + 2, dtype=np.bool_)
-    padded[1:-1] = marks
-    edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
+def _one_or_all(values: FloatArray, trained: NDArray[np.bool_]) -> bytes:
+    own = values[trained]
+    return (own[:1] if (own == own[0]).all() else values).astype("<f4").tobytes()
 
 
 def _runs(values: IntArray) -> list[tuple[int, int]]:
-    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
-    return [(int(values[a]), b - a) for a, b in pairwise(edges) if b > a]
+    """Value and length of each stretch of equal ones in [N], N at least 1."""
+    edges = [0, *((values[1:] != values[:-1]).nonzero()[0] + 1).tolist(), len(values)]
+    return [(int(values[a]), b - a) for a, b in pairwise(edges)]
 
 
 def _noted(weight: Callable[..., int] | None = None) -> Callable[[F], F]:
@@ -198,6 +190,7 @@ class TraceWriter:
         self._thread: threading.Thread | None = None
         self._newest = 0
         self._is_over = False
+        self._is_closing = threading.Event()
 
     def begin(self, step: int | None) -> int:
         """What earlier processes wrote is kept up to ``step``; what was trained on later is under way again. None: a
@@ -217,6 +210,7 @@ class TraceWriter:
         """Writes what waits. Idempotent."""
         if self._thread is not None and self._thread.is_alive():
             self._jobs.put((0.0, 0, None))
+            self._is_closing.set()
             self._thread.join(30.0)
         self._is_over = True
 
@@ -228,18 +222,19 @@ class TraceWriter:
         ended = "SELECT id FROM groups WHERE id >= ? AND id < ? AND step IS NOT NULL"
         # A batch that is taken again may be trained on in part, and a checkpoint holds that.
         known = {id_ for (id_,) in self._db.execute(ended, (batch << BITS, batch + 1 << BITS))}
-        for index, group in enumerate(groups[: 1 << BITS]):
-            id_ = batch << BITS | index
-            if id_ in known:
-                continue
-            self._put_group(id_, group, self._now, "under_way", None, None)
-            about, scores = (self._now, group.env_id), _scores(group)
-            rows = [(id_ << BITS | i, *about, scores[i], len(ids)) for i, ids in enumerate(group.token_ids)]
-            self._db.executemany(
-                "INSERT OR REPLACE INTO sequences (id, arrived, environment, state, reward, tokens) "
-                "VALUES (?, ?, ?, 'under_way', ?, ?)",
-                rows or [(id_ << BITS, *about, None, 0)],
-            )
+        new = [(id_, group) for id_, group in enumerate(groups[: 1 << BITS], batch << BITS) if id_ not in known]
+        self._put_groups([(id_, group, self._now, "under_way", None, None) for id_, group in new])
+        rows = []
+        for id_, group in new:
+            about, scores = (self._now, _stored(group.env_id)), _scores(group)
+            sizes = [len(ids) for ids in group.token_ids]
+            rows += [(id_ << BITS | i, *about, scores[i], size) for i, size in enumerate(sizes)]
+            rows += [] if sizes else [(id_ << BITS, *about, None, 0)]
+        self._db.executemany(
+            "INSERT OR REPLACE INTO sequences (id, arrived, environment, state, reward, tokens) "
+            "VALUES (?, ?, ?, 'under_way', ?, ?)",
+            rows,
+        )
 
     @_noted(lambda places, posted, *_: sum(map(len, posted)))
     def collected(
@@ -272,7 +267,7 @@ class TraceWriter:
             ]
             self._held[id_] = _Held(self._now, group, whole, found, samples)
             if ends is not None:
-                self._end(place, None, *ends, {}, {})
+                self._end([id_], None, *ends, {}, {})
 
     @_noted()
     def ended(
@@ -286,14 +281,14 @@ class TraceWriter:
         trainer_logprobs: OfSequences | None = None,
     ) -> None:
         """A step trained on groups. ``advantages``, ``trainer_logprobs``: where they are not those of the samples."""
-        for place in places:
-            if (id_ := place[0] << BITS | place[1]) in self._held:
-                self._end(place, step, state, reason, advantages or {}, trainer_logprobs or {})
-                continue
+        ids = [batch << BITS | index for batch, index in places]
+        for id_ in (id_ for id_ in ids if id_ not in self._held):
             # It was refused; the step is the one whose batch it came in.
             self._db.execute("UPDATE groups SET step = ? WHERE id = ? AND state != 'under_way'", (step, id_))
             own = "UPDATE sequences SET step = ? WHERE id >= ? AND id < ? AND state != 'under_way'"
             self._db.execute(own, (step, id_ << BITS, id_ + 1 << BITS))
+        held = [id_ for id_ in ids if id_ in self._held]
+        self._end(held, step, state, reason, advantages or {}, trainer_logprobs or {})
 
     @_noted(lambda *_: 1)
     def request(
@@ -345,6 +340,7 @@ class TraceWriter:
             is_over = False
             while not is_over:
                 jobs = [self._jobs.get()]
+                self._is_closing.wait(_GATHER_SECONDS)  # a transaction costs more than what one request adds to it
                 while not self._jobs.empty():
                     jobs.append(self._jobs.get())
                 with self._db:
@@ -373,59 +369,71 @@ class TraceWriter:
         except Exception:  # what came from outside holds a value that SQLite does not
             logger.exception("%s lacks a part of what happened", self.path)
 
-    def _put_group(
-        self, id_: int, group: ScoredGroup, now: float, state: str, reason: str | None, step: int | None
-    ) -> None:
-        scores = [score for score in _scores(group) if score is not None]
-        mean = sum(scores) / len(scores) if scores else None
-        values = (id_, now, step, group.env_id, state, reason, len(group), mean, group.group_id)
-        self._db.execute("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)", values)
+    def _put_groups(self, rows: Sequence[tuple[int, ScoredGroup, float, str, str | None, int | None]]) -> None:
+        values = []
+        for id_, group, arrived, state, reason, step in rows:
+            scores = [score for score in _scores(group) if score is not None]
+            mean = sum(scores) / len(scores) if scores else None
+            about = (_stored(group.env_id), state, reason, len(group), mean, group.group_id)
+            values.append((id_, arrived, step, *about))
+        self._db.executemany("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)", values)
 
     def _end(
         self,
-        place: Place,
+        ids: Sequence[int],
         step: int | None,
         state: State,
         reason: str | None,
         advantages: OfSequences,
         trainer_logprobs: OfSequences,
     ) -> None:
-        held = self._held.pop(id_ := place[0] << BITS | place[1])
+        """Groups that are held end."""
         reason = None if reason is None else reason.encode("utf-8", "backslashreplace").decode()[:_LONGEST_REASON]
-        records = [() if match is None else match.records for match in held.matches]
-        found = self._db.execute(
-            "SELECT record, begun, seconds, session FROM requests "
+        ending = {id_: self._held.pop(id_) for id_ in ids}
+        taken = [
+            (id_ << BITS | i, order)
+            for id_, held in ending.items()
+            for i, match in enumerate(held.matches)
+            for order in (() if match is None else match.records)
+        ]
+        answers = self._db.execute(
+            "SELECT record, begun, begun + seconds, session FROM requests "
             "WHERE record IN (SELECT value FROM json_each(?)) AND seconds IS NOT NULL",
-            (msgspec.json.encode([order for orders in records for order in orders]).decode(),),
+            (msgspec.json.encode([order for _, order in taken]).decode(),),
         )
-        known = {record: about for record, *about in found}
-        sequences, packed, texts, states = [], [], [], set()
-        scores = _scores(held.posted)
-        for i, (sample, orders) in enumerate(zip(held.samples, records, strict=True)):
-            key, of = id_ << BITS | i, (*place, i)
-            values, data = held.pack(i, advantages.get(of), trainer_logprobs.get(of))
-            own, why = state, reason
-            if state == "trained" and sample is None:
-                own, why = "overlong", f"{values[1]} tokens, more than data.max_token_len"
-            elif state == "trained" and not values[2]:
-                why = "it has no token to train on"
-            states.add(own)
-            requests = [known[order] for order in orders if order in known]
-            latency = max(b + s for b, s, _ in requests) - min(b for b, _, _ in requests) if requests else None
-            session = next((session for _, _, session in requests if session is not None), None)
-            about = (held.arrived, step, held.posted.env_id, own, why, scores[i])
-            sequences.append((key, *about, *values, latency, session))
-            packed.append((key, data))
-            if self.decode is not None:
-                ids = held.whole.token_ids[i] if sample is None else sample.token_ids
-                texts.append((key, self.decode(np.maximum(ids, 0).tolist())))
-        own_state = "overlong" if states == {"overlong"} else state
-        self._put_group(id_, held.posted, held.arrived, own_state, reason, step)
+        known = {record: about for record, *about in answers}
+        requests: dict[int, list[Any]] = {}
+        for key, order in taken:
+            requests.setdefault(key, []).extend([known[order]] if order in known else [])
+        groups, sequences, packed, texts = [], [], [], []
+        for id_, held in ending.items():
+            scores, environment, states = _scores(held.posted), _stored(held.posted.env_id), set()
+            for i, sample in enumerate(held.samples):
+                key, place = id_ << BITS | i, (id_ >> BITS, id_ & (1 << BITS) - 1, i)
+                values, data = held.pack(i, advantages.get(place), trainer_logprobs.get(place))
+                own, why = state, reason
+                if state == "trained" and sample is None:
+                    own, why = "overlong", f"{values[1]} tokens, more than data.max_token_len"
+                elif state == "trained" and not values[2]:
+                    why = "it has no token to train on"
+                states.add(own)
+                latency = session = None
+                if of := requests.get(key):
+                    latency = max(end for _, end, _ in of) - min(begun for begun, _, _ in of)
+                    session = next((name for _, _, name in of if name is not None), None)
+                about = (held.arrived, step, environment, own, why, scores[i])
+                sequences.append((key, *about, *values, latency, session))
+                packed.append((key, data))
+                if self.decode is not None:
+                    ids_ = held.whole.token_ids[i] if sample is None else sample.token_ids
+                    texts.append((key, self.decode(np.maximum(ids_, 0).tolist())))
+            own_state = "overlong" if states == {"overlong"} else state
+            groups.append((id_, held.posted, held.arrived, own_state, reason, step))
+        self._put_groups(groups)
         run = self._db.executemany
         run(f"INSERT OR REPLACE INTO sequences VALUES ({', '.join('?' * 14)}, 1)", sequences)
         run("INSERT OR REPLACE INTO data VALUES (?, ?)", packed)
         run("INSERT OR REPLACE INTO texts (rowid, text) VALUES (?, ?)", texts)
-        taken = [(id_ << BITS | i, order) for i, orders in enumerate(records) for order in orders]
         run("UPDATE requests SET sequence = ? WHERE record = ?", taken)
 
     def _thin_out(self, page_size: int) -> None:
@@ -461,8 +469,13 @@ class TraceWriter:
             execute(statement, values)
 
 
+def _stored(value: int | None) -> int | None:
+    """SQLite has 64 bits; what came from outside may have more."""
+    return value if value is not None and abs(value) < 1 << 63 else None
+
+
 def _scores(group: ScoredGroup) -> list[float | None]:
-    scores = [float(score) if np.isfinite(score) else None for score in group.scores[: len(group)]]
+    scores = [score if math.isfinite(score) else None for score in group.scores[: len(group)].tolist()]
     return scores + [None] * (len(group) - len(scores))
 
 
@@ -492,10 +505,10 @@ def _connect(path: Path, step: int | None) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = OFF")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"it is of version {version}, this program writes {_VERSION}")
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"it is of version {version}, this program writes {VERSION}")
         if version == 0:
-            db.executescript(f"{_SCHEMA} PRAGMA user_version = {_VERSION};")
+            db.executescript(f"{_SCHEMA} PRAGMA user_version = {VERSION};")
         with db:
             for table in ("groups", "sequences"):
                 db.execute(f"UPDATE {table} SET state = 'under_way', step = NULL WHERE step > ?", (step or 0,))

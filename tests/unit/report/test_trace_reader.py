@@ -280,13 +280,13 @@ def test_a_stale_group_is_told_with_its_repaired_tokens_whatever_their_number(tm
     assert [one["step"] for one in reader.rollouts(RolloutFilter(state="trained"))] == [2]
 
 
-def test_a_value_that_sqlite_does_not_hold_costs_its_row_and_not_the_trace(tmp_path: Path) -> None:
+def test_a_value_that_sqlite_does_not_hold_costs_itself_and_not_the_trace(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.step(1, group([66, 258], env_id=10**30))
     run.writer.request([], 5, 2, 0.0, 1.0, None, "EngineError: \ud800")
     run.writer.session("s", "aborted", "\ud800")
     run.step(2, group([66, 258]))
-    assert [(one["step"], one["state"]) for one in run.read().rollouts()] == [(2, "trained")]
+    assert [(one["step"], one["environment"]) for one in run.read().rollouts()] == [(2, 0), (1, None)]
 
 
 def test_of_a_batch_taken_again_what_a_checkpoint_holds_stays_trained(tmp_path: Path) -> None:
