@@ -12,38 +12,23 @@ from typing import Any
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _COMMANDS = {
-    "serve-api": (
-        "atropos_verl.server.main",
-        "serve the trajectory API that environments post to and a trainer fetches batches from",
-    ),
-    "doctor": (
-        "atropos_verl.launch.doctor",
-        "say what this machine can run and what is missing, before anything slow starts",
-    ),
+    "serve-api": ("server.main", "serve the trajectory API that environments post to and a trainer takes batches from"),
+    "doctor": ("launch.doctor", "say what this machine can run and what is missing, before anything slow starts"),
     "inspect": (
-        "atropos_verl.report.inspect",
+        "report.inspect",
         "show what the trainer would see in a batch, groups, a quarantine file, or at an API",
     ),
-    "simulate": (
-        "simulate.main",
-        "predict throughput, idle shares and staleness of a configuration, on a virtual clock",
-    ),
-    "agents": (
-        "atropos_verl.agents.runner",
-        "run an agent that exists already on tasks, its rollouts trained on; or evaluate it",
-    ),
+    "simulate": ("", "predict throughput, idle shares and staleness of a configuration, on a virtual clock"),
+    "agents": ("agents.runner", "run an agent that exists already on tasks, its rollouts trained on; or evaluate it"),
     "environments": (
-        "atropos_verl.environments.serve",
-        "serve an environment of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer; or evaluate on it",
+        "environments.serve",
+        "serve an environment of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer",
     ),
     "report": (
-        "atropos_verl.report.run_report",
-        "show what came of a run, or compare several; --survivors: which rollouts were never trained on",
+        "report.run_report",
+        "show what came of a run, or compare; --survivors: which rollouts were never trained on",
     ),
-    "view": (
-        "atropos_verl.report.view",
-        "serve a page of runs, live and afterwards: curves, processes, and every rollout token by token",
-    ),
+    "view": ("report.view", "serve a page of runs, live and afterwards: curves, processes, rollouts token by token"),
 }
 """Subcommand → its module, which has ``add_arguments`` and ``run``, and its help."""
 
@@ -68,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module_name, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if words[:1] == [name]:
-            module = _simulator() if name == "simulate" else importlib.import_module(module_name)
+            module = _simulator() if name == "simulate" else importlib.import_module(f"atropos_verl.{module_name}")
             module.add_arguments(command)
     options = parser.parse_args(words)
     if module is None:

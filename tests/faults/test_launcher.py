@@ -112,7 +112,7 @@ def test_a_run_survives_every_fault_and_completes(drill: Drill) -> None:
 
 def test_environments_that_cannot_start_or_never_register_are_given_up_and_the_run_goes_on(drill: Drill) -> None:
     for words in (
-        "broken exited with code 3 for the second time and is given up; the run goes on",
+        "broken exited with code 3 (2 deaths) and is given up; the run goes on",
         "no such dataset: gsm9k",
         "sleeper was not ready 2 s after its start: it has not registered at the API",
         "loading a very large dataset",
@@ -126,8 +126,8 @@ def test_a_stall_is_diagnosed(drill: Drill) -> None:
     for words in (
         "what is known; the run goes on waiting:",
         "  demo: running, pid",
-        "  inference gateway: 0 requests in flight, 0 tokens/s",
-        "  environment demo_0: alive, heard",  # it was killed before, and has its name again
+        "  inference gateway: in flight 0, tokens per second 0",
+        "  environment demo_0: state alive, heard",  # it was killed before, and has its name again
         "  broken: failed, 1 restarts: exited with code 3",
     ):
         assert words in drill.diagnosis

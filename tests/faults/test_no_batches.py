@@ -24,7 +24,6 @@ CAUSES = {
         "the prompts of the environment are too long: the gateway refuses every request: ",
         "maximum context length is 64 tokens",
     ),
-    "wrong_address": ("the environment does not reach the gateway: ", "its arguments send it to http://127.0.0.1:9/v1"),
     "sends_wrongly": ("the trajectory API refuses every group of environment failing: ", "masks[0]: "),
 }
 """Fault → how the first line goes on, and the reason in it."""
@@ -35,8 +34,6 @@ SAME = " s: the environment drops every group, since all scores of a group are e
 def test_the_first_line_names_the_cause(fault: str, tmp_path: Path) -> None:
     """The last one is a launch's, whose environment has a name."""
     words = [*WORDS, f"env.script={FAILING}", f"env.env.FAULT={fault}"]
-    if fault == "wrong_address":
-        words.append("env.args=[--openai.base_url,'http://127.0.0.1:9/v1']")
     made: TrainingRun = TrainingRun(words, run_dir=tmp_path / "run")
     if fault == "sends_wrongly":
         environment = f"environments={{failing: {{script: {FAILING}, env: {{FAULT: {fault}}}}}}}"

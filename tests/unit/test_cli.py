@@ -70,15 +70,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_train_dispatches_on_the_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "backend=ray", "--help"]) == 0
-    assert "keys of the block atropos" in capsys.readouterr().out
-    assert main(["train", "backend=local", "--help"]) == 0
-    assert "use_advantage_weighting" in capsys.readouterr().out
-    assert main(["train", "backend=slurm"]) == 2
-    assert "neither local nor ray" in capsys.readouterr().err
-
-
 def test_simulate_is_found_in_a_checkout_and_missed_with_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

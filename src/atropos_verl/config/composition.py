@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.launch_schema import MOVED, LaunchConfig, describe_launch
+import yaml
+
+from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import defaults_for
 from atropos_verl.config.schema import (
+    Row,
     RunConfig,
     apply_environment,
     bounds_of,
@@ -50,9 +53,6 @@ def load_launch(
     overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None
 ) -> tuple[RunConfig, LaunchConfig]:
     """Compose and validate both halves of a launch, as ``load_config``. The gateway gets a key if it has none."""
-    for word in overrides:
-        if (key := key_of(word)) in MOVED:
-            raise ConfigError(MOVED[key], key)
     values = _compose(overrides, config_dir, config_name or _SCHEMAS[1], is_launch=True)
     launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
     values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
@@ -78,9 +78,8 @@ def fitted_to_model(values: Mapping[str, Any]) -> RunConfig:
             place.pop(name, None)
             if key in chosen:
                 place[name] = chosen[key]
-                notes.append(
-                    f"{key}={chosen[key]:g}, chosen by the size of {values['model']['path']}; set it otherwise"
-                )
+                path = values["model"]["path"]
+                notes.append(f"{key}={chosen[key]:g}, chosen by the size of {path}; set it otherwise")
     config = RunConfig.from_mapping(values)
     config._notes = tuple(notes)
     return config
@@ -115,7 +114,6 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
     """What Hydra, OmegaConf and YAML raise for files and words of users becomes a ``ConfigError`` naming the key."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     try:
         yield
@@ -124,12 +122,14 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
         # Their further lines repeat the key and name a type.
         lines = [line.strip() for line in str(inner).strip().splitlines()]
         text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
+        if word := getattr(error, "override", None):
+            text = f"{word!r} cannot be read: {lines[0]}"
         if found := re.search(r"Environment variable '(.+)' not found", text):
             text = f"environment variable {found[1]} is not set; set it, or give the key another value"
         if getattr(error, "missing_cfg_file", None) == _SCHEMAS[1]:
             text = f"{config_name} is a configuration of `atropos-verl launch`"
         raise ConfigError(text, str(getattr(inner, "full_key", None) or "")) from None
-    except (YAMLError, UnicodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{config_name} cannot be read: {' '.join(str(error).split())}") from None
 
 
@@ -152,8 +152,6 @@ def _compose(
 ) -> dict[str, Any]:
     """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed."""
     from hydra.core.config_store import ConfigStore
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     rows = [*describe(), *describe_launch(), ("environments",), ("agents",)] if is_launch else describe()
@@ -168,13 +166,6 @@ def _compose(
     words = [f"++{word}" if word.startswith(sections) else word for word in overrides]
     if any(word.startswith("environments=") for word in overrides):  # all of them: those of the file go
         words.insert(0, "~environments")
-    parser = OverridesParser.create()
-    for word in words:
-        # Composing would say where in a word Hydra stumbled, but not in which word.
-        try:
-            parser.parse_override(word)
-        except HydraException as error:
-            raise ConfigError(f"{word!r} cannot be read: {str(error).splitlines()[0]}") from None
     defaults = RunConfig().model_dump(mode="json")
     for key in _OF_THE_DEMO:  # null where neither the file nor a word sets it
         section, _, name = key.rpartition(".")
@@ -186,9 +177,13 @@ def _compose(
         ConfigStore.instance().store(name=_SCHEMAS[1], node=of_launch)
     with composition_errors(config_name):
         composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
-        plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+        plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)
+    return plain
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """As ``--cfg`` prints them."""
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 
 def check_form(word: str, advice: str) -> str:
@@ -198,30 +193,44 @@ def check_form(word: str, advice: str) -> str:
     return key_of(word)
 
 
-_TRAIN_HELP = """\
+_HELP = """\
 usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
 
-Train a policy on Atropos environments. Without atropos.api_url everything needed is started on free
-loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is.
+{about}
 
   -h, --help           this text
-  --config-name NAME   which YAML of the config directory (default: atropos), also before --help
+  --config-name NAME   {names}
   --config-dir DIR     another config directory
   --cfg                print the composed configuration and stop
 
 examples:
-  {program}
-  {program} steps=100 optim.lr=3e-4 run_dir=runs/mine
-  {program} atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model
-  {program} env.script=path/to/my_env.py group_size=4 batch_size=32
+{examples}
 
 environment variables (over the file, under key=value; keys given so do not show in ps):
   ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY
 
-keys (value in this configuration):
+{keys} (value in this configuration):
 """
 
 
-def train_help(program: str, config: RunConfig) -> str:
-    """The text of ``--help``: usage, examples, every key with its meaning and its value in ``config``."""
-    return _TRAIN_HELP.format(program=program) + help_rows(describe(), config.public())
+def help_text(
+    script: str, about: str, examples: Sequence[str], keys: str, rows: Sequence[Row], values: Mapping[str, Any]
+) -> str:
+    """The text of ``--help``: usage, examples of words for ``script``, every key with meaning and value."""
+    program, names = f"python recipe/atropos/{script}", ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    shown = "\n".join(f"  {program} {words}" for words in examples)
+    texts = {"about": about, "names": f"one of: {names}", "examples": shown, "keys": keys}
+    return _HELP.format(program=program, **texts) + help_rows(rows, values)
+
+
+def train_help(values: Mapping[str, Any]) -> str:
+    """The text of ``--help`` of the local backend. ``values``: the composed configuration."""
+    about = """\
+Train a policy on Atropos environments. Without atropos.api_url everything needed is started on free
+loopback ports: trajectory API, inference gateway, one environment. With it, only the gateway is."""
+    examples = (
+        "steps=100 optim.lr=3e-4 run_dir=runs/mine",
+        "atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
+        "env.script=path/to/my_env.py group_size=4 batch_size=32",
+    )
+    return help_text("main_atropos.py", about, examples, "keys", describe(), values)

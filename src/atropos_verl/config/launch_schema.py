@@ -5,27 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from atropos_verl.config.schema import (
-    EnvConfig,
-    EvalConfig,
     NonNegative,
     Port,
     PositiveFloat,
     PositiveInt,
+    ProgramConfig,
+    Row,
     RunConfig,
     Section,
     SuperviseConfig,
     Variables,
     Words,
-    as_config_error,
     describe,
 )
 from atropos_verl.errors import ConfigError
-
-MOVED = {"api.server": "is atropos.server now, which main_atropos.py reads too (embedded or upstream)"}
-"""Keys of earlier versions, and what to write instead."""
 
 LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
 """Variable: the directory in which the command was started, in which modules of the user are looked for."""
@@ -33,34 +29,26 @@ LAUNCH_DIRECTORY = "ATROPOS_VERL_LAUNCH_DIRECTORY"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
-class EnvironmentConfig(Section):
-    """One environment; ``environments`` maps names to these."""
+class ShareConfig(Section):
+    """What part of the batches comes from an environment or an agent."""
 
-    script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
-    module: str | None = Field(None, description="started with python -m instead of a script")
-    ecosystem: str | None = Field(None, description="in its place; one of docs/ecosystems.md, e.g. verifiers:TASKSET")
-    python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
-    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they come last and win')
-    omit: Words = Field((), description='arguments of the launcher to leave out, e.g. ["--env.min_batch_allocation"]')
     weight: NonNegative = Field(1.0, description="its share of the trained sequences is weight / sum of all weights")
     min_batch_allocation: float | None = Field(None, gt=0, le=1, description="least share of every batch")
     group_size: PositiveInt | None = Field(None, description="sequences per prompt; null: the run's")
     max_batches_offpolicy: PositiveInt | None = Field(None, description="batches queued ahead; null: the run's")
+
+
+class EnvironmentConfig(ShareConfig, ProgramConfig):
+    """One environment; ``environments`` maps names to these."""
+
+    ecosystem: str | None = Field(None, description="in its place; one of docs/ecosystems.md, e.g. verifiers:TASKSET")
+    omit: Words = Field((), description='arguments of the launcher to leave out, e.g. ["--env.min_batch_allocation"]')
     server_type: Literal["openai", "vllm", "sglang", "trl"] = Field("vllm", description="dialect it uses")
     copies: PositiveInt = Field(1, description="processes of it; they divide its weight")
     restart: Literal["always", "never"] = Field("always", description="when it dies")
     max_restarts: int = Field(5, ge=0, description="restarts in a row; then the run goes on without it")
     startup_timeout: PositiveFloat = Field(120.0, description="seconds from the first generation to its registration")
     evaluate: bool = Field(True, description="takes part in held-out evaluation (eval.before, eval.after)")
-    env: Variables = Field(default_factory=dict, description="environment variables")
-    cwd: str | None = Field(None, description="its working directory; null: the run directory")
-
-    @model_validator(mode="after")
-    def _one_program(self) -> Self:
-        named = [name for name in ("script", "module", "ecosystem") if getattr(self, name) is not None]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(f'{name} ({getattr(self, name)})' for name in named)} exclude each other")
-        return self
 
     def as_environment(self) -> Self:
         """That of another ecosystem as the program that serves it."""
@@ -71,7 +59,7 @@ class EnvironmentConfig(Section):
         return self.model_copy(update={"module": module, "args": (self.ecosystem, *self.args), "env": env})
 
 
-class AgentConfig(Section):
+class AgentConfig(ShareConfig):
     """One agent; ``agents`` maps names to these. Each is an environment, whose program is ``atropos-verl agents``."""
 
     agent: str | None = Field(None, description="MODULE:FUNCTION, async def solve(task, session) -> float | Reward")
@@ -82,10 +70,6 @@ class AgentConfig(Section):
     concurrency: PositiveInt = Field(64, description="sessions at once")
     timeout: PositiveFloat = Field(600.0, description="seconds for one rollout")
     python: str | None = Field(None, description="its interpreter, or a virtual environment; null: the launcher's")
-    weight: NonNegative = Field(1.0, description="as an environment's, like the keys that follow")
-    min_batch_allocation: float | None = Field(None, gt=0, le=1, description="least share of every batch")
-    group_size: PositiveInt | None = Field(None, description="rollouts per task; null: the run's")
-    max_batches_offpolicy: PositiveInt | None = Field(None, description="batches queued ahead; null: the run's")
     env: Variables = Field(default_factory=dict, description="environment variables")
 
     @model_validator(mode="after")
@@ -149,22 +133,18 @@ class LaunchConfig(Section):
     )
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+    def from_mapping(cls, values: Mapping[str, Any], prefix: str = "") -> Self:
         """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong.
 
         An environment that is null is left out; without any, and without agents, the demo's is taken.
         """
         values = dict(values)
-        api = values.get("api")
-        if isinstance(api, Mapping) and "server" in api:
-            raise ConfigError(MOVED["api.server"], "api.server")
         named = values.pop("environments", None) or {}
         if isinstance(named, Mapping):
             named = {key: value for key, value in named.items() if value is not None}
-        try:
-            return cls.model_validate({**values, **({"environments": named} if named or values.get("agents") else {})})
-        except ValidationError as error:
-            raise as_config_error(error, cls) from None
+        if named or values.get("agents"):
+            values["environments"] = named
+        return super().from_mapping(values, prefix)
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -194,7 +174,7 @@ class LaunchConfig(Section):
         return self.only is None or part in self.only
 
 
-def describe_launch() -> list[tuple[str, Any, str]]:
+def describe_launch() -> list[Row]:
     """Every key of a launch as ``(dotted name, default, meaning)``; an environment's as ``environments.NAME.key``."""
     rows = [row for row in describe(LaunchConfig) if row[0] not in ("environments", "agents")]
     named = describe(EnvironmentConfig, "environments.NAME.") + describe(AgentConfig, "agents.NAME.")
@@ -206,34 +186,28 @@ def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
 
     An evaluation that is switched off is not among them. The backend puts ``prefix`` before its keys.
     """
-    names = [f"env.{name}" for name in _changed(config.env, EnvConfig())]
-    if config.eval.commands_file is None:
-        changed = _changed(config.eval, EvalConfig())
-        names += [f"eval.{name}" for name in changed if getattr(config.eval, name) is not False]
+    evaluation = {} if config.eval.commands_file is not None else _changed(config.eval)
+    names = [f"env.{name}" for name in _changed(config.env)]
+    names += [f"eval.{name}" for name, value in evaluation.items() if value is not False]
     unused = ", ".join(f"{prefix}{name}" for name in names)
     return unused and f"{unused}: not used, since atropos.api_url says that environments run elsewhere"
 
 
 def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> list[str]:
     """Warnings about unused keys. Raises ``ConfigError`` for one of ``main_atropos.py``, or of the other API."""
-    for name in _changed(config.env, EnvConfig()):
-        if name != "max_batches_offpolicy":
-            raise ConfigError(
-                "main_atropos.py reads this key; a launch describes its environments under environments.NAME "
-                f"(environments.demo.{name}=...)",
-                f"env.{name}",
-            )
-    api = _changed(launch.api, ApiProcessConfig())
+    for name in _changed(config.env).keys() - {"max_batches_offpolicy"}:
+        text = f"main_atropos.py reads this key; a launch has it in environments.NAME (environments.demo.{name}=...)"
+        raise ConfigError(text, f"env.{name}")
+    api = _changed(launch.api)
     if own_api and config.atropos.server == "upstream":
-        for name in api:
-            if name in ("data_dir", "args"):
-                raise ConfigError("the embedded API has it, atropos.server=upstream does not", f"api.{name}")
+        for name in api.keys() & {"data_dir", "args"}:
+            raise ConfigError("the embedded API has it, atropos.server=upstream does not", f"api.{name}")
     if api and not own_api and launch.only is None:
         keys = ", ".join(f"api.{name}" for name in api)
         return [f"{keys}: not used, since atropos.api_url names an API that runs already"]
     return []
 
 
-def _changed(section: BaseModel, default: BaseModel) -> list[str]:
-    """Names of the fields in which ``section`` differs from ``default``."""
-    return [name for name in type(section).model_fields if getattr(section, name) != getattr(default, name)]
+def _changed(section: BaseModel) -> dict[str, Any]:
+    """The fields of ``section`` that do not have their default."""
+    return section.model_dump(exclude_defaults=True)

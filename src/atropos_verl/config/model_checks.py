@@ -53,13 +53,11 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
     architecture = f"{settings.get('model_type', 'unknown')} in {model_path}"
     findings = [finding(_SECTION, "architecture", architecture), _check_weights(model_path)]
     findings += [_compare_vocabulary(settings, tokenizer_dir), *check_tokenizer(tokenizer_dir)]
-    context = settings.get("max_position_embeddings")
+    context = _of_text(settings, "max_position_embeddings")
     if isinstance(context, int):
-        text, todo = f"{context} positions, sequences of up to {config.max_token_len} tokens", ""
-        if config.max_token_len > context:
-            text = f"sequences of up to {config.max_token_len} tokens, the model has {context} positions"
-            todo = "lower data.max_prompt_length, max_response_length or data.max_token_len"
-        findings.append(finding(_SECTION, "context", text, missing=todo))
+        text = f"sequences of up to {config.max_token_len} tokens, the model has {context} positions"
+        todo = "lower data.max_prompt_length, max_response_length or data.max_token_len"
+        findings.append(finding(_SECTION, "context", text, missing=todo if config.max_token_len > context else ""))
     return findings
 
 
@@ -69,16 +67,10 @@ def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     Without this the failure comes when everything else has started, or is an index error in the embedding, or (on a
     GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys.
     """
-    settings, problem = read_json(model_path / "config.json")
-    if problem:
-        return  # the loader's message is better
-    weights = _check_weights(model_path)
-    if weights.status == "missing":
-        raise ConfigError(f"{weights.found}; {weights.todo}", f"{prefix}model.path")
-    result = _compare_vocabulary(settings, Path(config.model.tokenizer_path or model_path).expanduser())
-    if result.status == "missing":
-        key = "model.tokenizer_path" if config.model.tokenizer_path else "model.path"
-        raise ConfigError(f"{result.found}; {result.todo}", f"{prefix}{key}")
+    for found in check_model(config, model_path):
+        if found.status == "missing" and found.name in ("weights", "tokenizer"):
+            is_own = found.name == "tokenizer" and config.model.tokenizer_path
+            raise ConfigError(f"{found.found}; {found.todo}", f"{prefix}model.{'tokenizer_path' if is_own else 'path'}")
 
 
 def defaults_for(path: str | None) -> dict[str, Any]:
@@ -93,8 +85,7 @@ def defaults_for(path: str | None) -> dict[str, Any]:
         settings, _ = read_json(directory / "config.json")
         dtype = str(settings.get("dtype") or settings.get("torch_dtype"))
         size = weight_bytes(directory) // (4 if dtype == "float32" else 2)
-    text = settings.get("text_config")
-    context = settings.get("max_position_embeddings") or (text or {}).get("max_position_embeddings")
+    context = _of_text(settings, "max_position_embeddings")
     if size <= _SMALL or not isinstance(context, int):
         return {}
     length = min(_LONGEST, context // 2)
@@ -135,9 +126,13 @@ def tokenizer_size(directory: Path) -> int | None:
 
 def embedded_ids(settings: Mapping[str, Any]) -> int | None:
     """The ``vocab_size`` of the content of ``config.json``, or of its ``text_config``."""
-    text = settings.get("text_config")
-    size = settings.get("vocab_size") or (text.get("vocab_size") if isinstance(text, Mapping) else None)
+    size = _of_text(settings, "vocab_size")
     return size if isinstance(size, int) else None
+
+
+def _of_text(settings: Mapping[str, Any], name: str) -> Any:
+    text = settings.get("text_config")
+    return settings.get(name) or (text.get(name) if isinstance(text, Mapping) else None)
 
 
 def weight_bytes(model_path: Path) -> int:
@@ -153,8 +148,7 @@ def _check_weights(model_path: Path) -> Finding:
             shards = {str(file) for file in content["weight_map"].values()}
     lacking = sorted(name for name in shards if not (model_path / name).is_file())
     if lacking:
-        shown = ", ".join(lacking[:3]) + (" …" if len(lacking) > 3 else "")
-        text = f"{len(lacking)} of {len(shards)} files are not there: {shown}"
+        text = f"{len(lacking)} of {len(shards)} files are not there: {', '.join(lacking[:3])}"
         return finding(_SECTION, "weights", text, missing="download again")
     if size := weight_bytes(model_path):
         return finding(_SECTION, "weights", f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB")
@@ -163,18 +157,19 @@ def _check_weights(model_path: Path) -> Finding:
 
 
 def _compare_vocabulary(settings: Mapping[str, Any], tokenizer_dir: Path) -> Finding:
-    name, embedding, size = "tokenizer", embedded_ids(settings), tokenizer_size(tokenizer_dir)
+    embedding, size, todo, warning = embedded_ids(settings), tokenizer_size(tokenizer_dir), "", ""
     if size is None and any((tokenizer_dir / file).is_file() for file in _SLOW_TOKENIZERS):
-        return finding(_SECTION, name, f"a slow one in {tokenizer_dir}; its size is not checked")
-    if size is None:
-        return finding(_SECTION, name, f"no tokenizer.json in {tokenizer_dir}", missing="set model.tokenizer_path")
-    if embedding is None:
-        return finding(_SECTION, name, f"{size} ids; config.json names no vocab_size", warning="compare by hand")
-    if size > embedding:
-        found = f"the tokenizer of {tokenizer_dir} has {size} ids, the model embeds {embedding}"
+        text = f"a slow one in {tokenizer_dir}; its size is not checked"
+    elif size is None:
+        text, todo = f"no tokenizer.json in {tokenizer_dir}", "set model.tokenizer_path"
+    elif embedding is None:
+        text, warning = f"{size} ids; config.json names no vocab_size", "compare by hand"
+    elif size > embedding:
+        text = f"the tokenizer of {tokenizer_dir} has {size} ids, the model embeds {embedding}"
         todo = "take the model's own tokenizer, or resize its embedding (model.resize_token_embeddings) and save it"
-        return finding(_SECTION, name, found, missing=todo)
-    return finding(_SECTION, name, f"{size} ids, {embedding} embedded")
+    else:
+        text = f"{size} ids, {embedding} embedded"
+    return finding(_SECTION, "tokenizer", text, missing=todo, warning=warning)
 
 
 def check_tokenizer(directory: Path) -> list[Finding]:

@@ -59,6 +59,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], prefix: str = "") -> Self:
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong, below ``prefix``."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _as_config_error(error, cls, prefix) from None
+
 
 def _check_url(name: str, url: str | None) -> None:
     if url is not None:
@@ -84,9 +92,7 @@ class AtroposConfig(Section):
     headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
     ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
     lease_seconds: PositiveFloat | None = Field(
-        120.0,
-        description="seconds after which the API takes a batch back from a trainer that is gone (a living one renews); "
-        "null: no leases; upstream's API has none",
+        120.0, description="seconds until the API takes a batch back from a trainer that is gone; null: no leases"
     )
     rollout_timeout: PositiveFloat = Field(600.0, description="seconds without a batch after which the run ends")
     reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
@@ -101,17 +107,13 @@ class AtroposConfig(Section):
 class OwnModelConfig(Section):
     """What verl has no key for."""
 
-    dropout: bool = Field(
-        False, description="dropout, layerdrop and router jitter in the update, as the model's config asks for"
-    )
+    dropout: bool = Field(False, description="dropout, layerdrop and router jitter, as the model's config asks")
 
 
 class ModelConfig(OwnModelConfig):
     """The policy."""
 
-    path: str | None = Field(
-        None, description=f"Hugging Face model directory, or {smollm2.NAME}; null: the shipped demo model"
-    )
+    path: str | None = Field(None, description=f"Hugging Face model directory, or {smollm2.NAME}; null: the demo model")
     tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
     compute_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of forward and backward")
@@ -142,9 +144,7 @@ class OwnAlgorithmConfig(Section):
 class AlgorithmConfig(OwnAlgorithmConfig):
     """From scores to advantages."""
 
-    adv_estimator: Literal["grpo", "rloo", "plain"] = Field(
-        "grpo", description="baseline within the group; plain: the raw score"
-    )
+    adv_estimator: Literal["grpo", "rloo", "plain"] = Field("grpo", description="baseline of a group; plain: none")
     norm_adv_by_std_in_grpo: bool = Field(True, description="divide by the group's standard deviation")
 
 
@@ -152,52 +152,33 @@ class OwnLossConfig(Section):
     """The user's loss, and what is added to any."""
 
     path: str | None = Field(None, description="your package.module:function instead: docs/extensions.md")
-    ref_weight: NonNegative = Field(
-        0.001, description="factor of the KL to the ref_logprobs that an environment sends; nothing where it sends none"
-    )
+    ref_weight: NonNegative = Field(0.001, description="factor of the KL to the ref_logprobs of an environment")
 
 
 class LossConfig(OwnLossConfig):
     """The loss, and the settings of the clipped-ratio one (verl's names and defaults)."""
 
-    type: Literal["advantage_weighted_sft", "grpo"] | None = Field(
-        None, description="null: as use_advantage_weighting says"
-    )
+    type: Literal["advantage_weighted_sft", "grpo"] | None = Field(None, description="null: by use_advantage_weighting")
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
     clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
     ppo_epochs: PositiveInt = Field(1, description="grpo: passes over one batch")
     ppo_mini_batches: PositiveInt = Field(1, description="grpo: optimiser steps per pass")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _moved(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "tis_cap" in values:
-            raise ValueError(
-                "tis_cap is off_policy.importance_cap now, for both losses; off_policy.importance=null switches it off"
-            )
-        return values
-
 
 class DistillConfig(Section):
     """A teacher of the same vocabulary: the KL to it is added to the loss (docs/distillation.md)."""
 
-    teacher: str | None = Field(
-        None, description="Hugging Face model directory of a teacher that the run itself asks; null: none"
-    )
+    teacher: str | None = Field(None, description="model directory of a teacher that the run itself asks; null: none")
     top_k: PositiveInt = Field(16, description="tokens that it names for each trained one, beside that itself")
-    weight: NonNegative = Field(
-        1.0, description="factor of the KL per trained token; an environment's override distill_weight wins"
-    )
+    weight: NonNegative = Field(1.0, description="factor of the KL per trained token; an override distill_weight wins")
     alone: bool = Field(False, description="advantages are 0 where a teacher's values are: the KL is the whole loss")
 
 
 class GroupsConfig(Section):
     """The treatment of groups before they are trained on."""
 
-    max_token_len: PositiveInt | None = Field(
-        None, description="tokens of a sequence at most; null: max_prompt_length + max_response_length"
-    )
+    max_token_len: PositiveInt | None = Field(None, description="tokens of a sequence; null: prompt + response length")
     overlong: Literal["drop", "truncate", "error"] = Field("drop", description="what to do with longer sequences")
     on_bad_group: Literal["quarantine", "error"] = Field("quarantine", description="what to do with invalid groups")
     ignore_fields: tuple[str, ...] = Field((), description="ScoredData fields to ignore that this trainer cannot use")
@@ -207,9 +188,7 @@ class GroupsConfig(Section):
 class DataConfig(GroupsConfig):
     """The same, and what a group need not say itself."""
 
-    max_prompt_length: PositiveInt = Field(
-        64, description="tokens of a prompt at most; of a larger model 1024, or half of its context"
-    )
+    max_prompt_length: PositiveInt = Field(64, description="tokens at most; of larger models 1024, or half the context")
     default_temperature: PositiveFloat = Field(1.0, description="temperature of groups that name none")
 
 
@@ -222,27 +201,16 @@ class RewardConfig(Section):
 class OffPolicyConfig(Section):
     """Rollouts of an older policy than the one that is trained: what is known about them, and what is done."""
 
-    ledger_bytes: PositiveInt = Field(
-        256 << 20,
-        description="bytes of the ledger (which policy version wrote which token); the least recently used go first",
-    )
+    ledger_bytes: PositiveInt = Field(256 << 20, description="of the ledger, which knows the version of every token")
     unmatched: Literal["repair", "use", "drop"] = Field(
         "repair",
-        description="trained tokens that the gateway did not generate; repair: text that it did generate gets its own "
-        "ids back, unless the environment sends logprobs, the rest is trained; use: all are trained; drop: none is",
+        description="trained tokens that the gateway did not generate; repair: text that it did gets its own ids back, "
+        "without logprobs of the environment's, the rest is trained; use: all are trained; drop: none is",
     )
-    max_staleness: int | None = Field(
-        None, ge=0, description="largest staleness of a group, in policy versions; null: no bound"
-    )
-    on_stale: Literal["drop", "wait"] = Field(
-        "drop",
-        description="wait: hold new prompts back that would become too stale; drop what becomes too stale all the "
-        "same. Without max_staleness nothing is held back",
-    )
+    max_staleness: int | None = Field(None, ge=0, description="largest, of a group, in policy versions; null: no bound")
+    on_stale: Literal["drop", "wait"] = Field("drop", description="wait: hold prompts back that would be too stale")
     importance: Literal["auto", "token", "sequence"] | None = Field(
-        "auto",
-        description="truncated importance weights of trainer over rollout policy; null: off; auto: token with "
-        "mode=overlap and with loss.type=grpo, else off",
+        "auto", description="truncated importance weights; null: off; auto: token with mode=overlap or loss.type=grpo"
     )
     importance_cap: PositiveFloat = Field(2.0, description="their upper bound")
 
@@ -276,13 +244,8 @@ class InferenceConfig(Section):
     max_running: PositiveInt = Field(64, description="sequences generated at the same time")
     max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
     release_weights: bool = Field(True, description="free the engine's weights, too, while the trainer trains")
-    num_threads: PositiveInt | None = Field(
-        None,
-        description="torch threads of the engine; null: on a CPU 1 for a small model, else torch's (overlap: half)",
-    )
-    placement: Literal["thread"] | None = Field(
-        None, description="no effect: the engine always runs in a thread of the trainer's process"
-    )
+    num_threads: PositiveInt | None = Field(None, description="torch's, of the engine; null: on CPU 1 for small models")
+    placement: Literal["thread"] | None = Field(None, description="no effect: the engine is a thread of the trainer")
 
     @field_validator("placement", mode="before")
     @classmethod
@@ -294,18 +257,28 @@ class InferenceConfig(Section):
         return value
 
 
-class EnvConfig(Section):
-    """The environment that is started when no atropos.api_url is given."""
+class ProgramConfig(Section):
+    """The program of an environment."""
 
     script: str | None = Field(None, description="path of an Atropos environment; null and no module: the demo's")
     module: str | None = Field(None, description="started with python -m instead of a script")
-    python: str | None = Field(None, description="its interpreter; null: the one that runs the trainer")
-    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]')
-    env: Variables = Field(default_factory=dict, description="its environment variables")
+    python: str | None = Field(None, description="its interpreter, or a virtual environment; null: this one")
+    args: Words = Field((), description='further arguments, e.g. ["--env.some_key","3"]; they come last and win')
+    env: Variables = Field(default_factory=dict, description="environment variables")
     cwd: str | None = Field(None, description="its working directory; null: the run directory")
-    max_batches_offpolicy: PositiveInt | None = Field(
-        None, description="batches it may queue ahead; null: 1 (as on-policy as can be), with mode=overlap 2"
-    )
+
+    @model_validator(mode="after")
+    def _one_program(self) -> Self:
+        named = [name for name in ("script", "module", "ecosystem") if getattr(self, name, None) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(f'{name} ({getattr(self, name)})' for name in named)} exclude each other")
+        return self
+
+
+class EnvConfig(ProgramConfig):
+    """The environment that is started when no atropos.api_url is given."""
+
+    max_batches_offpolicy: PositiveInt | None = Field(None, description="batches queued ahead; null: 1, with overlap 2")
     startup_timeout: PositiveFloat = Field(180.0, description="seconds until its first batch")
 
 
@@ -314,12 +287,8 @@ class EvalConfig(Section):
 
     before: bool = Field(True, description="evaluate before the first step")
     after: bool = Field(True, description="evaluate after the last step")
-    every: PositiveInt | None = Field(
-        None, description="evaluate every N steps, too; with mode=overlap while training goes on; null: never"
-    )
-    keep_best: bool = Field(
-        False, description="a checkpoint at each evaluation; the best stays, and checkpoints/best links to it"
-    )
+    every: PositiveInt | None = Field(None, description="evaluate every N steps; with mode=overlap beside the training")
+    keep_best: bool = Field(False, description="a checkpoint at each evaluation; checkpoints/best links to the best")
     timeout: PositiveFloat = Field(300.0, description="seconds for one evaluation")
     commands_file: str | None = Field(None, description="set by the launcher: JSON with the evaluations to run")
 
@@ -328,9 +297,7 @@ class SyncConfig(Section):
     """Weight sync, trainer → engine."""
 
     canary: bool = Field(True, description="after every sync compare the engine's logprobs with the trainer's")
-    canary_threshold: PositiveFloat | None = Field(
-        None, description="largest absolute logprob difference that passes; null: 1e-3, with bf16 compute 0.25"
-    )
+    canary_threshold: PositiveFloat | None = Field(None, description="largest difference; null: 1e-3, with bf16 0.25")
     canary_text: str = Field("The quick brown fox jumps over the lazy dog.", description="what is compared")
 
 
@@ -338,9 +305,7 @@ class OverlapConfig(Section):
     """Rollouts that go on while the trainer trains (``mode=overlap``)."""
 
     kv_after_swap: Literal["recompute", "keep"] = Field(
-        "recompute",
-        description="KV, running and stored, when weights change; recompute: each token's logprob is exactly that of "
-        "its policy version; keep: no prefill, and a mixture of versions",
+        "recompute", description="KV when weights change; keep: no prefill, and logprobs of a mixture of versions"
     )
 
 
@@ -348,17 +313,11 @@ class TrainerConfig(Section):
     """verl's engine and trackers."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    num_threads: PositiveInt | None = Field(
-        None, description="torch threads of the trainer; null: torch's default, with mode=overlap the other half"
-    )
+    num_threads: PositiveInt | None = Field(None, description="torch's; null: all of them, with mode=overlap half")
     strategy: Literal["fsdp2", "fsdp"] = Field("fsdp2", description="verl engine")
-    max_token_len_per_gpu: PositiveInt = Field(
-        16384, description="tokens of one micro-batch at most; those of a shared prefix count once"
-    )
+    max_token_len_per_gpu: PositiveInt = Field(16384, description="tokens of a micro-batch; shared prefixes count once")
     share_prefixes: bool = Field(True, description="compute a prefix that sequences of a micro-batch share once")
-    logger: tuple[str, ...] = Field(
-        (), description="verl trackers: tensorboard, wandb, … (metrics.jsonl is always written)"
-    )
+    logger: tuple[str, ...] = Field((), description="verl trackers, beside metrics.jsonl: tensorboard, wandb, …")
     project_name: str = Field("atropos_verl", description="name for trackers and wandb_project at the API")
     experiment_name: str = Field("demo", description="name for trackers and wandb_group at the API")
     max_ckpt_to_keep: PositiveInt | None = Field(2, description="checkpoints to keep; null: all")
@@ -370,12 +329,8 @@ class SuperviseConfig(Section):
     stall_after: PositiveFloat = Field(120.0, description="seconds without a batch before the diagnosis is printed")
     backoff: PositiveFloat = Field(1.0, description="seconds before the first restart; doubles with each")
     max_backoff: PositiveFloat = Field(30.0, description="largest number of seconds before a restart")
-    healthy_after: PositiveFloat = Field(
-        300.0, description="seconds of life after which the count of restarts begins again"
-    )
-    log_bytes: PositiveInt = Field(
-        64 << 20, description="a service's log moves to LOG.old beyond this size; its last 20 lives have one each"
-    )
+    healthy_after: PositiveFloat = Field(300.0, description="seconds of life after which restarts are counted anew")
+    log_bytes: PositiveInt = Field(64 << 20, description="of a service's log at most; it then moves to LOG.old")
 
 
 class JournalConfig(Section):
@@ -384,21 +339,16 @@ class JournalConfig(Section):
     keep: int = Field(
         4,
         ge=0,
-        description="trained batches to keep in run_dir/journal/kept once a checkpoint holds them, beside those that "
-        "the checkpoint before does not hold; 0: none at all, and falling back to an earlier checkpoint then loses the "
-        "batches trained on since",
+        description="trained batches to keep in run_dir/journal/kept, beside those that only the newest checkpoint "
+        "holds; 0: none, and falling back to the checkpoint before loses them",
     )
-    quarantine_bytes: PositiveInt = Field(
-        1 << 30, description="bytes of refused groups to keep in run_dir/quarantine; the oldest go first"
-    )
+    quarantine_bytes: PositiveInt = Field(1 << 30, description="bytes of refused groups to keep; the oldest go first")
 
 
 class TraceConfig(Section):
     """The index of rollouts, ``run_dir/trace.sqlite``."""
 
-    bytes: PositiveInt = Field(
-        256 << 20, description="of the index; when it is full, half of the groups of its older half are removed"
-    )
+    bytes: PositiveInt = Field(256 << 20, description="of the index; half of its older half is removed when it is full")
 
 
 class CommonConfig(Section):
@@ -423,9 +373,7 @@ class CommonConfig(Section):
 class RunConfig(CommonConfig):
     """One training run."""
 
-    mode: Literal["sync", "overlap"] = Field(
-        "sync", description="overlap: environments generate, and the next batch is fetched, while the trainer trains"
-    )
+    mode: Literal["sync", "overlap"] = Field("sync", description="overlap: rollouts go on while the trainer trains")
     steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
     seed: int = Field(0, ge=0, lt=1 << 32, description="seed of sampling, of the environment and of the trainer")
     run_dir: str | None = Field(None, description="directory of the run; null: runs/NAME-DATE-TIME")
@@ -433,13 +381,9 @@ class RunConfig(CommonConfig):
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
     resume: str = Field("auto", description="auto: newest checkpoint in run_dir; disable; or a checkpoint path")
-    max_response_length: PositiveInt = Field(
-        32, description="new tokens per turn, at most; of a larger model 1024, or half of its context"
-    )
+    max_response_length: PositiveInt = Field(32, description="new tokens a turn; larger models: 1024, or half context")
     temperature: PositiveFloat = Field(1.0, description="of rollouts that the trainer itself samples")
-    use_advantage_weighting: bool | None = Field(
-        None, description="true: advantage-weighted loss; false: GRPO's clipped ratio; null: as loss.type, else true"
-    )
+    use_advantage_weighting: bool | None = Field(None, description="false: GRPO's ratio; null: by loss.type, else true")
     atropos: AtroposConfig = Field(default_factory=AtroposConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -457,14 +401,6 @@ class RunConfig(CommonConfig):
         """What was chosen for the model where the user said nothing, a line each."""
         return self._notes
 
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong."""
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise as_config_error(error, cls) from None
-
     def public(self) -> dict[str, Any]:
         """Every value as JSON has it, keys and tokens left out: for files, trackers and logs."""
         values = self.model_dump(mode="json")
@@ -479,10 +415,7 @@ class RunConfig(CommonConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.group_size:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of group_size ({self.group_size}): "
-                "an upstream trajectory API never delivers a batch that splits a group"
-            )
+            raise ValueError(f"batch_size ({self.batch_size}) is no multiple of group_size ({self.group_size})")
         clipping = self.advantage_clipping
         if clipping is not None and not clipping[0] < clipping[1]:
             raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
@@ -492,19 +425,16 @@ class RunConfig(CommonConfig):
         if weighted is not None and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
             raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
         if self.data.max_token_len is not None and self.data.max_token_len <= self.max_response_length:
-            raise ValueError(
-                f"data.max_token_len ({self.data.max_token_len}) leaves no room for a prompt beside "
-                f"max_response_length ({self.max_response_length})"
-            )
+            text = f"({self.data.max_token_len}) leaves no room for a prompt beside max_response_length"
+            raise ValueError(f"data.max_token_len {text} ({self.max_response_length})")
         if self.loss.path is not None and (self.loss.type is not None or weighted is not None):
             raise ValueError("loss.path is the loss; leave loss.type and use_advantage_weighting null beside it")
         is_repeated = self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1
         if is_repeated and self.loss.path is None and self.loss_type != "grpo":
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
         if self.gateway.api_key is None and not is_loopback(self.gateway.host):
-            raise ValueError(
-                f"gateway.host={self.gateway.host} serves the policy to the network without a key; set gateway.api_key"
-            )
+            text = "serves the policy to the network without a key; set gateway.api_key"
+            raise ValueError(f"gateway.host={self.gateway.host} {text}")
         return self
 
     @property
@@ -613,7 +543,7 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def as_config_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> ConfigError:
+def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
     """pydantic's error about a ``model``, with every wrong key by its dotted name (below ``prefix``, which ends in a
     dot)."""
     lines, first = [], ""
@@ -642,20 +572,18 @@ def apply_environment(
     result = {**values, "atropos": dict(values.get("atropos") or {})}
     for variable, (section, key) in _VARIABLES.items():
         value = environ.get(variable, "").strip()
-        if not value or f"{section}.{key}" in command_line_keys:
-            continue
-        if key == "timeout":
-            try:
-                float(value)
-            except ValueError:
-                raise ConfigError(f"environment variable {variable}={value!r} is not a number of seconds") from None
-        result[section] = {**(result.get(section) or {}), key: value}
+        if value and f"{section}.{key}" not in command_line_keys:
+            result[section] = {**(result.get(section) or {}), key: value}
     return result
 
 
-def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, Any, str]]:
+Row = tuple[str, Any, str]
+"""A key with its default and its meaning."""
+
+
+def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[Row]:
     """Every key as ``(prefix + dotted name, default, meaning)``, in the order of the schema, for ``--help``."""
-    rows: list[tuple[str, Any, str]] = []
+    rows: list[Row] = []
     for name, info in model.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -665,7 +593,7 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
     return rows
 
 
-def help_rows(rows: Sequence[tuple[str, Any, str]], values: Mapping[str, Any]) -> str:
+def help_rows(rows: Sequence[Row], values: Mapping[str, Any]) -> str:
     """The rows of ``describe`` as lines of ``--help``, with the values of a configuration, as YAML has them."""
     width = max(len(name) for name, *_ in rows)
     lines = []

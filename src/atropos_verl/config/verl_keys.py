@@ -1,5 +1,6 @@
 """Command line → verl's configuration and the ``atropos`` block beside it, validated before torch is imported."""
 
+import copy
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from atropos_verl.assets import smollm2
 from atropos_verl.config.composition import (
@@ -15,6 +16,7 @@ from atropos_verl.config.composition import (
     check_form,
     compose_with_hydra,
     composition_errors,
+    help_text,
     key_of,
     with_key_for_network,
 )
@@ -32,11 +34,9 @@ from atropos_verl.config.schema import (
     RunConfig,
     SuperviseConfig,
     apply_environment,
-    as_config_error,
     check_bounds,
     describe,
     did_you_mean,
-    help_rows,
     hide_secrets,
 )
 from atropos_verl.errors import ConfigError
@@ -98,31 +98,32 @@ class RayRun:
 @composition_errors()
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> Any:
     """The whole configuration with environment variables, the run directory and the model's path filled in."""
-    from omegaconf import OmegaConf, open_dict
-
     config = compose_config(overrides, config_dir or SHIPPED, config_name or RAY_DEFAULT)
     with_environment(config, overrides)
     complete_config(config)
-    with open_dict(config):
-        if config.run_dir is None:
-            config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
-        config.run_dir = str(Path(config.run_dir).expanduser().absolute())
-        model = config.actor_rollout_ref.model
-        if model.path in (None, smollm2.NAME):  # verl takes no names of ours
-            model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())
+    if config.run_dir is None:
+        config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
+    config.run_dir = str(Path(config.run_dir).expanduser().absolute())
+    model, block = config.actor_rollout_ref.model, config.atropos
+    if model.path in (None, smollm2.NAME):  # verl takes no names of ours
+        model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())
     if "trainer" in (config.get("only") or ["trainer"]):
-        with open_dict(config):
-            block = config.atropos
-            block.gateway = with_key_for_network(block.get("gateway"), config.run_dir, block)
-    OmegaConf.to_container(config, resolve=True)  # here, where an error names the key, and not when it is read
+        block.gateway = with_key_for_network(block.get("gateway"), config.run_dir, block)
+    plain(config)  # here, where an error names the key, and not when it is read
     return config
 
 
-def public(config: Any) -> dict[str, Any]:
-    """Every value of a composed configuration, keys and tokens left out, as ``RunConfig.public``."""
+def plain(config: Any) -> dict[str, Any]:
+    """Every value of a composed configuration."""
     from omegaconf import OmegaConf
 
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
+    return values
+
+
+def public(config: Any) -> dict[str, Any]:
+    """The same, keys and tokens left out, as ``RunConfig.public``."""
+    values = copy.deepcopy(config) if isinstance(config, dict) else plain(config)
     block = values["atropos"]
     hide_secrets(block, block.get("gateway") or {}, block.get("env") or {})
     return values
@@ -132,6 +133,7 @@ def public(config: Any) -> dict[str, Any]:
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """Compose a file over verl's ``ppo_trainer``, without torch. Raises ``ConfigError`` that names key or word."""
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     words = [word for word in overrides if not word.startswith("backend=")]
@@ -145,46 +147,39 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
     # The files need not spell out every key of these blocks; the schema refuses what it does not know.
     own = [f"++{word}" if word.startswith(("atropos.", "supervise.")) else word for word in words]
     try:
-        return compose_with_hydra(config_dir, config_name, [search_path, *own])
+        config = compose_with_hydra(config_dir, config_name, [search_path, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise (_unknown_key(error, words, config_dir, config_name) or error) from error.__cause__
+    OmegaConf.set_struct(config, False)  # what is chosen from here on is added
+    return config
 
 
 def complete_config(config: Any) -> None:
     """Fill in the keys that ``trainer.v1.trainer_mode=separate_async`` needs where the embedded engine generates."""
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import OmegaConf
 
     if (path := OmegaConf.select(config, "atropos.loss.path")) is not None:
-        with open_dict(config):
-            # Every training worker registers the function under this name: see backends.ray.workers.
-            config.actor_rollout_ref.actor.policy_loss.loss_mode = path
+        # Every training worker registers the function under this name: see backends.ray.workers.
+        config.actor_rollout_ref.actor.policy_loss.loss_mode = path
     if config.trainer.v1.trainer_mode != "separate_async":
         return
-    actor_rollout, data = config.actor_rollout_ref, config.data
-    with open_dict(config):
-        if actor_rollout.actor.ppo_mini_batch_size == data.train_batch_size:
-            actor_rollout.actor.ppo_mini_batch_size = data.train_batch_size // parameter_sync_step(config)
-        if actor_rollout.rollout.name == "transformers":
-            engine = actor_rollout.rollout.checkpoint_engine
-            if engine.backend == "naive":
-                engine.backend = "ray_object_store"
-                engine.custom_backend_module = "atropos_verl.backends.ray.weight_transfer"
-            if not actor_rollout.rollout.nnodes:
-                actor_rollout.rollout.nnodes = 1
-                actor_rollout.hybrid_engine = False
+    actor_rollout, batch = config.actor_rollout_ref, config.data.train_batch_size
+    if actor_rollout.actor.ppo_mini_batch_size == batch:
+        actor_rollout.actor.ppo_mini_batch_size = batch // parameter_sync_step(config)
+    if actor_rollout.rollout.name == "transformers":
+        engine = actor_rollout.rollout.checkpoint_engine
+        if engine.backend == "naive":
+            engine.backend = "ray_object_store"
+            engine.custom_backend_module = "atropos_verl.backends.ray.weight_transfer"
+        if not actor_rollout.rollout.nnodes:
+            actor_rollout.rollout.nnodes = 1
+            actor_rollout.hybrid_engine = False
 
 
 @composition_errors()
 def read_run(config: Any) -> RayRun:
     """Validate the ``atropos`` block and what it needs of verl's keys. Raises ``ConfigError`` naming what is wrong."""
-    from omegaconf import OmegaConf
-
-    try:
-        settings = RaySettings.model_validate(OmegaConf.to_container(config.atropos, resolve=True))
-    except ValidationError as error:
-        raise as_config_error(error, RaySettings, "atropos.") from None
-    if settings.distill.teacher is not None:
-        raise ConfigError("backend=ray does not train on a teacher's values yet", "atropos.distill.teacher")
+    settings = RaySettings.from_mapping(plain(config.atropos), "atropos.")
     for section, name in [*(("distill", name) for name in DistillConfig.model_fields), ("loss", "ref_weight")]:
         own = getattr(settings, section)
         if getattr(own, name) != type(own).model_fields[name].default:
@@ -201,33 +196,27 @@ def read_run(config: Any) -> RayRun:
         )
     run = _as_run_config(config, settings)
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    budget = actor.ppo_max_token_len_per_gpu * (actor.get("ulysses_sequence_parallel_size") or 1)
+    name, budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu", None
     if actor.use_dynamic_bsz:
-        name = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
-        check_bounds([("atropos.data.max_token_len", run.max_token_len, name, budget, NO_MICRO_BATCH)])
-    context = rollout.max_model_len
-    prompt = ("data.max_prompt_length", config.data.max_prompt_length)
-    check_bounds([(*prompt, "actor_rollout_ref.rollout.max_model_len", context, "such a prompt would be refused")])
+        budget = actor.ppo_max_token_len_per_gpu * (actor.get("ulysses_sequence_parallel_size") or 1)
+    context, prompt = "actor_rollout_ref.rollout.max_model_len", config.data.max_prompt_length
+    longest = ("atropos.data.max_token_len", run.max_token_len, name, budget, NO_MICRO_BATCH)
+    refused = ("data.max_prompt_length", prompt, context, rollout.max_model_len, "such a prompt would be refused")
+    check_bounds([longest, refused])
     return RayRun(config, settings, run)
 
 
 def with_environment(config: Any, overrides: Sequence[str]) -> None:
     """Put ``ATROPOS_API_URL`` and its like over the file's values, under the command line's."""
-    from omegaconf import OmegaConf, open_dict
-
-    keys = set(map(key_of, overrides))
-    block = OmegaConf.to_container(config.atropos, resolve=True)
+    keys, block = set(map(key_of, overrides)), plain(config.atropos)
     of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
     sections = {"atropos": block, "gateway": block.get("gateway")}
     values = apply_environment(sections, command_line_keys=keys | of_gateway)
-    with open_dict(config):
-        config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
+    config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
 
 
 def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
     """The same run in the local backend's words, for the services and the data pipeline that both share."""
-    from omegaconf import OmegaConf
-
     rollout, data, model = config.actor_rollout_ref.rollout, config.data, config.actor_rollout_ref.model
     block = settings.model_dump()
     estimator = str(config.algorithm.adv_estimator)
@@ -255,11 +244,10 @@ def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:
             "norm_adv_by_std_in_grpo": config.algorithm.norm_adv_by_std_in_grpo,
             **block["algorithm"],
         },
-        "supervise": OmegaConf.to_container(config.supervise) if "supervise" in config else {},
+        "supervise": plain(config.supervise) if "supervise" in config else {},
         "trainer": {
             "device": config.trainer.device if config.trainer.device in ("cpu", "cuda") else "auto",
-            "project_name": config.trainer.project_name,
-            "experiment_name": config.trainer.experiment_name,
+            **{name: config.trainer[name] for name in ("project_name", "experiment_name")},
         },
     }
     return RunConfig.from_mapping(values)
@@ -315,59 +303,35 @@ def _check_verl_keys(config: Any) -> None:
 
 def _unknown_key(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError | None:
     """The error for a key that does not exist, with the nearest one that does; None: it is another error."""
-    lines = str(error).strip().splitlines()
-    for word in words:
-        key = key_of(word)
-        if any(f"'{key}'" in line for line in lines):
+    for key in map(key_of, words):
+        if f"'{key}'" in str(error):
             hint = did_you_mean(key, list(_known_keys(compose_config([], config_dir, config_name))))
             return ConfigError(f"unknown key{hint} (--cfg shows all keys; +{key}=… adds one of verl's own)", key)
     return None
 
 
 def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    from omegaconf import DictConfig
-
     for name in node:
         yield f"{prefix}{name}"
         child = node._get_node(name)
-        if isinstance(child, DictConfig) and not child._is_none():
+        if hasattr(child, "keys") and not child._is_none():
             yield from _known_keys(child, f"{prefix}{name}.")
 
 
 def _verl_config_dir() -> Path:
     spec = importlib.util.find_spec("verl")
-    if spec is None or spec.origin is None:
-        raise ConfigError("verl is not installed; see the README", "backend")
+    assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "trainer" / "config"
-
-
-_HELP = """\
-usage: python recipe/atropos/main_atropos.py backend=ray [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
-
-Train on Atropos environments with verl's V1 trainer on Ray. Every key of verl's ppo_trainer is there under its own
-name, and the block atropos beside it. Without atropos.api_url the trajectory API and an environment are started; with
-it only Ray and the inference gateway are.
-
-  -h, --help           this text
-  --config-name NAME   which YAML of the config directory (default: ray_cpu_demo, the demo on two CPU cores)
-  --config-dir DIR     another config directory
-  --cfg                print the composed configuration, every key, and stop
-
-examples:
-  python recipe/atropos/main_atropos.py backend=ray
-  python recipe/atropos/main_atropos.py backend=ray trainer.total_training_steps=100 run_dir=runs/mine
-  python recipe/atropos/main_atropos.py backend=ray trainer.v1.trainer_mode=colocate_async \\
-      atropos.off_policy.max_staleness=null
-  python recipe/atropos/main_atropos.py backend=ray --config-name atropos_ray \\
-      actor_rollout_ref.model.path=/models/mine atropos.api_url=http://localhost:8000 trainer.n_gpus_per_node=8
-  python recipe/atropos/main_atropos.py backend=ray ray_kwargs.ray_init.address=auto
-
-environment variables: ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN (over the file, under key=value)
-
-keys of the block atropos, and supervise (value in this configuration); verl's are in its documentation and in --cfg:
-"""
 
 
 def ray_help(values: Mapping[str, Any]) -> str:
     """The text of ``--help`` with ``backend=ray``. ``values``: the composed configuration."""
-    return _HELP + help_rows([*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")], values)
+    about = """\
+Train on Atropos environments with verl's V1 trainer on Ray. Every key of verl's ppo_trainer is there under its own
+name (--cfg shows them), and the block atropos beside it. The default file is ray_cpu_demo, for two CPU cores."""
+    examples = (
+        "backend=ray trainer.total_training_steps=100 run_dir=runs/mine",
+        "--config-name atropos_ray actor_rollout_ref.model.path=/models/mine trainer.n_gpus_per_node=8",
+    )
+    rows = [*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")]
+    return help_text("main_atropos.py", about, examples, "keys of the block atropos, and supervise", rows, values)

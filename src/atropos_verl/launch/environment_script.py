@@ -1,6 +1,7 @@
 """What an environment's script says of itself, and what its interpreter and this machine lack for it. It is not run."""
 
 import ast
+import contextlib
 import gc
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
-_BARE = ("APIServerConfig", "ServerBaseline")
+_SERVER = re.compile(r"([\w.]+\.)?(APIServerConfig|ServerBaseline)")
+_CHANGES_LIST = re.compile(r"\.(append|extend|insert)\(|\+=")
+_FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def option_value(args: Sequence[str], option: str) -> str | None:
@@ -39,11 +42,8 @@ def import_path() -> dict[str, str]:
 
 
 def parse_script(source: bytes, script: Path) -> ast.Module:
-    """Parses ``source`` while nothing is collected. Raises ``SyntaxError`` or ``ValueError``.
-
-    CPython 3.11 counts the depth of ``ast.parse`` once per interpreter. A finaliser that logs a traceback parses too;
-    the outer call then raises ``SystemError`` (AST constructor recursion depth mismatch).
-    """
+    """Raises ``SyntaxError`` or ``ValueError``. Nothing is collected meanwhile: CPython 3.11 counts the depth of
+    ``ast.parse`` once per interpreter, and a finaliser that logs a traceback parses too (``SystemError``)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -64,7 +64,7 @@ def script_of(program: Sequence[str], settings: EnvironmentConfig) -> Path | Non
 
 
 def source_of(program: Sequence[str], settings: EnvironmentConfig) -> bytes:
-    """The source of an environment; b"": not found. Nothing is run."""
+    """The source of an environment; b"": not found."""
     script = script_of(program, settings)
     return b"" if script is None else script.read_bytes()
 
@@ -89,47 +89,36 @@ def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[s
 
 
 def server_count(source: bytes) -> int | None:
-    """The number of servers in the list that ``config_init`` returns; 0: it returns no list; None: not known.
+    """The number of servers in the literal list that ``config_init`` returns; 0: it returns no list; None: not known.
 
     With a list of one, Atropos takes ``--openai`` arguments; with more it exits; without a list it ignores them and
-    asks localhost:9004-9007 for ever. Followed are literal lists and names that are assigned once in the same function.
+    asks localhost:9004-9007 for ever.
     """
     try:
         tree = parse_script(source, Path("environment"))
     except (SyntaxError, ValueError):
         return None
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    found = [_returned_servers(list(ast.walk(item))) for item in functions if item.name == "config_init"]
-    return found[0] if len(found) == 1 else None
-
-
-def _returned_servers(nodes: Sequence[ast.AST]) -> int | None:
-    assigned: dict[str, list[ast.expr | None]] = defaultdict(list)
+    functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION) and node.name == "config_init"]
+    if len(functions) != 1 or _CHANGES_LIST.search(ast.unparse(functions[0])):
+        return None
+    nodes, assigned = list(ast.walk(functions[0])), defaultdict[str, list[ast.expr | None]](list)
     for node in nodes:
-        changed, value = [], getattr(node, "value", None)
-        if isinstance(node, ast.Assign):
-            changed = node.targets
-        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
-            changed, value = [node.target], value if isinstance(node, ast.AnnAssign) else None
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            changed, value = [node.func.value], None  # append, extend, ...
-        for target in changed:
-            if isinstance(target, ast.Name):
-                assigned[target.id].append(value)
+        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
+            assigned[getattr(target, "id", "")].append(getattr(node, "value", None))
 
-    def count(value: ast.expr | None, depth: int = 2) -> int | None:
-        if isinstance(value, ast.Name):
-            values = assigned.pop(value.id, [])  # followed once: no circle
-            return count(values[0], depth) if len(values) == 1 else None
-        if isinstance(value, ast.Tuple) and depth == 2:  # what is returned: settings, servers
-            return count(value.elts[-1], 1) if len(value.elts) == 2 else None
-        if isinstance(value, ast.List) and not any(isinstance(item, ast.Starred) for item in value.elts):
-            return len(value.elts)
-        is_bare = isinstance(value, ast.Call) and ast.unparse(value.func).split(".")[-1] in _BARE
-        return 0 if is_bare else None
+    def followed(value: ast.expr | None) -> ast.expr | None:
+        while isinstance(value, ast.Name):
+            values = assigned.pop(value.id, [])  # once: no circle
+            value = values[0] if len(values) == 1 else None
+        return value
 
-    counts = {count(node.value) for node in nodes if isinstance(node, ast.Return)}
-    return counts.pop() if len(counts) == 1 else None
+    returned = [node.value for node in nodes if isinstance(node, ast.Return)]
+    value = followed(returned[0]) if len(returned) == 1 else None
+    if isinstance(value, ast.Tuple) and len(value.elts) == 2:  # settings, servers
+        value = followed(value.elts[1])
+    if isinstance(value, ast.List) and not any(isinstance(item, ast.Starred) for item in value.elts):
+        return len(value.elts)
+    return 0 if isinstance(value, ast.Call) and _SERVER.fullmatch(ast.unparse(value.func)) else None
 
 
 def imported_modules(tree: ast.Module) -> list[str]:
@@ -157,28 +146,24 @@ _ELSEWHERE = {"data_files", "data_dir", "cache_dir", None}
 """Arguments that say where something is; None: ``**arguments``."""
 
 
-class _Needs(ast.NodeVisitor):
+class Needs(ast.NodeVisitor):
     """What a script loads in every case when it starts: at its top, in ``__init__`` and ``setup`` of the class whose
     ``.cli()`` it calls; not under a condition, in a loop, or where a failure is caught. Values are literal, or settings
     with a literal default."""
 
     def __init__(self, tree: ast.Module, args: Sequence[str], place: Path) -> None:
-        self.needs: dict[tuple[str, str], bool] = {}
-        """(kind, name) → whether nothing works without it. A file may be made by what the script calls before."""
-        text = ast.unparse(tree)
+        self.found: dict[tuple[str, str], None] = {}
+        """(kind, name), in order."""
+        text, nodes = ast.unparse(tree), list(ast.walk(tree))
         self.sends_no_group = False
         """Atropos's own code fails on what ``collect_trajectories`` returns."""
         self._args, self._place = args, place
         self._classes = re.findall(r"\b(\w+)\.cli\(", text)
-        self._has_no_gpu_too = "is_available" in text
         self._makes_files = False
-        nodes = list(ast.walk(tree))
-        corpora = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "nltk.corpus"]
-        has_own_place = "nltk.data.path" in text
-        self._corpora = {alias.name for node in corpora if not has_own_place for alias in node.names}
-        others = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module != "datasets"]
-        own = [node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-        self._is_own_loader = "load_dataset" in {*own, *(alias.name for node in others for alias in node.names)}
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        self._modules = {alias.name: node.module for node in imports for alias in node.names}
+        if "nltk.data.path" in text:  # its corpora are elsewhere
+            self._modules = {name: module for name, module in self._modules.items() if module != "nltk.corpus"}
         self._values: defaultdict[str, list[ast.expr]] = defaultdict(list)
         for node in nodes:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -190,86 +175,73 @@ class _Needs(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:  # ast's name
         if node.name in self._classes:
-            own = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)}
-            for part in (part for name, part in own.items() if name in ("__init__", "setup")):
-                self._visit_until_return(part.body)
-            is_sent_as_it_is = [ast.unparse(base) for base in node.bases] == ["BaseEnv"]
-            is_sent_as_it_is &= "postprocess_histories" not in own
-            if "collect_trajectories" in own and is_sent_as_it_is:
+            own = {part.name: part for part in node.body if isinstance(part, _FUNCTION)}
+            for method in (method for name, method in own.items() if name in ("__init__", "setup")):
+                for statement in method.body:
+                    self.visit(statement)
+                    if any(isinstance(part, ast.Return) for part in ast.walk(statement)):
+                        break
+            sends_it = [ast.unparse(base) for base in node.bases] == ["BaseEnv"] and "postprocess_histories" not in own
+            if "collect_trajectories" in own and sends_it:
                 self.sends_no_group = _returns_a_list_of_tuples(own["collect_trajectories"])
 
-    def _visit_until_return(self, body: Sequence[ast.stmt]) -> None:
-        for statement in body:
-            self.visit(statement)
-            if any(isinstance(part, ast.Return) for part in ast.walk(statement)):
-                return
-
     def visit(self, node: ast.AST) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, _FUNCTION | ast.Lambda):
             return
         is_caught = isinstance(node, ast.Try) and not all(map(_raises, node.handlers))
         if isinstance(node, ast.With | ast.AsyncWith):
             is_caught = any("suppress(" in ast.unparse(item.context_expr) for item in node.items)
         if is_caught or isinstance(node, _ONLY_SOMETIMES):
-            calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
-            self._makes_files |= any(map(_may_make_files, calls))
+            self._makes_files |= any(map(_may_make_files, ast.walk(node)))
             return
         if isinstance(node, ast.Call):
             self._call(ast.unparse(node.func), node.args, {item.arg: item.value for item in node.keywords})
-        if (
-            isinstance(node, ast.Subscript)
-            and isinstance(node.ctx, ast.Load)
-            and ast.unparse(node.value) == "os.environ"
-        ):
-            self._add("environment variable", self._text(node.slice), certain=False)
         super().visit(node)
-        self._makes_files |= isinstance(node, ast.Call) and _may_make_files(node)  # after what is in its arguments
+        self._makes_files |= _may_make_files(node)  # after what is in its arguments
 
     def _call(self, function: str, args: list[ast.expr], named: dict[str | None, ast.expr]) -> None:
         owner, _, last = function.rpartition(".")
         path = args[0] if args else named.get("path", named.get("name"))
         mode = args[1] if len(args) > 1 else named.get("mode", ast.Constant("r"))
-        is_hub = function == "datasets.load_dataset" or (function == "load_dataset" and not self._is_own_loader)
-        if is_hub and len(args) < 3 and not _ELSEWHERE & named.keys():
+        is_elsewhere = len(args) > 2 or not _ELSEWHERE.isdisjoint(named)
+        if last == "load_dataset" and (owner or self._modules.get(last)) == "datasets" and not is_elsewhere:
             self._add("data set", self._text(path))
-        elif last == "from_pretrained" and isinstance(path, ast.Constant) and not _ELSEWHERE & named.keys():
+        elif last == "from_pretrained" and isinstance(path, ast.Constant) and not is_elsewhere:
             self._add("model", self._text(path))
-        elif owner in self._corpora:
+        elif self._modules.get(owner) == "nltk.corpus":
             self._add("NLTK corpus", owner)
-        elif function == "open" and str(getattr(mode, "value", "")).startswith("r"):
-            self._add("file", self._text(path), certain=not self._makes_files)
-        elif last in ("OpenAI", "AsyncOpenAI") and not {"base_url", "api_key", None} & named.keys():
-            self._add("environment variable", "OPENAI_API_KEY", certain=False)
-        devices = [value.value for value in (*args, *named.values()) if isinstance(value, ast.Constant)]
-        if not self._has_no_gpu_too and any(str(value).split(":")[0] == "cuda" for value in devices):
-            self._add("device", "cuda", certain=False)
+        elif function == "open" and str(getattr(mode, "value", "")).startswith("r") and not self._makes_files:
+            self._add("file", self._text(path))
 
     def _text(self, value: ast.expr | None, depth: int = 3) -> str | None:
         if isinstance(value, ast.Constant):
             return value.value if isinstance(value.value, str) else None
-        if isinstance(value, ast.Call) and ast.unparse(value) in _OWN_DIRECTORY:
-            return str(self._place)
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "os.path.join":
+        if isinstance(value, ast.Call):
+            function, named = ast.unparse(value.func), {item.arg: item.value for item in value.keywords}
+            if ast.unparse(value) in _OWN_DIRECTORY:
+                return str(self._place)
+            if function == "Field":
+                return self._text(value.args[0] if value.args else named.get("default"), depth)
             parts = [part for item in value.args if (part := self._text(item, depth - 1))]
-            return str(Path(*parts)) if len(parts) == len(value.args) else None
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "Field":
-            named = {item.arg: item.value for item in value.keywords}
-            return self._text(value.args[0] if value.args else named.get("default"), depth)
+            is_whole = function == "os.path.join" and len(parts) == len(value.args)
+            return str(Path(*parts)) if is_whole else None
         name = getattr(value, "attr", getattr(value, "id", None))
         if name is None or depth <= 0 or "--config" in self._args:
             return None
         found = {self._text(item, depth - 1) for item in self._values[name]}
         return option_value(self._args, f"--env.{name}") or (found.pop() if len(found) == 1 else None)
 
-    def _add(self, kind: str, name: str | None, *, certain: bool = True) -> None:
+    def _add(self, kind: str, name: str | None) -> None:
         if name and "://" not in name:
-            self.needs[kind, name] = certain
+            self.found[kind, name] = None
 
 
-def _may_make_files(call: ast.Call) -> bool:
-    """Not what is known to make none, and no constructor that gets nothing, so no path."""
-    name = ast.unparse(call.func)
-    is_bare = name.rpartition(".")[2][0].isupper() and not call.args and not call.keywords
+def _may_make_files(node: ast.AST) -> bool:
+    """A call, but not of what is known to make none, nor of a constructor that gets nothing, so no path."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = ast.unparse(node.func)
+    is_bare = name.rpartition(".")[2][0].isupper() and not node.args and not node.keywords
     return not is_bare and _MAKES_NO_FILE.fullmatch(name) is None
 
 
@@ -291,10 +263,7 @@ def _raises(handler: ast.ExceptHandler) -> bool:
 
 _LOOK = r"""
 import functools, importlib.util, json, os, re, ssl, sys, urllib.error, urllib.request
-from importlib import metadata
 from pathlib import Path
-def version(name):
-    return next((found.version for found in metadata.distributions(name=name)), None)
 def there(module):
     module, _, name = module.partition(":")
     try:
@@ -312,25 +281,20 @@ def there(module):
     return file.is_file() and re.search(rf"\b({name}|import \*)(?!\w)", file.read_text(errors="replace")) is not None
 @functools.cache
 def unreachable(url):
-    if "all" in urllib.request.getproxies():
-        return None  # urllib does not use it, and others do
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         pass  # it answers
     except Exception as error:
-        if isinstance(getattr(error, "reason", error), ssl.SSLError):
-            return None  # it answers, and others may have its certificate
-        return f"{url} cannot be reached: {getattr(error, 'reason', error)}"
+        why = getattr(error, "reason", error)
+        # Other libraries can use a proxy, or have a certificate, where urllib does not.
+        known = "all" not in urllib.request.getproxies() and not isinstance(why, ssl.SSLError)
+        return f"{url} cannot be reached: {why}" if known else None
 def plain(name):
     return re.sub("[^a-z0-9]", "", name.lower())
 def obstacle(kind, name):
     if kind == "file":
         return None if Path(asked["cwd"], name).exists() else "not there from " + asked["cwd"]
-    if kind == "environment variable":
-        return None if os.environ.get(name) else "not set"
-    if kind == "device":
-        return None if any(Path("/dev").glob("nvidia[0-9]*")) else "there is none"
     try:
         if kind == "NLTK corpus":
             import nltk
@@ -349,24 +313,28 @@ def obstacle(kind, name):
     return why and "not in the cache of the Hugging Face Hub, and " + why
 asked = json.loads(sys.argv[1])
 sys.path = [*filter(None, sys.path)]
-unmet = [(kind, name, why, certain) for kind, name, certain in asked["needs"] if (why := obstacle(kind, name))]
+unmet = {}
+for kind, name in asked["needs"]:
+    if why := obstacle(kind, name):
+        unmet.setdefault(kind, (why, []))[1].append(name)
 sys.path.insert(0, asked["place"])
-print(json.dumps({
-    "python": sys.version.split()[0],
-    "versions": {name: version(name) for name in ("atroposlib", "transformers")},
-    "lacking": [name for name in asked["modules"] if not there(name)],
-    "unmet": unmet,
-}))
+print(json.dumps({"lacking": [name for name in asked["modules"] if not there(name)], "unmet": unmet}))
 """
 """Runs in the environment's interpreter, directory and variables. The addresses are those of the libraries."""
 
 
-def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path) -> dict[str, Any]:
-    """What ``python`` has of what the script needs: ``python``, ``versions``, ``lacking`` (modules), ``unmet`` (kind,
-    name, why, whether nothing works without it: data sets, files, variables, …), ``sends_no_group``.
+def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path, key: str) -> None:
+    """Raises ``ConfigError`` for what an environment cannot start without: modules, data sets, models, corpora, files.
+    What cannot be found out is passed over."""
+    lacking = []
+    with contextlib.suppress(SyntaxError, OSError, ValueError, RecursionError, subprocess.TimeoutExpired):
+        lacking = _lacking(python, program, settings, run_dir)
+    if lacking:
+        raise ConfigError(f"{program[-1]} {'; '.join(lacking)}", key)
 
-    Raises ``SyntaxError``; ``OSError``, ``ValueError`` or ``subprocess.TimeoutExpired`` where it cannot be found out.
-    """
+
+def _lacking(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path) -> list[str]:
+    """Clauses that begin with a verb."""
     source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
     script = script_of(program, settings) or Path(program[-1])
     tree = parse_script(source, script)
@@ -375,39 +343,16 @@ def look(python: str, program: Sequence[str], settings: EnvironmentConfig, run_d
         place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
     if b"sys.path" in source:
         modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
-    found = _Needs(tree, settings.args, script.parent.absolute())
-    needs = [(*need, certain) for need, certain in found.needs.items()]
-    asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
+    needs = Needs(tree, settings.args, script.parent.absolute())
+    asked = {"place": place, "modules": modules, "needs": list(needs.found), "cwd": str(cwd.absolute())}
     command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
     options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
-    return {**json.loads(answer.stdout), "sends_no_group": found.sends_no_group}
-
-
-def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path, key: str) -> list[str]:
-    """Says what an environment may lack. Raises ``ConfigError`` for what it cannot start without; what cannot be found
-    out is passed over."""
-    try:
-        refused, notes = what_lacks(look(python, program, settings, run_dir), python)
-    except (SyntaxError, OSError, ValueError, RecursionError, subprocess.TimeoutExpired):
-        return []
-    if refused:
-        raise ConfigError(f"{program[-1]} {'; '.join(refused)}", key)
-    return [f"{program[-1]} {note}" for note in notes]
-
-
-def what_lacks(seen: Mapping[str, Any], python: str) -> tuple[list[str], list[str]]:
-    """What ``look`` missed, as clauses that begin with a verb: what nothing works without, and what may be missed."""
+    seen: dict[str, Any] = json.loads(answer.stdout)
     names = ", ".join(name.replace(":", ".") for name in seen["lacking"])
     refused = [f"imports {names}, which {python} has not: install what provides them, or set python"] if names else []
-    if seen["sends_no_group"]:
-        refused.append(
-            "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever "
-            "arrive: have it return what score() makes of them, or define postprocess_histories"
-        )
-    unmet: defaultdict[tuple[str, str, bool], list[str]] = defaultdict(list)
-    for kind, name, why, certain in seen["unmet"]:
-        unmet[kind, why, certain].append(name)
-    refused += [f"needs the {kind} {', '.join(names)} ({why})" for (kind, why, sure), names in unmet.items() if sure]
-    notes = [f"reads the {kind} {', '.join(names)} ({why})" for (kind, why, sure), names in unmet.items() if not sure]
-    return refused, notes
+    if needs.sends_no_group:
+        text = "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever"
+        refused.append(f"{text} arrive: have it return what score() makes of them, or define postprocess_histories")
+    unmet = (f"needs the {kind} {', '.join(names)} ({why})" for kind, (why, names) in seen["unmet"].items())
+    return [*refused, *unmet]

@@ -3,19 +3,15 @@
 How keys are handed over: docs/internals.md.
 """
 
-import contextlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
-from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed lacks it
 
 import xxhash
 import yaml
@@ -51,7 +47,6 @@ _NAME_OPTION = "--env.wandb_name"
 _FILE_OPTION = "--config"
 _TOKENIZER_SETTINGS, _CLEANS = "tokenizer_config.json", "clean_up_tokenization_spaces"
 _ROUNDING = 1e-9
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def plan_environments(
@@ -69,26 +64,23 @@ def plan_environments(
     allocations, notes = allocate(config, launch, embedded=embedded)
     warnings += notes
     if config.atropos.token and not embedded:
-        warnings.append(
-            "environments send the API's token as the password of HTTP Basic authentication, which is all that "
-            "Atropos's client can do: our API takes it, one that demands a bearer token refuses them "
-            "(401 in their logs)"
-        )
+        text = "environments send the API's token as a password (HTTP Basic), all that Atropos's client can do: an API"
+        warnings.append(f"{text} that demands a bearer token refuses them (401 in their logs)")
     found = check_tokenizer(Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser())
     warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
-        section, program = "env" if of_training else f"environments.{name}", program_of(name, settings)
+        section = "env" if of_training else f"environments.{name}"
+        program = program_of(section, settings)
         own = [] if name in launch.agents or settings.ecosystem is not None else notes_of(config, settings, program)
-        _check_proxy(settings, f"{section}.env")
         python, run_dir = interpreter(settings.python, f"{section}.python"), config.resolve_run_dir()
-        own += check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
+        check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
         warnings += [f"environments.{name}: {note}" for note in own]
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))
-    names = sorted(service.name for service in services)
-    if twice := [name for name, other in pairwise(names) if name == other]:
+    names = [service.name for service in services]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
     return services, warnings
 
@@ -113,8 +105,7 @@ def environment_spec(
         if not cwd.is_dir():
             raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
     process = name if copy == 1 else f"{name}-{copy}"
-    program = program_of(name, settings)
-    model = str(config.resolve_model_path())
+    program = program_of(section, settings)
     tokenizer = str(readable_tokenizer(config))
     ours = {
         "--env.group_size": str(settings.group_size or config.group_size),
@@ -122,11 +113,11 @@ def environment_spec(
         "--env.tokenizer_name": tokenizer,
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        _NAME_OPTION: _name_of(settings, program) if of_training and evaluation is None else process,
+        _NAME_OPTION: re.split(r"[./]", program[-1].removesuffix(".py"))[-1] if of_training else process,
     }
     server = {
         "base_url": f"{config.gateway.advertise_url}{EVALUATION_PATH if evaluation else ''}/v1",
-        "model_name": model,
+        "model_name": str(config.resolve_model_path()),
         "tokenizer_name": tokenizer,
         "server_type": settings.server_type,
         "api_key": config.gateway.api_key or "none",  # the openai client refuses to start without one
@@ -177,32 +168,18 @@ def evaluation_directory(config: RunConfig, name: str, label: str, of_training: 
     return directory if of_training else directory / name
 
 
-def program_of(name: str, settings: EnvironmentConfig) -> tuple[str, ...]:
-    """``(script,)`` or ``("-m", module)``. Raises ``ConfigError`` when the script does not exist."""
+def program_of(section: str, settings: EnvironmentConfig) -> tuple[str, ...]:
+    """``(script,)`` or ``("-m", module)``; the package has the files of ``examples/environments``. Raises
+    ``ConfigError``, with a key of ``section``, when the script does not exist."""
     if settings.module is not None:
         return ("-m", settings.module)
-    if settings.script is None:
-        return (str(demo_env_script()),)
-    return (str(find_script(settings.script, f"environments.{name}.script")),)
-
-
-def _name_of(settings: EnvironmentConfig, program: Sequence[str]) -> str:
-    return Path(program[-1]).stem if settings.module is None else settings.module.rpartition(".")[2]
-
-
-def demo_env_script() -> Path:
-    """The demo environment, part of the package."""
-    return _SHIPPED / "spell_backward.py"
-
-
-def find_script(given: str, key: str) -> Path:
-    """The script at ``given``, or the package's ``examples/environments/NAME``. Raises ``ConfigError`` with ``key``."""
-    path = Path(given).expanduser()
+    path = Path(settings.script or "examples/environments/spell_backward.py").expanduser()
     places = [path.absolute(), *([_SHIPPED / path.name] if path.parent == Path("examples/environments") else [])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise ConfigError(f"there is no {' nor '.join(map(str, places))}", key)
+    if settings.script is None:
+        places = places[1:]  # the demo's, whatever is in this directory
+    if found := next((place for place in places if place.is_file()), None):
+        return (str(found),)
+    raise ConfigError(f"there is no {' nor '.join(map(str, places))}", f"{section}.script")
 
 
 def interpreter(python: str | None, key: str) -> str:
@@ -313,37 +290,6 @@ def direct(config: RunConfig) -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def _check_proxy(settings: EnvironmentConfig, key: str) -> None:
-    """Raises ``ConfigError`` for a proxy that the HTTP client of an environment cannot be made with (SOCKS without a
-    package for it, say), though nothing of a run is asked through it."""
-    variables = {**os.environ, **settings.env}
-    names = [name for name, value in variables.items() if name.lower() in _PROXIES and "://" in value]
-    if odd := [name for name in names if not variables[name].lower().startswith(("http:", "https:"))]:
-        program = "try: import httpx\nexcept ImportError: raise SystemExit\nhttpx.Client()"
-        command = [interpreter(settings.python, key), "-c", program]
-        with contextlib.suppress(OSError):
-            tried = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
-            if tried.returncode:
-                why = tried.stderr.strip().rpartition("\n")[2]
-                raise ConfigError(f"with {', '.join(odd)} set, {command[0]} says: {why} Or set them empty here", key)
-
-
-def obstacle(spec: ServiceSpec, gateway_url: str) -> str:
-    """What stands between an environment and the gateway: its own arguments, or a proxy; "": nothing that is seen."""
-    host, own = urlsplit(gateway_url).hostname or "", f"{gateway_url}/v1"
-    servers = [server for text in spec.files.values() for server in yaml.safe_load(text).get("openai", [])]
-    urls = [option_value(spec.command, f"{_SERVER_PREFIX}base_url"), *(server.get("base_url") for server in servers)]
-    if elsewhere := [url for url in urls if url and url.rstrip("/") != own]:
-        return f"its arguments send it to {elsewhere[0]}, and the gateway is at {own}"
-    variables = {**os.environ, **spec.env}
-    names = [name for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY") if variables.get(name)]
-    no_proxy = variables.get("no_proxy", variables.get("NO_PROXY", ""))
-    if names and not proxy_bypass_environment(host, {"no": no_proxy}):
-        proxy = re.sub(r"^([\w+.-]+://)?(.*@)?([^/?#]*).*", r"\1\3", variables[names[0]])  # without its password
-        return f"the proxy {names[0]}={proxy} stands between: add {host} to NO_PROXY of the environment"
-    return ""
-
-
 def _read(path: Path, key: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
@@ -357,10 +303,8 @@ def _read(path: Path, key: str) -> dict[str, Any]:
 def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:
     """``--env.min_batch_allocation`` of one process of each environment, and warnings.
 
-    Atropos itself uses weights only to bound concurrent requests (512 times the share, which seldom binds), so a
-    weight alone moves nothing. A least share of every batch does. Where weights differ, each environment therefore
-    gets its share of what explicit allocations leave, rounded down to whole groups; what rounding leaves is filled
-    with the oldest groups.
+    In Atropos a weight alone moves nothing, a least share of every batch does. Where weights differ, each environment
+    gets its share of what explicit allocations leave, in whole groups; the rest is filled with the oldest groups.
     """
     chosen = launch.chosen
     total = sum(settings.min_batch_allocation or 0.0 for settings in chosen.values())
@@ -374,18 +318,14 @@ def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tupl
     if len(chosen) < 2 or not uneven or weights <= 0 or not free:
         return result, warnings
     if not embedded:  # upstream stops delivering when an environment with an allocation dies: only where asked for
-        return result, [
-            "weights are handed to the environments, but this API uses them for concurrency only: shares of the "
-            "trained sequences will not follow them. Set min_batch_allocation of each environment, or use the embedded "
-            "API"
-        ]
+        text = "this API uses weights for concurrency only: shares of the trained sequences will not follow them. Set"
+        return result, [f"{text} min_batch_allocation of each environment, or use the embedded API"]
     for name, settings in free.items():
         result[name] = _per_copy(config, (1 - total) * settings.weight / weights, settings)
         if result[name] is None and settings.weight > 0:
-            warnings.append(
-                f"environments.{name}: its share of a batch of {config.batch_size} is less than one group of "
-                f"{_group_size(config, settings)}; it gets what the others leave. A larger batch_size holds the share"
-            )
+            text = f"its share of a batch of {config.batch_size} is less than one group of"
+            text += f" {_group_size(config, settings)}; it gets what the others leave"
+            warnings.append(f"environments.{name}: {text}. A larger batch_size holds the share")
     return result, warnings
 
 
@@ -413,20 +353,16 @@ def _check_groups(config: RunConfig, launch: LaunchConfig, *, embedded: bool) ->
         if size > config.batch_size:
             raise ConfigError(f"{size} is above batch_size {config.batch_size}: no batch would hold a group", key)
         if config.batch_size % size or largest % size:
-            message = (
-                f"groups of {size} do not fill a batch of {config.batch_size} exactly beside groups of {largest}: "
-                "batch_size must be a multiple of each group size, and the largest of every other"
-            )
+            message = f"groups of {size} do not fill a batch of {config.batch_size} exactly beside groups of {largest}:"
+            message += " batch_size must be a multiple of each group size, and the largest of every other"
             if not embedded:
                 raise ConfigError(f"{message}; an upstream API would never deliver a batch", key)
             return [f"{key}: {message}; some batches will be smaller"]
     estimator, alone = config.algorithm.adv_estimator, [name for name, size in sizes.items() if size == 1]
     if alone and estimator != "plain" and config.algorithm.advantage_path is None:
-        return [
-            f"groups of {', '.join(alone)} have one sequence (group_size=1), whose advantage is 0 with "
-            f"algorithm.adv_estimator={estimator}: nothing is trained but what comes with advantages of its own or "
-            "overrides.sft. Raise group_size, or set algorithm.adv_estimator=plain"
-        ]
+        text = f"groups of {', '.join(alone)} have one sequence (group_size=1), whose advantage is 0 with"
+        text += f" algorithm.adv_estimator={estimator}, without advantages of its own or overrides.sft"
+        return [f"{text}. Raise group_size, or set algorithm.adv_estimator=plain"]
     return []
 
 

@@ -115,17 +115,15 @@ class EvaluationProcesses:
         if label not in self._begun:
             self._begun[label] = self._told = now
             self._report(label)
-        running = [(planned, process) for planned, process in self._running[label] if process.is_running()]
+        running = [(planned.spec, process) for planned, process in self._running[label] if process.is_running()]
         seconds = now - self._begun[label]
         if not running or seconds > self._timeout:
             return False
         if now - self._told > _SILENT_SECONDS:
             self._told = now
-            for planned, process in running:
-                self._note(
-                    f"{planned.spec.name}: still running after {seconds:.0f} s (eval.timeout is "
-                    f"{self._timeout:g}), its log {planned.spec.log_path} ends: {process.log_tail(1)}"
-                )
+            for spec, process in running:
+                text = f"{spec.name}: still running after {seconds:.0f} s (eval.timeout is {self._timeout:g}), its log"
+                self._note(f"{text} {spec.log_path} ends: {process.log_tail(1)}")
         self._check()
         return True
 
@@ -143,14 +141,12 @@ class EvaluationProcesses:
         finally:
             stop_all([process for _, process in started])
             self._report(None)
-        known = [
-            (planned.weight, score) for planned, _ in started if (score := scores[planned.environment]) is not None
-        ]
-        total = sum(weight for weight, _ in known)
-        if total <= 0:
+        weights = {planned.environment: planned.weight for planned, _ in started}
+        known = {name: score for name, score in scores.items() if score is not None}
+        if (total := sum(weights[name] for name in known)) <= 0:
             return {}
         each = {f"{name}/score": score for name, score in scores.items() if len(scores) > 1}
-        return {"mean_reward": sum(weight * score for weight, score in known) / total, **each}
+        return {"mean_reward": sum(weights[name] * score for name, score in known.items()) / total, **each}
 
     def stop(self) -> None:
         """End those that still run."""
@@ -167,10 +163,8 @@ class EvaluationProcesses:
         try:
             metrics = json.loads(planned.result.read_text())["results"]["all"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self._note(
-                f"{name} (exit code {process.returncode}) gave no score: {error}; its log is {planned.spec.log_path}. "
-                "Without evaluation: eval.before=false eval.after=false (of one: environments.NAME.evaluate=false)"
-            )
+            text = f"{name} (exit code {process.returncode}) gave no score: {error}; its log is {planned.spec.log_path}"
+            self._note(f"{text}. Without evaluation: eval.before=false eval.after=false")
             return None
         return held_out_score(metrics)
 

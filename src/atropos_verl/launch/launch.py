@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import secrets
@@ -15,21 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.composition import SHIPPED, gateway_key, load_launch
+from atropos_verl.config.composition import SHIPPED, as_yaml, gateway_key, help_text, key_of, load_launch
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
-from atropos_verl.config.model_checks import check_gpu, check_usable
-from atropos_verl.config.schema import RunConfig, help_rows, hide_secrets
-from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, public, read_run
+from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
+from atropos_verl.config.schema import RunConfig, hide_secrets
+from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, plain, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
+from atropos_verl.http_thread import is_loopback
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_PLAIN = re.compile(r"[A-Za-z0-9_./:@%+-]*")
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
@@ -39,24 +36,17 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
         return _attach(words[1:])
     from atropos_verl.report.console import output_may_close
 
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
+    parser = command_parser()
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-name")
-    parser.add_argument("--config-dir", type=Path, default=SHIPPED)
     options, overrides = parser.parse_known_args(words)
     try:
         config, launch, ray = load_settings(overrides, options.config_dir, options.config_name, config_name)
         if options.cfg or options.help:
-            settings = public(ray.verl) if ray is not None else config.public()
             of_launch = launch.model_dump(mode="json")
-            hide_secrets(
-                {}, {}, of_launch["trainer_process"], *of_launch["environments"].values(), *of_launch["agents"].values()
-            )
-            values = {**settings, **of_launch}
-            text = _help(options.config_dir, values) if options.help else json.dumps(values, indent=2) + "\n"
-            sys.stdout.write(text)
+            named = (*of_launch["environments"].values(), *of_launch["agents"].values())
+            hide_secrets({}, {}, of_launch["trainer_process"], *named)
+            values = {**(config.public() if ray is None else public(ray.verl)), **of_launch}
+            sys.stdout.write(_help(values) if options.help else as_yaml(values))
             return 0
         plan = build_plan(config, launch, ray)
         if options.dry_run:
@@ -74,6 +64,16 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
         return 2
 
 
+def command_parser() -> argparse.ArgumentParser:
+    """Of the options that every command of a run has beside its ``key=value`` words."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--cfg", action="store_true")
+    parser.add_argument("--config-name")
+    parser.add_argument("--config-dir", type=Path, default=SHIPPED)
+    return parser
+
+
 def load_settings(
     words: Sequence[str], config_dir: Path, config_name: str | None, default_name: str | None
 ) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
@@ -86,17 +86,17 @@ def load_settings(
 
 def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Raises ``ConfigError``."""
-    model_path = config.resolve_model_path()
+    model_path, prefix = config.resolve_model_path(), "" if ray is None else "actor_rollout_ref."
     if launch.starts("trainer"):
-        check_usable(config, model_path, "actor_rollout_ref." if ray is not None else "")
+        check_usable(config, model_path, prefix)
     check_extensions(config, "atropos." if ray is not None else "")
     own_api = config.atropos.api_url is None and launch.starts("api")
-    if config.atropos.api_url is None and not launch.starts("api"):
+    if not own_api and config.atropos.api_url is None:
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
     api_port = _port(launch.api.host, launch.api.port, "api.port") if own_api else 0
     api_url, token = config.atropos.api_url or url_of(launch.api.host, api_port), config.atropos.token
     is_open = config.atropos.server == "upstream" or "--insecure" in launch.api.args
-    if own_api and not is_open and (launch.only is None or launch.api.host not in _LOOPBACK):
+    if own_api and not is_open and (launch.only is None or not is_loopback(launch.api.host)):
         token = token or secrets.token_hex(24)
     gateway_port, probe_url = 0, config.gateway.advertise_url
     if launch.starts("trainer"):
@@ -125,9 +125,8 @@ def _port(host: str, port: int, key: str) -> int:
     try:
         return free_port(host, port)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any", key
-        ) from error
+        text = f"cannot listen on {host}:{port}: {error.strerror or error}; choose a free port, or 0 for any"
+        raise ConfigError(text, key) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +153,14 @@ class RayLaunch:
             "atropos.eval.commands_file": config.eval.commands_file,
         }
         own = tuple(f"{key}={_quoted(value)}" for key, value in settings.items() if value is not None)
-        given = tuple(word for word in self.words if word.split("=", 1)[0].lstrip("+") not in settings)
+        given = tuple(word for word in self.words if key_of(word) not in settings)
         place = ("--config-dir", str(self.config_dir.absolute()), "--config-name", self.config_name)
         return ("backend=ray", *place, *given, *own)
 
 
 def is_launch_key(word: str) -> bool:
     """True for a ``key=value`` word of the launch; the others are the trainer's."""
-    return re.split(r"[.=@]", word.lstrip("+~"), maxsplit=1)[0] in LaunchConfig.model_fields
+    return re.split(r"[.@]", key_of(word), maxsplit=1)[0] in LaunchConfig.model_fields
 
 
 def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
@@ -175,28 +174,18 @@ def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) 
 
 def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:
     """Compose and validate. Raises ``ConfigError`` naming the key."""
-    from omegaconf import OmegaConf, open_dict
-    from omegaconf.errors import OmegaConfBaseException
-
     name = config_name or RAY_DEFAULT
     own = tuple(word for word in words if not is_launch_key(word))
     # A file need not have the launch's sections, so its words may add what it lacks.
     of_launch = [f"++{word.lstrip('+')}" for word in words if is_launch_key(word) and not word.startswith("backend=")]
-    try:
-        composed = compose_run([*own, *of_launch], config_dir, name)
-        values = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split()), str(getattr(error, "full_key", "") or name)) from None
-    assert isinstance(values, dict)
-    verl = {str(key): value for key, value in values.items()}
+    composed = compose_run([*own, *of_launch], config_dir, name)
+    verl = plain(composed)
     sections = {key: verl.pop(key) for key in LaunchConfig.model_fields if key in verl}
     launch = LaunchConfig.from_mapping({**sections, "backend": "ray"})
     if launch.trainer_process.nproc > 1:
         raise ConfigError("Ray places the workers: trainer.n_gpus_per_node, trainer.nnodes", "trainer_process.nproc")
     if launch.starts("trainer") and not composed.atropos.gateway.get("api_key"):
-        with open_dict(composed):
-            key = gateway_key(composed.run_dir, launch.starts("environments"))
-            composed.atropos.gateway.api_key = key
+        composed.atropos.gateway.api_key = gateway_key(composed.run_dir, launch.starts("environments"))
     return RayLaunch(read_run(composed).run, launch, verl, config_dir, name, own)
 
 
@@ -218,8 +207,10 @@ def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | Non
 
 def _quoted(value: object) -> str:
     """As Hydra's grammar reads it back."""
+    if re.fullmatch(r"[A-Za-z0-9_./:@%+-]*", str(value)):
+        return str(value)
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return str(value) if _PLAIN.fullmatch(str(value)) else f"'{escaped}'"
+    return f"'{escaped}'"
 
 
 def _supervise(plan: LaunchPlan) -> int:
@@ -250,15 +241,12 @@ def _supervise(plan: LaunchPlan) -> int:
 
 
 def _closing(plan: LaunchPlan, code: int) -> str:
-    summary = plan.run_dir / "summary.json"
-    if code == 0 and summary.is_file():
-        values: dict[str, Any] = json.loads(summary.read_text())
-        first, last = values.get("reward_first"), values.get("reward_last")
-        if first is not None and last is not None:
-            before, after = values.get("held_out_before"), values.get("held_out_after")
-            held_out = "" if before is None or after is None else f", held-out {before:.3f} → {after:.3f}"
-            reward = f"reward {first:.3f} → {last:.3f}{held_out}"
-            return f"training finished: {values.get('steps')} steps, {reward}; {plan.run_dir}"
+    summary, _ = read_json(plan.run_dir / "summary.json")
+    if code == 0 and summary:
+        from atropos_verl.report.console import summary_rows
+
+        figures = (f"{label} {value}" for label, value in summary_rows(summary, ascii_only=False) if label)
+        return "\n".join([f"training finished; {plan.run_dir}", *(f"  {figure}" for figure in figures)])
     words = {0: "finished", 130: "interrupted; the same command with this run_dir goes on"}
     return f"{words.get(code, f'ended with code {code}')}; {plan.run_dir}"
 
@@ -279,32 +267,13 @@ def _attach(words: Sequence[str]) -> int:
         return 0
 
 
-_HELP = """\
-usage: {program} [--config-name NAME] [--config-dir DIR] [--dry-run] [--cfg] [key=value ...]
-       {program} attach RUN_DIR [--once]
-
-Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments.
-
-  -h, --help           this text
-  --config-name NAME   {names}
-  --config-dir DIR     another config directory
-  --dry-run            print the commands and stop
-  --cfg                print the composed configuration and stop
-
-examples:
-  {program}
-  {program} steps=100 environments.demo.copies=2 run_dir=runs/mine
-  {program} --config-name two_environments envs=[words]
-  {program} --config-name remote_api atropos.api_url=http://host:8000
-  {program} backend=ray trainer.total_training_steps=100   (verl's own keys; docs/launcher.md)
-  {program} 'only=[environments]' atropos.api_url=http://a:8000 gateway.advertise_url=http://b:9004
-
-keys of a launch (value in this configuration); those of the trainer: python recipe/atropos/main_atropos.py --help
-"""
-
-
-def _help(config_dir: Path, values: Mapping[str, Any]) -> str:
-    files = ", ".join(sorted(path.stem for path in config_dir.glob("*.yaml")))
-    names = f"one of: {files}" if files else "a YAML file's name"
-    text = _HELP.format(program="python recipe/atropos/launch_atropos_verl.py", names=names)
-    return text + help_rows(describe_launch(), values)
+def _help(values: Mapping[str, Any]) -> str:
+    about = """\
+Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments. --dry-run prints
+the commands and stops; attach RUN_DIR [--once] shows a run that goes on. The trainer's keys: main_atropos.py --help."""
+    examples = (
+        "steps=100 environments.demo.copies=2 run_dir=runs/mine",
+        "--config-name remote_api atropos.api_url=http://host:8000",
+        "backend=ray trainer.total_training_steps=100",
+    )
+    return help_text("launch_atropos_verl.py", about, examples, "keys of a launch", describe_launch(), values)

@@ -4,6 +4,7 @@ What the backward keeps is found by running one and two layers of the model on t
 what autograd saves; the rest is counted. Formulas, and how far they are right: docs/doctor.md.
 """
 
+from bisect import bisect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
     from atropos_verl.verl_plugin.engines import install_packed_attention
     from atropos_verl.verl_plugin.prefix_forest import joined
 
+    how: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(str(model_path), trust_remote_code=trust_remote_code)
     text, dtype = config.get_text_config(decoder=True), {2: torch.bfloat16, 4: torch.float32}[compute]
     layers, kinds = int(text.num_hidden_layers), getattr(text, "layer_types", None)
@@ -99,12 +101,7 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
 
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
-                how: dict[str, Any] = {
-                    "dtype": dtype,
-                    "attn_implementation": "sdpa",
-                    "trust_remote_code": trust_remote_code,
-                }
-                model = AutoModelForCausalLM.from_config(config, **how).eval()
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how).eval()
                 packed = {"packed_row": joined([_PROBE_TOKENS])} if install_packed_attention(model) else {}
                 ids, positions = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64), torch.arange(_PROBE_TOKENS)[None]
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -191,12 +188,8 @@ def peak(phases: Phases) -> float:
 
 def longest_micro_batch(shape: Shape, plan: Plan, room: float) -> int:
     """Most tokens of a micro-batch with which everything stays within ``room`` bytes; 0: nothing does."""
-    low, high = 0, 1 << 22
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = peak(predict(shape, replace(plan, tokens=middle), room)) <= room
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+    sizes = range(1, 1 << 22)
+    return bisect(sizes, room, key=lambda tokens: peak(predict(shape, replace(plan, tokens=tokens), room)))
 
 
 def plan_of(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -> Plan:
@@ -236,54 +229,27 @@ def plan_of(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) ->
     )
 
 
-def _remedies(plan: Plan, names: Mapping[str, str]) -> list[tuple[str, Plan]]:
-    """What may help, the least costly first."""
-    changes: list[tuple[str, dict[str, Any]]] = []
-    if not plan.checkpointing:
-        changes.append((f"{names['model']}enable_gradient_checkpointing=true", {"checkpointing": True}))
-    if plan.compute == 4 and not plan.on_cpu:
-        changes.append(("bfloat16 compute", {"compute": 2}))
-    if plan.overlap:
-        changes.append(("mode=sync", {"overlap": False}))
-    if plan.engine_share is not None and not plan.offload:
-        changes.append(("actor.fsdp_config.param_offload=true and optimizer_offload=true", {"offload": True}))
-    if plan.engine_share is not None and plan.engine_share > 0.4:
-        changes.append(("rollout.gpu_memory_utilization=0.4", {"engine_share": 0.4}))
-    changes.append((f"{names['tokens']}={plan.context} or so", {"tokens": min(plan.tokens, plan.context)}))
-    if plan.engine_share is not None and not plan.lora_rank:
-        changes.append(("model.lora_rank=32", {"lora_rank": 32}))
-    changes += [(f"{plan.ranks * factor} ranks", {"ranks": plan.ranks * factor}) for factor in (2, 4, 8, 16)]
-    found = []
-    for name, change in changes:
-        if "ranks" not in change:  # each on top of those before it; of ranks one number is enough
-            plan = replace(plan, **change)
-        found.append((name, replace(plan, **change)))
-    return found
-
-
 def check_memory(shape: Shape, plan: Plan, room: float, place: str) -> list[Finding]:
     """One finding per phase, one of the longest micro-batch. ``room``: bytes that there are; ``place``: where."""
-    phases, findings, on_ray = predict(shape, plan, room), [], plan.engine_share is not None
-    names = {"model": "model.", "tokens": "trainer.max_token_len_per_gpu"}
-    if on_ray:
-        names = {"model": "actor_rollout_ref.model.", "tokens": "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"}
-    todo = ""
-    if peak(phases) > room:
-        tried: list[str] = []
-        for name, other in _remedies(plan, names):
-            fits = peak(predict(shape, other, room)) <= room
-            if "ranks" not in name or fits:
-                tried.append(name)
-            if fits:
-                break
-        else:
-            tried.append("(even so it would not fit: a smaller model, or more ranks)")
-        todo = "together: " + ", ".join(tried)
-    for phase, parts in phases.items():
+    on_ray, longest = plan.engine_share is not None, longest_micro_batch(shape, plan, room)
+    prefix = "actor_rollout_ref." if on_ray else ""
+    key = f"{prefix}actor.ppo_max_token_len_per_gpu" if on_ray else "trainer.max_token_len_per_gpu"
+    remedies = {  # the least costly first
+        f"{key}={longest}": longest > 0,
+        f"{prefix}model.enable_gradient_checkpointing=true": not plan.checkpointing,
+        "bfloat16 compute": plan.compute == 4 and not plan.on_cpu,
+        "mode=sync": plan.overlap,
+        "actor.fsdp_config.param_offload=true and optimizer_offload=true": on_ray and not plan.offload,
+        "a smaller rollout.gpu_memory_utilization": on_ray,
+        "model.lora_rank=32": on_ray and not plan.lora_rank,
+        "more ranks, or a smaller model": True,
+    }
+    todo = f"one or more of: {'; '.join(remedy for remedy, helps in remedies.items() if helps)}"
+    findings = []
+    for phase, parts in predict(shape, plan, room).items():
         total = sum(parts.values())
         text = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
         text = f"{total / 1e9:.1f} GB of {room / 1e9:.1f} ({place}): {text}"
         findings.append(finding("memory", phase, text, missing=todo if total > room else ""))
-    longest = longest_micro_batch(shape, plan, room)
-    text = f"{longest} tokens ({names['tokens']}, now {plan.tokens})" if longest else "none fits"
+    text = f"{longest} tokens ({key}, now {plan.tokens})" if longest else "none fits"
     return [*findings, finding("memory", "longest micro-batch", text)]

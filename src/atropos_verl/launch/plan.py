@@ -7,21 +7,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
-from atropos_verl.config.schema import EnvConfig, EvalConfig, RunConfig
+from atropos_verl.config.schema import EnvConfig, EvalConfig, ProgramConfig, RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environment_script import import_path
 from atropos_verl.launch.environments import (
     CHILD_ENV,
-    demo_env_script,
     direct,
-    find_script,
     interpreter,
     own_temporary,
     plan_environments,
@@ -68,56 +67,39 @@ class LaunchPlan:
         return self.config.gateway.advertise_url or ""
 
     def describe(self) -> dict[str, Any]:
-        """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out."""
+        """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out while
+        words are words: quoted, a key may look different."""
+        hide = self._without_secrets
         return {
             "run_dir": str(self.run_dir),
-            "api_url": self._without_secrets(self.api_url),
+            "api_url": hide(self.api_url),
             "gateway_url": self.gateway_url,
             "steps": self.config.steps,
             "services": {
                 spec.name: {
                     "kind": spec.kind,
-                    "command": list(spec.command),
-                    "env": dict(spec.env),
+                    "command": list(map(hide, spec.command)),
+                    "env": {key: hide(value) for key, value in spec.env.items()},
                     "cwd": str(spec.cwd),
                     "log": str(spec.log_path),
-                    "restarts": spec.restarts,
-                    "startup_timeout": spec.startup_timeout,
-                    "shell": shlex.join(["env", *(f"{key}={value}" for key, value in spec.env.items()), *spec.command]),
                 }
-                for spec in self._shown_services()
+                for spec in self.services
             },
-            "warnings": [self._without_secrets(warning) for warning in self.warnings],
+            "warnings": list(map(hide, self.warnings)),
         }
 
     def text(self) -> str:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
-        lines = [
-            f"run directory      {self.run_dir}",
-            f"trajectory API     {self._without_secrets(self.api_url)}",
-            f"inference gateway  {self.gateway_url}",
-        ]
-        for spec in self._shown_services():
-            variables = " ".join(f"{key}={shlex.quote(value)}" for key, value in spec.env.items())
+        plan = self.describe()
+        lines = [f"{key:<11} {plan[key]}" for key in ("run_dir", "api_url", "gateway_url")]
+        for spec in self.services:
+            entry = plan["services"][spec.name]
+            command = shlex.join(["env", *(f"{key}={value}" for key, value in entry["env"].items()), *entry["command"]])
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
-            lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {variables} {shlex.join(spec.command)}")
+            lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {command}")
             for path, text in spec.files.items():
-                lines += [f"  {path}:", *(f"    {line}" for line in text.splitlines())]
-        lines += ["", *(f"warning: {self._without_secrets(warning)}" for warning in self.warnings)]
-        return "\n".join(lines).rstrip()
-
-    def _shown_services(self) -> list[ServiceSpec]:
-        """The services, keys left out while words are words: quoted, a key may look different."""
-        hide = self._without_secrets
-        return [
-            replace(
-                spec,
-                command=tuple(map(hide, spec.command)),
-                env={key: hide(value) for key, value in spec.env.items()},
-                files={path: hide(text) for path, text in spec.files.items()},
-            )
-            for spec in self.services
-        ]
+                lines += [f"  {path}:", indent(self._without_secrets(text.rstrip()), "    ")]
+        return "\n".join(lines + [f"\nwarning: {warning}" for warning in plan["warnings"]])
 
     def _without_secrets(self, text: str) -> str:
         for secret in secrets_of(self.config):
@@ -162,15 +144,11 @@ def make_plan(
 
 
 def one_environment(config: RunConfig) -> LaunchConfig:
-    """The launch of ``main_atropos.py``: the environment of the section ``env``. Raises ``ConfigError``."""
-    env = config.env
-    if env.script is not None and env.module is not None:
-        raise ConfigError(f"script ({env.script}) and module ({env.module}) exclude each other", "env.module")
-    own = env.script is None and env.module is None
-    script = demo_env_script() if own else None if env.script is None else find_script(env.script, "env.script")
-    seed = ("--env.seed", str(config.seed)) if own else ()
-    shared = {name: getattr(env, name) for name in ("module", "python", "env", "cwd", "startup_timeout")}
-    environment = EnvironmentConfig(script=script and str(script), args=(*seed, *env.args), **shared)
+    """The launch of ``main_atropos.py``: the environment of the section ``env``."""
+    program = {name: getattr(config.env, name) for name in (*ProgramConfig.model_fields, "startup_timeout")}
+    if config.env.script is None and config.env.module is None:
+        program["args"] = ("--env.seed", str(config.seed), *config.env.args)
+    environment = EnvironmentConfig(**program)
     # Upstream's API comes back knowing nobody, and this process cannot start its trainer anew.
     api = ApiProcessConfig(on_death="stop" if config.atropos.server == "upstream" else "restart")
     return LaunchConfig(environments={"environment": environment}, api=api)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch import orphan_reaper
 from atropos_verl.storage import write_atomic
@@ -30,7 +28,7 @@ _KILL_SECONDS = 5.0
 """Time that the kernel gets to end a process after SIGKILL (it may hang in a device or network file system)."""
 _ORPHAN_GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.02
-_TAIL_BYTES = 65536
+_LOG_BYTES = 1 << 20
 _TAIL_LINE_LENGTH = 500
 _KEY_VARIABLES = ("ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_KEY")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
@@ -66,10 +64,7 @@ def describe_exit(returncode: int) -> str:
     """Says how a process ended: ``exited with code 3``, ``was killed by SIGKILL``."""
     if returncode >= 0:
         return f"exited with code {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
+    name = next((known.name for known in signal.Signals if known == -returncode), f"signal {-returncode}")
     hint = " (by hand, or by the kernel for want of memory: see dmesg)" if -returncode == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
 
@@ -142,7 +137,11 @@ class ManagedProcess:
                 f"directory {self.spec.cwd})",
                 self.spec.name,
             ) from error
-        self._tell_reaper(f"pgid {self._process.pid}\n")
+        assert self._reaper is not None and self._reaper.stdin is not None
+        try:
+            self._reaper.stdin.write(f"pgid {self._process.pid}\n".encode())
+        except OSError as error:
+            logger.warning("the orphan reaper of %s is gone (%s): it would survive a kill -9", self.spec.name, error)
         logger.info("%s started with pid %d, log %s", self.spec.name, self._process.pid, self.spec.log_path)
 
     def is_running(self) -> bool:
@@ -154,28 +153,10 @@ class ManagedProcess:
             self._reap()
         return not has_ended
 
-    def check(self) -> None:
-        """Raise ``ServiceError`` (exit status in words, last log lines) if it has died. Nothing before ``start()``."""
-        if self._process is None or self.is_running():
-            return
-        code = self._process.returncode
-        raise ServiceError(
-            f"{self.spec.name} (pid {self._process.pid}) {describe_exit(code)}; its log is {self.spec.log_path}",
-            self.spec.name,
-            code,
-            self.log_tail(),
-        )
-
     def log_tail(self, lines: int = 20) -> str:
         """The last ``lines`` lines that it wrote since ``start()``, without terminal escapes, long lines cut."""
         blot_out(self.spec.log_path, self.spec.secrets, self._checked)
-        try:
-            with self.spec.log_path.open("rb") as log:
-                end = log.seek(0, os.SEEK_END)
-                log.seek(max(self.log_start, end - _TAIL_BYTES))
-                text = log.read().decode("utf-8", "replace")
-        except OSError as error:
-            return f"(no log: {error})"
+        text = read_tail(self.spec.log_path, self.log_start)
         kept = [_ESCAPES.sub("", line).rstrip() for line in text.replace("\r\n", "\n").splitlines()[-lines:]]
         return "\n".join(line if len(line) <= _TAIL_LINE_LENGTH else f"{line[:_TAIL_LINE_LENGTH]}…" for line in kept)
 
@@ -205,7 +186,7 @@ class ManagedProcess:
         """The leader has, and no descendant is left."""
         if self._process is None or self._process.returncode is not None:
             return True
-        return self._leader_has_ended() and not _members(self._process.pid) and not orphan_reaper.carriers(self._token)
+        return self._leader_has_ended() and not orphan_reaper.carriers(self._token)
 
     def _reap(self) -> None:
         """Kill what is left, then collect the exit status: in this order, the group's id cannot have been reused."""
@@ -239,25 +220,13 @@ class ManagedProcess:
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
         )
 
-    def _tell_reaper(self, line: str) -> None:
-        assert self._reaper is not None
-        assert self._reaper.stdin is not None
-        try:
-            self._reaper.stdin.write(line.encode())
-        except OSError as error:
-            logger.warning("the orphan reaper of %s is gone (%s): it would survive a kill -9", self.spec.name, error)
-
     def _release_reaper(self) -> None:
-        if self._reaper is None:
-            return
-        self._tell_reaper("done\n")
-        assert self._reaper.stdin is not None
-        self._reaper.stdin.close()
-        try:
-            self._reaper.wait(timeout=_KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._reaper.kill()
-            self._reaper.wait(timeout=_KILL_SECONDS)
+        if self._reaper is not None:
+            try:
+                self._reaper.communicate(b"done\n", timeout=_KILL_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._reaper.kill()
+                self._reaper.wait(timeout=_KILL_SECONDS)
         self._reaper = None
 
 
@@ -324,13 +293,12 @@ def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
     return max(start, start + len(content) - longest)
 
 
-def _members(pgid: int) -> list[int]:
-    """Living processes of a group; zombies do not count, nobody can end them but their parent."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (ProcessLookupError, psutil.Error):
-            continue
-    return found
+def read_tail(path: Path, start: int = 0) -> str:
+    """The log from byte ``start`` on, its last MB; all of it where it is shorter, and so was begun anew; "": none."""
+    try:
+        with path.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(start if start <= size else 0, size - _LOG_BYTES))
+            return log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""

@@ -13,16 +13,16 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals, read_tail
-from atropos_verl.launch.environments import obstacle
+from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals
 from atropos_verl.launch.evaluation import EvaluationWatch
 from atropos_verl.launch.plan import DISK_FULL_BYTES, LaunchPlan
 from atropos_verl.launch.probes import Poller, StepTail, connected_entries, environments_of, request_json
-from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, stop_all
+from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, read_tail, stop_all
 from atropos_verl.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
-_STATE_SECONDS = 0.5
 _API_POLL_SECONDS = 0.05
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
@@ -148,16 +147,11 @@ class WatchedService:
         self.state = "restarting"
         return delay
 
-    def start_anew(self) -> None:
-        """It is to be started as soon as it may; no death of it is counted. Its process must have been ended."""
-        if self.is_alive or self.state == "restarting":
-            self.state, self.detail = "waiting", ""
-
-    def fail(self, why: str) -> None:
-        """Give it up: end its process and do not start it again."""
+    def end(self, state: str, detail: str = "") -> None:
+        """End its process; ``state``: failed (given up), or waiting (it is to be started as soon as it may)."""
         if self.process is not None:
             self.process.stop()
-        self.state, self.detail = "failed", why
+        self.state, self.detail = state, detail
 
     def log_tail(self, lines: int = 12) -> str:
         """The last lines of its newest log."""
@@ -169,16 +163,16 @@ class WatchedService:
 
     def describe(self) -> dict[str, Any]:
         """For the state file."""
-        alive = self.is_alive and self.process is not None
+        process = self.process
         return {
             "name": self.name,
             "kind": self.spec.kind,
             "state": self.state,
-            "pid": self.process.pid if alive and self.process else None,
+            "pid": process.pid if process and self.is_alive else None,
             "restarts": max(0, self.starts - 1),
-            "seconds": round(self._clock() - self.started_at, 1) if alive else None,
+            "seconds": round(self._clock() - self.started_at, 1) if process and self.is_alive else None,
             "detail": self.detail,
-            "log": str(self.process.spec.log_path) if self.process else None,
+            "log": str(process.spec.log_path) if process else None,
         }
 
     def _log_path(self, number: int) -> Path:
@@ -223,19 +217,18 @@ class Supervisor:
         self._is_over = False
         self.diagnosis = ""
         """Why no batch has come; "" while they come."""
-        self._state_at = 0.0
-        self._state_writable = True
         self._ending = ""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._note(f"to see it in a browser: atropos-verl view {shlex.quote(str(plan.run_dir))}")
+        for warning in plan.warnings:
+            self._note(f"warning: {warning}")
 
     def run(self) -> int:
         """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted.
 
         Raises ``ServiceError`` when a service is gone for good that the run needs, ``KeyboardInterrupt`` at the second.
         """
-        self._warn()
         self._poller.start()
         try:
             while (code := self._tick()) is None:
@@ -257,12 +250,11 @@ class Supervisor:
     def start_api(self) -> None:
         """Start the trajectory API and wait until it answers. Raises ``ServiceError`` when it does not."""
         assert self._api is not None
-        self._warn()
         self._start(self._api)
-        assert self._api.process is not None
         while not self._poller.ask_api():
-            self._api.process.check()
-            self._check_api_is_in_time(self._api)
+            if self._api.has_died():
+                raise self._api.error(f"{self._api.name} {self._api.death()}")
+            self._advance()
             time.sleep(_API_POLL_SECONDS)
         self._advance()
 
@@ -295,10 +287,6 @@ class Supervisor:
             logger.error("the supervisor gives up: %s", error)
             self._failure = error
 
-    def _warn(self) -> None:
-        for warning in self.plan.warnings:
-            self._note(f"warning: {warning}")
-
     def _tick(self) -> int | None:
         if self._interrupts:
             self._note("stopping: the trainer writes its checkpoint (interrupt again to end at once)")
@@ -309,14 +297,14 @@ class Supervisor:
         self._advance()
         self._start_due()
         self._watch_for_stall()
-        if time.monotonic() - self._state_at >= _STATE_SECONDS:
-            self._publish()
+        self._publish()
         return None
 
     def _show_news(self) -> None:
         if lines := self._steps.poll():
             self._counted, self.diagnosis = self._counts(), ""
-            self._log_sizes |= self._sizes_of_logs()
+            logs = [watched.process.spec.log_path for watched in self._environments if watched.process is not None]
+            self._log_sizes |= {path: path.stat().st_size for path in logs if path.exists()}
         for line in lines:
             if self._view is not None:
                 self._view.step(line, self.state())
@@ -365,9 +353,7 @@ class Supervisor:
         self._inform(f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})")
 
     def _api_answers(self) -> bool:
-        if self._api is not None and not self._api.is_alive:
-            return False
-        return self._poller.api is not None
+        return self._poller.api is not None and (self._api is None or self._api.is_alive)
 
     def _advance(self) -> None:
         """Move services from starting to running by what the probes saw; fail what takes too long."""
@@ -380,8 +366,8 @@ class Supervisor:
                     # new ones would be given a share beside them.
                     self._disconnect(environments_of(seen.api) or [])
                 self._say("api", f"trajectory API ready at {self.plan.api_url}")
-            else:
-                self._check_api_is_in_time(self._api)
+            elif now - self._api.started_at > self._api.spec.startup_timeout:
+                raise self._api.error(_late(self._api, "/status does not answer"))
         never_seen = self._api is None and not seen.api_at
         if never_seen and now - self._started > self.plan.launch.api.startup_timeout:
             raise ServiceError(f"no trajectory API answers at {self.plan.api_url}", "trajectory_api")
@@ -390,25 +376,20 @@ class Supervisor:
             for watched in self._environments:
                 self._advance_environment(watched, now)
 
-    def _check_api_is_in_time(self, api: WatchedService) -> None:
-        if time.monotonic() - api.started_at > api.spec.startup_timeout:
-            raise api.error(_late(api, "/status does not answer"))
-
     def _advance_trainer(self, now: float) -> None:
         trainer, seen = self._trainer, self._poller
         if trainer is None or trainer.state != "starting":
             return
         settings = self.plan.launch.trainer_process
-        if seen.gateway_at and "gateway" not in self._said:
+        limit, why = settings.startup_timeout, f"no gateway at {self.plan.gateway_url}"
+        if seen.gateway_at:
             self._say("gateway", f"inference gateway ready at {self.plan.gateway_url}")
+            limit, why = limit + settings.generation_timeout, "the gateway is up but generates nothing"
         if seen.generated_at or self._has_trained_since(trainer.started_at):
             trainer.set_ready()
             self._say("generation", "the policy answers: first generation done")
-        elif not seen.gateway_at:
-            if now - trainer.started_at > settings.startup_timeout:
-                raise trainer.error(_late(trainer, f"no gateway at {self.plan.gateway_url}"))
-        elif now - trainer.started_at > settings.startup_timeout + settings.generation_timeout:
-            raise trainer.error(_late(trainer, "the gateway is up but generates nothing"))
+        elif now - trainer.started_at > limit:
+            raise trainer.error(_late(trainer, why))
 
     def _advance_environment(self, watched: WatchedService, now: float) -> None:
         if watched.state != "starting":
@@ -420,9 +401,8 @@ class Supervisor:
         since = max(watched.started_at, self._poller.generated_at)
         if now - since <= watched.spec.startup_timeout:
             return
-        why = _late(watched, "it has not registered at the API")
-        tail = watched.log_tail()
-        watched.fail(why)
+        why, tail = _late(watched, "it has not registered at the API"), watched.log_tail()
+        watched.end("failed", why)
         if not any(other.has_future for other in self._environments):
             raise ServiceError(f"{why}, and no other environment is left", watched.name, None, tail)
         self._note(f"{why}; the run goes on with the others\n{tail}")
@@ -471,16 +451,15 @@ class Supervisor:
         if delay is not None:
             resume = ", to go on from its newest checkpoint" if watched is self._trainer else ""
             text = f"{watched.name} {watched.death()}; restarting it in {delay:g} s{resume}"
-            self._note(f"{text}\n{_indented(tail)}" if tail else text)
+            self._note(f"{text}\n{indent(tail, '    ')}" if tail else text)
             return
-        count = f" for the {_ordinal(watched.deaths)} time" if watched.deaths > 1 else ""
-        message = f"{watched.name} {watched.death()}{count}"
+        message = f"{watched.name} {watched.death()}" + (f" ({watched.deaths} deaths)" if watched.deaths > 1 else "")
         if watched.spec.kind != "environment":
             limit = "its policy allows no further restart (max_restarts, on_death)"
             raise watched.error(f"{message}; {'it cannot start' if watched.cannot_start else limit}")
         if not any(other.has_future for other in self._environments):
             raise watched.error(f"{message} and is given up; no environment is left")
-        self._note(f"{message} and is given up; the run goes on with the others\n{_indented(tail)}")
+        self._note(f"{message} and is given up; the run goes on with the others\n{indent(tail, '    ')}")
 
     def _forget(self, api: WatchedService) -> None:
         """Upstream's API comes back knowing nobody, and groups that reach it before the trainer registers brick it for
@@ -490,7 +469,8 @@ class Supervisor:
         _stop(self._environments)
         self._stop_trainer()
         for watched in (*self._environments, *self._trainers):
-            watched.start_anew()
+            if watched.is_alive or watched.state == "restarting":
+                watched.end("waiting")
 
     def _disconnect(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Tell the API that environments are gone: a dead one keeps its weight and its allocation."""
@@ -500,15 +480,9 @@ class Supervisor:
                 request_json(url, token=token, body={"env_id": item["env_id"]})
 
     def _check_disk(self, watched: WatchedService) -> None:
-        try:
-            free = shutil.disk_usage(self.plan.run_dir).free
-        except OSError as error:
-            raise watched.error(f"{watched.name} {watched.death()}: {self.plan.run_dir}: {error}") from error
-        if free < DISK_FULL_BYTES:
-            raise watched.error(
-                f"{watched.name} {watched.death()}: the disk of {self.plan.run_dir} is full ({free} bytes free). "
-                "Make room; the same command with the same run_dir goes on"
-            )
+        if (free := shutil.disk_usage(self.plan.run_dir).free) < DISK_FULL_BYTES:
+            text = f"the disk of {self.plan.run_dir} is full ({free} bytes free); make room, and start it again"
+            raise watched.error(f"{watched.name} {watched.death()}: {text}")
 
     def _watch_for_stall(self) -> None:
         silent, limit = self._silent_seconds(), self.plan.config.supervise.stall_after
@@ -557,22 +531,14 @@ class Supervisor:
             "refused": self._poller.refused,
         }
 
-    def _sizes_of_logs(self) -> dict[Path, int]:
-        paths = [watched.process.spec.log_path for watched in self._environments if watched.process is not None]
-        return {path: path.stat().st_size for path in paths if path.exists()}
-
     def _facts(self) -> LogFacts:
-        errors, addresses = {}, {}
+        processes = {watched.name: watched.process for watched in self.services if watched.process is not None}
+        logs = {name: self._read_log(process.spec.log_path) for name, process in processes.items()}
+        errors = {watched.name: common_errors(logs.get(watched.name, "")) for watched in self._environments}
         endings = {watched.name: watched.log_tail(1) for watched in self._environments}
-        for watched in self._environments:
-            if watched.process is not None:
-                errors[watched.name] = common_errors(self._read_log(watched.process.spec.log_path))
-            if found := obstacle(watched.spec, self.plan.gateway_url):
-                addresses[watched.name] = found
         of_trainer = "".join(map(self._read_log, self._trainer_logs))
-        process = None if self._api is None else self._api.process
-        of_api = "" if process is None else self._read_log(process.spec.log_path)
-        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), addresses, endings)
+        of_api = "" if self._api is None else logs.get(self._api.name, "")
+        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), endings)
 
     def _read_log(self, path: Path) -> str:
         return read_tail(path, self._log_sizes.get(path, 0))
@@ -583,8 +549,7 @@ class Supervisor:
         services = [watched.describe() for watched in self.services]
         if self.plan.trains_here:
             word = "ended" if self._is_over else "running"
-            trainer = {"name": "trainer", "kind": "trainer", "state": word, "pid": os.getpid(), "restarts": 0}
-            services.append(trainer)
+            services.append({"name": "trainer", "kind": "trainer", "state": word, "pid": os.getpid(), "restarts": 0})
         return {
             "time": time.time(),
             "pid": os.getpid(),
@@ -610,18 +575,14 @@ class Supervisor:
 
     def _publish(self) -> None:
         """Show the state, if there is a view; replace ``state.json``: a reader sees the old one or the new one."""
-        self._state_at = time.monotonic()
         state = self.state()
         if self._view is not None:
             self._view.update(state)
         path = self.plan.run_dir / "state.json"
         try:
             write_atomic(path, json.dumps(state, default=str), private=True)
-            self._state_writable = True
         except OSError as error:
-            if self._state_writable:
-                self._note(f"cannot write {path}: {error.strerror or error}")
-            self._state_writable = False
+            self._say("state.json", f"cannot write {path}: {error.strerror or error}")
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._said:
@@ -653,11 +614,3 @@ def _late(watched: WatchedService, what: str) -> str:
 def _growth(count: int, before: int) -> int:
     """A counter that is less than before has begun at 0 again."""
     return count if count < before else count - before
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

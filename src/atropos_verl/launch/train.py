@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import configparser
 import json
 import logging
@@ -15,14 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import yaml
-
-from atropos_verl.config.composition import KEY_FILE, SHIPPED, gateway_key, load_config, train_help
+from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig
@@ -30,7 +28,7 @@ from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigErr
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
-from atropos_verl.launch.launch import backend_of
+from atropos_verl.launch.launch import backend_of, command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
@@ -53,49 +51,31 @@ _HOST = "127.0.0.1"
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
     """Train with ``backend=local`` (whose file is ``config_name``) or ``backend=ray``; returns the exit code."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--cfg", action="store_true")
-    parser.add_argument("--config-name")
-    parser.add_argument("--config-dir", type=Path, default=SHIPPED)
-    options, words = parser.parse_known_args(argv)
+    options, words = command_parser().parse_known_args(argv)
     overrides = [word for word in words if not word.startswith("backend=")]
+    where: tuple[Path, str | None] = (options.config_dir, options.config_name)
+    train: Callable[[], int]
     try:
-        if backend_of(words, options.config_dir, options.config_name) == "ray":
-            return _ray_command(options, overrides)
-        options.config_name = options.config_name or config_name
-        return _local_command(options, overrides)
+        if backend_of(words, *where) == "ray":
+            from atropos_verl.config.verl_keys import compose_run, public, ray_help, read_run
+
+            run = read_run(compose_run(overrides, *where))
+            values, help_of, train = public(run.verl), ray_help, partial(_train_on_ray, run)
+        else:
+            config = load_config(overrides, options.config_dir, options.config_name or config_name)
+            # Threads that wait for work sleep instead of spinning: with an environment on the other core a training
+            # step of the demo took 5 s spinning and 0.4 s sleeping. OpenMP reads it when torch is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            is_first = own_rank()[0] == 0
+            values, help_of = config.public(), train_help
+            train = partial(_train_locally if is_first else _serve_rank, config)
     except ConfigError as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
-
-
-def _local_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_config(overrides, options.config_dir, options.config_name)
-    if options.help:
-        sys.stdout.write(train_help("python recipe/atropos/main_atropos.py", config))
+    if options.help or options.cfg:
+        sys.stdout.write(help_of(values) if options.help else as_yaml(values))
         return 0
-    if options.cfg:
-        sys.stdout.write(json.dumps(config.public(), indent=2) + "\n")
-        return 0
-    # Threads that wait for work sleep instead of spinning: with an environment on the other core a training step of
-    # the demo took 5 s spinning and 0.4 s sleeping. Read by the OpenMP runtime when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    rank, _ = own_rank()
-    return _exit_code_of(lambda: _train_locally(config) if rank == 0 else _serve_rank(config))
-
-
-def _ray_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from atropos_verl.config.verl_keys import compose_run, public, ray_help, read_run
-
-    run = read_run(compose_run(overrides, options.config_dir, options.config_name))
-    if options.help:
-        sys.stdout.write(ray_help(public(run.verl)))
-        return 0
-    if options.cfg:
-        sys.stdout.write(yaml.safe_dump(public(run.verl), sort_keys=False, allow_unicode=True))
-        return 0
-    return _exit_code_of(lambda: _train_on_ray(run))
+    return _exit_code_of(train)
 
 
 def _exit_code_of(run: Callable[[], int]) -> int:
@@ -213,15 +193,18 @@ class TrainingServices:
             self.evaluations.start_evaluation("before")
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Raises, instead of an error that says only that no batch came, one that says why."""
+    def running(self, progress: ProgressReporter) -> Iterator[RunConfig]:
+        """Gives what ``start_api`` does, and ends every process. An error that says only that no batch came is replaced
+        by one that says why."""
         try:
-            yield
+            yield self.start_api(progress)
         except AtroposTimeoutError as error:
             self.stop()
             if self._supervisor is None or not self._supervisor.diagnosis:
                 raise
             raise ServiceError(self._supervisor.diagnosis) from error
+        finally:
+            self.stop()
 
     def check(self) -> None:
         """Raise what ends the run: a service that it cannot do without is gone for good."""
@@ -251,8 +234,6 @@ def _train_locally(config: RunConfig) -> int:
     _check_trackers(config.trainer.logger)
     checkpoints = run_dir / "checkpoints"
     is_resumed = find_checkpoint(checkpoints, config.resume) is not None
-    if not config.is_attached:
-        one_environment(config)
     # The gateway comes up only when the policy is loaded. A port that is taken shall not cost that wait, and an
     # environment that asks for something before is not refused: it waits in this socket.
     advice = "Set gateway.port to a free port, or to 0 to take any."
@@ -267,16 +248,14 @@ def _train_locally(config: RunConfig) -> int:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         step, start_environment = saved_step(checkpoints, config.resume), services.start_environment
         if step >= config.steps:
-            if _summarised_step(run_dir) >= step:
+            if (read_json(run_dir / "summary.json")[0].get("steps") or -1) >= step:
                 progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
                 return 0
             progress.note(f"every step of {run_dir} is trained; the end of an earlier command is made up for")
             start_environment = lambda: None  # noqa: E731 - an evaluation is a process of its own
         for note in config.notes:
             progress.note(note)
-        stack.callback(services.stop)
-        attached = services.start_api(progress)
-        stack.enter_context(services.explained())
+        attached = stack.enter_context(services.running(progress))
         outcome, held_out = run(
             attached,
             listener=listener,
@@ -288,12 +267,6 @@ def _train_locally(config: RunConfig) -> int:
         )
         progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
-
-
-def _summarised_step(run_dir: Path) -> int:
-    """The last step of the run that ``summary.json`` is about; -1: there is none that can be read."""
-    steps = read_json(run_dir / "summary.json")[0].get("steps")
-    return steps if isinstance(steps, int) else -1
 
 
 def _serve_rank(config: RunConfig) -> int:
@@ -312,8 +285,6 @@ def _serve_rank(config: RunConfig) -> int:
 
 
 def _train_on_ray(run: RayRun) -> int:
-    from omegaconf import open_dict
-
     from atropos_verl.config.verl_keys import notes_for_model, public
     from atropos_verl.report.console import ProgressReporter
     from atropos_verl.training.step import write_summary
@@ -328,7 +299,7 @@ def _train_on_ray(run: RayRun) -> int:
     is_resumed = find_checkpoint(Path(str(verl.trainer.default_local_dir)), str(wanted)) is not None
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
     with ExitStack() as stack:
-        text = yaml.safe_dump(public(verl), sort_keys=False, allow_unicode=True)
+        text = as_yaml(public(verl))
         advice = "trainer.resume_mode=auto"
         _prepare_run_dir(stack, config, "config.yaml", text, log="command.log", advice=advice)
 
@@ -338,15 +309,12 @@ def _train_on_ray(run: RayRun) -> int:
         progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
         for note in notes_for_model(verl):
             progress.note(note)
-        stack.callback(services.stop)
-        attached = services.start_api(progress)
-        with open_dict(verl):
-            verl.atropos.api_url, verl.atropos.token = attached.atropos.api_url, attached.atropos.token
-            gateway = {"port": gateway_port, "api_key": attached.gateway.api_key}
-            verl.atropos.gateway = {**run.settings.gateway.model_dump(), **gateway}
+        attached = stack.enter_context(services.running(progress))
+        verl.atropos.api_url, verl.atropos.token = attached.atropos.api_url, attached.atropos.token
+        gateway = {"port": gateway_port, "api_key": attached.gateway.api_key}
+        verl.atropos.gateway = {**run.settings.gateway.model_dump(), **gateway}
         if not run.run.is_attached:
             services.start_environment()
-        stack.enter_context(services.explained())
         stack.enter_context(ended_with_this_process())
         outcome, held_out = run_on_ray(
             run, progress=progress, evaluations=services.evaluations, check_services=services.check

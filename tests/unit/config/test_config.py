@@ -50,7 +50,7 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
         ({"advantage_normalization": "bach"}, "^advantage_normalization: .*'bach'"),
         ({"atropos": {"api_url": "localhost:9001"}}, "^atropos: .*not an http"),
         ({"atropos": {"timeout": float("inf")}}, r"^atropos\.timeout: .*finite"),
-        ({"batch_size": 10, "group_size": 4}, r"batch_size \(10\) must be a multiple of group_size \(4\)"),
+        ({"batch_size": 10, "group_size": 4}, r"batch_size \(10\) is no multiple of group_size \(4\)"),
         ({"advantage_clipping": [3.0, -3.0]}, "advantage_clipping"),
         ({"use_advantage_weighting": True, "loss": {"type": "grpo"}}, "contradicts loss.type=grpo"),
         ({"data": {"max_token_len": 32}, "max_response_length": 32}, r"data.max_token_len \(32\)"),
@@ -60,7 +60,6 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
         ({"gateway": {"api_key": "a\nb"}}, "^gateway: api_key: .*printable ASCII"),
         ({"atropos": {"token": "schlüssel"}}, "^atropos: token: .*printable ASCII"),
         ({"seed": 1 << 32}, "^seed: .*less than 4294967296"),
-        ({"loss": {"tis_cap": 2.0}}, "off_policy.importance_cap"),
         ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
         ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
     ],
@@ -86,9 +85,6 @@ def test_environment_is_over_the_file_and_under_the_command_line() -> None:
         {"atropos": {"api_url": "http://cli:1"}}, environ, frozenset({"atropos.api_url", "atropos.timeout"})
     )
     assert kept["atropos"] == {"api_url": "http://cli:1", "token": "secret"}
-
-    with pytest.raises(ConfigError, match="ATROPOS_TIMEOUT='soon'"):
-        apply_environment({}, {"ATROPOS_TIMEOUT": "soon"})
 
 
 SECRET_WORDS = {
@@ -237,6 +233,10 @@ def test_ranks_of_a_launch_have_something_to_train() -> None:
     [
         (b"seed: ${oc.env:NOT_SET_ANYWHERE}", "seed: environment variable NOT_SET_ANYWHERE is not set; set it"),
         (b"model: {path: '${oc.env:NOT_SET_ANYWHERE}/x'}", "model.path: environment variable NOT_SET_ANYWHERE is"),
+        (
+            b"actor_rollout_ref: {model: {path: '${oc.env:NOT_SET_ANYWHERE}/x'}}",
+            "actor_rollout_ref.model.path: environment variable NOT_SET_ANYWHERE is",
+        ),
         (b"seed: ${nothing}", "seed: Interpolation key 'nothing' not found"),
         (b"seed: ${unknown:x}", "seed: Unsupported interpolation type unknown"),
         (b"seed: ${steps}\nsteps: ${seed}", ": Recursive interpolation"),
@@ -245,16 +245,14 @@ def test_ranks_of_a_launch_have_something_to_train() -> None:
         (b"seed: '${'", "seed: "),
     ],
 )
-@pytest.mark.parametrize("backend", ["local", "ray"])
 def test_files_that_cannot_be_composed_name_the_key(
-    content: bytes, message: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = b"atropos_schema"
-    if backend == "ray":
-        base = b"ray_cpu_demo"
+    base, backend = b"atropos_schema", "local"
+    if b"actor_rollout_ref" in content:
+        base, backend = b"ray_cpu_demo", "ray"
         for name in ("atropos_ray", "ray_cpu_demo"):
             shutil.copy(SHIPPED / f"{name}.yaml", tmp_path)
-        content = content.replace(b"model:", b"actor_rollout_ref: {model:").replace(b"/x'}", b"/x'}}")
     (tmp_path / "mine.yaml").write_bytes(b"defaults: [" + base + b", _self_]\n" + content)
     words = [f"backend={backend}", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg"]
     assert main(words) == 2
@@ -292,12 +290,6 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for key in ("optim.lr", "atropos.api_url", "batch_max_wait_time", "gateway.port"):
         assert f"\n  {key} " in text
-
-
-def test_a_configuration_error_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["stepz=3"], "atropos") == 2
-    text = "CONFIGURATION ERROR: stepz: unknown key; did you mean steps? (--help lists all keys)\n"
-    assert capsys.readouterr().err == text
 
 
 def _model(path: Path, parameters: int, context: int) -> str:

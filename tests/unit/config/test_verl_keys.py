@@ -107,18 +107,6 @@ def test_verl_gets_the_directory_of_a_model_that_has_a_name_here(
     assert config.actor_rollout_ref.model.path == str(tmp_path)
 
 
-@pytest.mark.parametrize("cfg", [[], ["--cfg"]])
-def test_a_variable_that_is_not_set_is_named_with_its_key(
-    cfg: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("ATROPOS_GATEWAY_KEY", raising=False)
-    assert main(["backend=ray", "--config-name", "ray_two_nodes", *cfg]) == 2
-    assert capsys.readouterr().err == (
-        "CONFIGURATION ERROR: atropos.gateway.api_key: environment variable ATROPOS_GATEWAY_KEY is not set; set it, or "
-        "give the key another value\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -18,7 +18,6 @@ from support.trajectory_server import ServerProcess
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.cli import main
-from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.config.model_checks import Finding, check_model, check_usable, tokenizer_size
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
@@ -48,7 +47,7 @@ def by_name(findings: list[Finding]) -> dict[str, Finding]:
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distributions that are found before those installed."""
-    versions = {"verl": "0.8.0", "torch": "2.13.0+cpu", "TransferQueue": "0.1.10", "odd": "not-a-version"}
+    versions = {"verl": "0.8.0", "torch": "2.13.0+cpu", "TransferQueue": "0.1.10"}
     for name, version in versions.items():
         directory = tmp_path / f"{name}-{version}.dist-info"
         directory.mkdir()
@@ -63,7 +62,6 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("verl==0.9.1", "local", "missing", "0.8.0, ==0.9.1 is needed"),
         ("torch>=2.11", "local", "ok", "2.13.0+cpu"),
         ("no-such-package==0.4.0", "local", "missing", "not installed, ==0.4.0 is needed"),
-        ("odd>=1", "local", "missing", "not-a-version, >=1 is needed"),
         ("TransferQueue==0.1.11", "local", "warning", "0.1.10, ==0.1.11 is needed"),
         ("TransferQueue==0.1.11", "ray", "missing", "0.1.10, ==0.1.11 is needed"),
     ],
@@ -77,11 +75,6 @@ def test_our_own_metadata_names_the_pins() -> None:
     found = {requirement.name: str(requirement.specifier) for requirement in doctor.requirements_of()}
     assert (found["verl"], found["atroposlib"]) == ("==0.9.1", "==0.4.0")
     assert "pytest" not in found, "extras are not demanded"
-
-
-def test_python() -> None:
-    found = [doctor.check_python((3, minor)).status for minor in (10, 11, 12, 13)]
-    assert found == ["missing", "ok", "ok", "missing"]
 
 
 def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +99,10 @@ def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found == ["missing", "ok", "ok"]
 
 
-def test_limits_shared_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [doctor.check_limits(soft).status for soft in (256, 4096)] == ["warning", "ok"]
+def test_shared_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    assert doctor.check_shared_memory().status == "warning", "64 MB, a container's default"
+    assert doctor.check_shared_memory().status == "ok", "only Ray needs it"
     assert doctor.check_shared_memory(ray=True, object_store=300_000_000).status == "missing"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8 * GIB))
     assert doctor.check_shared_memory(ray=True).status == "ok"
@@ -198,65 +190,39 @@ def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:
     assert found["chat template"][0] == "warning"
 
 
-def test_a_taken_port() -> None:
+def test_an_environment_is_looked_at_by_the_doctor_as_by_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "env.py"
+    script.write_text("import no_such_module\n")
+    for key in ("env.script", "environments.demo.script"):
+        _, answer = run_doctor(f"{key}={script}", capsys=capsys)
+        [found] = [finding for finding in answer["findings"] if finding["section"] == "plan"]
+        assert (found["name"], found["status"]) == (key, "missing")
+        assert f"{script} imports no_such_module, which " in found["found"]
+    script.write_text("import atroposlib\n")
+    _, answer = run_doctor(f"env.script={script}", capsys=capsys)
+    assert "calls no .cli()" in next(found["found"] for found in answer["findings"] if found["name"] == "warning")
+
+
+def test_an_api_that_does_not_answer() -> None:
     with listening() as port:
-        found = doctor.check_port("gateway.port", "127.0.0.1", port)
-        assert (found.status, found.todo) == ("missing", "set gateway.port to a free port, or to 0 for any")
-        assert f"127.0.0.1:{port}: Address already in use" in found.found
         silent = doctor.check_api(f"http://127.0.0.1:{port}", None, timeout=0.3)
         assert silent.status == "missing", "it listens and never answers"
-    assert doctor.check_port("gateway.port", "127.0.0.1", port).status == "ok"
-    refused = doctor.check_api(f"http://127.0.0.1:{port}", None)
-    assert (refused.status, "does not answer" in refused.found) == ("missing", True)
+    assert doctor.check_api(f"http://127.0.0.1:{port}", None).status == "missing"
 
 
 def test_an_api_with_a_token(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, "--token", "right") as server:
-        assert doctor.check_api(server.url, "right").status == "ok"
-        assert "401, the token was refused" in doctor.check_api(server.url, "wrong").found
-        assert "401, it demands a token" in doctor.check_api(server.url, None).found
-
-
-def environment(tmp_path: Path, text: str, python: str = sys.executable) -> tuple[str, str]:
-    (tmp_path / "beside.py").write_text("")
-    script = tmp_path / "env.py"
-    script.write_text(text)
-    found = doctor.check_environment("mine", EnvironmentConfig(script=str(script), python=python), RunConfig())
-    return found.status, f"{found.found}; {found.todo}"
+        assert doctor.check_api(server.url, "right", timeout=30.0).status == "ok"
+        for token in ("wrong", None):
+            assert "401" in doctor.check_api(server.url, token, timeout=30.0).found
 
 
 def test_imports_that_count_are_those_of_loading() -> None:
     source = b"import os, a.b\nfrom c.d import e\nfrom . import f\nfrom __future__ import annotations\n"
     source += b"try:\n    import g\nexcept ImportError:\n    g = None\ndef h():\n    import i\n"
     assert imported_modules(parse_script(source, Path("x.py"))) == ["a", "c"]
-
-
-@pytest.mark.parametrize(
-    ("text", "status", "words"),
-    [
-        ("import atroposlib, json\nEnv.cli()", "ok", "atroposlib 0.4.0"),
-        ("import atroposlib, beside\nEnv.cli()", "ok", "atroposlib 0.4.0"),
-        ("import atroposlib", "warning", "calls no .cli()"),
-        ("import atroposlib, no_such_module.part", "missing", "the script imports no_such_module, which"),
-        ("def broken(:\n", "missing", "line 1"),
-        ("from atroposlib.utils import tokenize_for_trainer", "missing", "needs transformers 4"),
-    ],
-    ids=["installed", "beside the script", "no cli", "not there", "broken", "transformers 5"],
-)
-def test_what_a_script_imports_must_be_there(tmp_path: Path, text: str, status: str, words: str) -> None:
-    found = environment(tmp_path, text)
-    assert (found[0], words in found[1]) == (status, True), found
-
-
-def test_an_interpreter_without_atroposlib(tmp_path: Path) -> None:
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec {Path(sys.executable).resolve()} -I -S "$@"\n')
-    bare.chmod(0o755)
-    status, text = environment(tmp_path, "import atroposlib", python=str(bare))
-    assert (status, text.endswith(f"; {bare} -m pip install atroposlib==0.4.0")) == ("missing", True)
-    bare.chmod(0o644)
-    status, text = environment(tmp_path, "import atroposlib", python=str(bare))
-    assert (status, "cannot be used: Permission denied" in text) == ("missing", True)
 
 
 def placed(gpus: int = 8, cores: int = 64, **changes: Any) -> dict[str, str]:
@@ -280,18 +246,6 @@ def test_placement_groups_that_ray_would_wait_for_for_ever() -> None:
     assert placed(data={"train_batch_size": 1}, trainer={"n_gpus_per_node": 6})["replicas"] == "missing"
 
 
-def test_micro_batches_must_divide_a_processs_share() -> None:
-    def judge(size: int, **actor: Any) -> str | None:
-        actor = {"use_dynamic_bsz": False, "ppo_micro_batch_size_per_gpu": size, **actor}
-        settings = {"rollout": {"n": 8, "tensor_model_parallel_size": 1}, "actor": actor}
-        return placed(actor_rollout_ref=settings).get("micro-batches")
-
-    # 64 groups of 8 over 8 processes: 64 sequences each; mini-batches of 16 groups: 16 each
-    assert [judge(64), judge(48)] == ["ok", "missing"]
-    assert [judge(16, ppo_mini_batch_size=16), judge(64, ppo_mini_batch_size=16)] == ["ok", "missing"]
-    assert judge(48, use_dynamic_bsz=True) is None
-
-
 def test_every_process_asks_for_three_cpus() -> None:
     # 8 processes: 24, and one each for runner, queue and its storage
     assert [placed(cores=cores)["CPUs"] for cores in (26, 27)] == ["missing", "ok"]
@@ -313,20 +267,17 @@ def test_the_demo_can_be_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     code, answer = run_doctor(f"run_dir={tmp_path / 'run'}", capsys=capsys)
     wrong = [finding for finding in answer["findings"] if finding["status"] == "missing"]
     assert (code, answer["ok"], wrong) == (0, True, [])
-    assert {finding["section"] for finding in answer["findings"]} == {
-        "software", "machine", "model", "network", "environments"
-    }  # fmt: skip
+    assert {finding["section"] for finding in answer["findings"]} == {"plan", "software", "machine", "model"}
     assert not (tmp_path / "run").exists()
 
 
 def test_everything_that_is_wrong_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model.path=/nowhere", "run_dir=/proc/run", "environments.demo.python=/nowhere"]
-    words += ["trainer.device=cuda", "trainer_process.nproc=64"]
+    words = ["run_dir=/proc/run", "trainer.device=cuda", "trainer_process.nproc=64"]
     with listening() as port:
         code, answer = run_doctor(f"gateway.port={port}", *words, capsys=capsys)
     assert code == 1
     wrong = {finding["name"] for finding in answer["findings"] if finding["status"] == "missing"}
-    assert wrong == {"GPUs", "gateway.port", "path", "run directory", "demo"}
+    assert wrong == {"GPUs", "gateway.port", "run directory"}
     assert all(finding["todo"] for finding in answer["findings"] if finding["status"] != "ok")
     code, answer = run_doctor("optim.lrr=1", capsys=capsys)
     assert code == 1

@@ -1,4 +1,4 @@
-"""What a script says of itself, and what is missing for it: modules, data sets, files, keys, devices."""
+"""What a script says of itself, and what is missing for it: modules, data sets, files."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environment_script import check_needs, server_count, source_of
+from atropos_verl.launch.environment_script import Needs, check_needs, parse_script, server_count, source_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,26 +18,25 @@ def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
-    for name in [*(name for name in os.environ if name.endswith("_KEY")), "HF_HUB_CACHE", "HF_DATASETS_CACHE"]:
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
 
 def outcome(tmp_path: Path, text: str, *args: str) -> str:
-    """The refusal, or the notes after "may lack: "."""
+    """The refusal; "": none."""
     script = tmp_path / "env.py"
-    script.write_text(text + "\nif __name__ == '__main__':\n    MyEnv.cli()\n")
+    script.write_text(f"from datasets import load_dataset\n{text}\nif __name__ == '__main__':\n    MyEnv.cli()\n")
     settings = EnvironmentConfig(script=str(script), args=args, cwd=str(tmp_path))
     try:
-        notes = check_needs(sys.executable, (str(script),), settings, tmp_path, "env.script")
+        check_needs(sys.executable, (str(script),), settings, tmp_path, "env.script")
     except ConfigError as error:
         return str(error).removeprefix(f"env.script: {script} ")
-    return "".join(f"may lack: {note.removeprefix(f'{script} ')}" for note in notes)
+    return ""
 
 
 SETUP = "class MyEnv(BaseEnv):\n    async def setup(self):\n        "
 OFFLINE = " (not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set)"
 LACKS = f", which {sys.executable} has not: install what provides them, or set python"
-NOT_THERE = "needs the file {cwd}/x.json (not there from {cwd})"
 TUPLES = """class MyEnv(BaseEnv):
     async def collect_trajectories(self, item):
         to_score = []
@@ -50,88 +49,84 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "found"),
     [
-        (SETUP + "self.train = load_dataset('gsm8k', 'main')", f"needs the data set gsm8k{OFFLINE}"),
+        (SETUP + "self.train = load_dataset('gsm8k', 'main')", "data set gsm8k"),
         (
             f"class C(BaseEnvConfig):\n    data: str = Field(default='a/b')\n{SETUP}load_dataset(self.config.data)",
-            f"needs the data set a/b{OFFLINE}",
+            "data set a/b",
         ),
-        (
-            SETUP + "load_dataset('a/b')\n        load_dataset('c/d')",
-            f"needs the data set a/b, c/d{OFFLINE}",
-        ),
-        (SETUP + "AutoModel.from_pretrained('org/judge')", f"needs the model org/judge{OFFLINE}"),
+        (SETUP + "AutoModel.from_pretrained('org/judge')", "model org/judge"),
+        (f"from nltk.corpus import words\n{SETUP}words.words()", "NLTK corpus words"),
+        (SETUP + "with open('data.csv') as file: pass", "file data.csv"),
+        (SETUP + OPENS + "print(path)\n        json.load(open(path, mode='rb'))", "file /e/x.json"),
+        (SETUP.replace("setup", "__init__") + "super().__init__()\n        " + OPENS + "open(path)", "file /e/x.json"),
+        (SETUP + "self.rules = [Rule()]\n        " + OPENS + "open(path)", "file /e/x.json"),
+        # What it may do without, or what may be there when it is read.
+        (SETUP + OPENS + "Maker(path)\n        open(path)", None),
+        (SETUP + OPENS + "make_it()\n        open(path)", None),
+        (SETUP + OPENS + "if not os.path.exists(path):\n            make_it()\n        open(path)", None),
+        ("def anywhere():\n    load_dataset('gsm8k')", None),
+        ("class Judge:\n    def __init__(self):\n        load_dataset('gsm8k')", None),
+        (SETUP + "if self.config.big:\n            load_dataset('gsm8k')", None),
+        (SETUP + "if self.config.own:\n            return\n        load_dataset('gsm8k')", None),
+        (SETUP + "try:\n            load_dataset('gsm8k')\n        except Exception:\n            pass", None),
+        (SETUP + "load_dataset('json', data_files='a.json')", None),
+        (SETUP + "load_dataset('a/b', cache_dir='/d')\n        AutoModel.from_pretrained('a/b', cache_dir='/d')", None),
+        (SETUP + "load_dataset('json', None, None, 'a.json')", None),
+        (SETUP + "self.load_dataset('train')\n        seaborn.load_dataset('iris')", None),
+        (f"from collections import load_dataset\n{SETUP}load_dataset('train')", None),
+        (SETUP + "match self.config.kind:\n            case 'a': load_dataset('a/b')", None),
+        (SETUP + "with contextlib.suppress(Exception):\n            load_dataset('a/b')", None),
+        (f"from nltk.corpus import words\nnltk.data.path.append('/data')\n{SETUP}words.words()", None),
+        (SETUP + "load_dataset(name_made_at_run_time())", None),
+        (SETUP + "open('out.jsonl', 'w')", None),
+    ],
+)
+def test_what_a_script_loads_in_every_case(text: str, found: str | None) -> None:
+    source = f"from datasets import load_dataset\n{text}\nMyEnv.cli()\n".encode()
+    needs = Needs(parse_script(source, Path("/e/env.py")), (), Path("/e")).found
+    assert [f"{kind} {name}" for kind, name in needs] == ([] if found is None else [found])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SETUP + "load_dataset('a/b')\n        load_dataset('c/d')", f"needs the data set a/b, c/d{OFFLINE}"),
         (SETUP + "with open('data.csv') as file: pass", "needs the file data.csv (not there from {cwd})"),
-        (SETUP + OPENS + "print(path)\n        json.load(open(path, mode='rb'))", NOT_THERE),
-        (SETUP.replace("setup", "__init__") + "super().__init__()\n        " + OPENS + "open(path)", NOT_THERE),
-        (SETUP + "self.rules = [Rule()]\n        " + OPENS + "open(path)", NOT_THERE),
         ("import no_such_module", f"imports no_such_module{LACKS}"),
         (
             TUPLES,
             "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever "
             "arrive: have it return what score() makes of them, or define postprocess_histories",
         ),
-        (
-            "from atroposlib.envs.base import BaseEnv, no_such_name",
-            f"imports atroposlib.envs.base.no_such_name{LACKS}",
-        ),
+        ("from atroposlib.envs.base import BaseEnv, no_name", f"imports atroposlib.envs.base.no_name{LACKS}"),
+        # All is there, may be there, or cannot be found out.
+        ("import sys\nsys.path.insert(0, 'lib')\nimport no_such_module", ""),
+        ("from atroposlib.envs.base import ScoredDataGroup\nfrom atroposlib.utils import tokenize_for_trainer", ""),
+        ("text = " + " + ".join(["'a'"] * 3000), ""),
+        ("def broken(:", ""),
     ],
+    ids=["data sets", "file", "module", "tuples", "name of atroposlib", "path", "there", "too deep", "broken"],
 )
 def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words: str) -> None:
     assert outcome(tmp_path, text) == words.replace("{cwd}", str(tmp_path))
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("old", "new", "is_refused"),
     [
-        (SETUP + OPENS + "Maker(path)\n        open(path)", NOT_THERE),
-        (SETUP + OPENS + "make_it()\n        open(path)", NOT_THERE),
-        (SETUP + OPENS + "if not os.path.exists(path):\n            make_it()\n        open(path)", NOT_THERE),
-        (SETUP + "self.judge = AsyncOpenAI()", "needs the environment variable OPENAI_API_KEY (not set)"),
-        ("key = os.environ['SOME_KEY']", "needs the environment variable SOME_KEY (not set)"),
+        ("", "", True),
+        ("return to_score", "return await self.score(to_score)", False),
+        ("score(self, rollout_group_data)", "postprocess_histories(self, trajectories)", False),
+        ("return", "to_score = await self.score(to_score)\n        return", False),
+        ("(choice, item)", "self.group_of(choice)", False),
+        ("BaseEnv", "OtherEnv", False),
     ],
 )
-def test_what_may_be_there_when_it_is_read_is_a_warning(tmp_path: Path, text: str, words: str) -> None:
-    words = words.replace("{cwd}", str(tmp_path)).replace("needs", "reads", 1)
-    assert outcome(tmp_path, text) == f"may lack: {words}"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "def anywhere():\n    load_dataset('gsm8k')",
-        "class Judge:\n    def __init__(self):\n        load_dataset('gsm8k')",
-        SETUP + "if self.config.big:\n            load_dataset('gsm8k')",
-        SETUP + "if self.config.own:\n            return\n        load_dataset('gsm8k')",
-        SETUP + "try:\n            load_dataset('gsm8k')\n        except Exception:\n            self.train = OWN",
-        SETUP + "load_dataset('json', data_files='a.json')",
-        SETUP + "load_dataset('a/b', cache_dir='/data')\n        AutoModel.from_pretrained('a/b', cache_dir='/data')",
-        SETUP + "load_dataset('json', None, None, 'a.json')",
-        SETUP + "self.load_dataset('train')\n        seaborn.load_dataset('iris')",
-        f"from collections import load_dataset\n{SETUP}load_dataset('train')",
-        f"def load_dataset(name): ...\n{SETUP}load_dataset('train')",
-        SETUP + "match self.config.kind:\n            case 'a': load_dataset('a/b')",
-        SETUP + "with contextlib.suppress(Exception):\n            load_dataset('a/b')",
-        f"from nltk.corpus import words\nnltk.data.path.append('/data')\n{SETUP}words.words()",
-        "text = " + " + ".join(["'a'"] * 3000),
-        SETUP + "load_dataset(name_made_at_run_time())",
-        SETUP + "open('out.jsonl', 'w')",
-        SETUP + "AsyncOpenAI(api_key=None, base_url=self.url)",
-        "device = 'cuda' if torch.cuda.is_available() else 'cpu'\nmodel.to('cuda')",
-        "os.environ['KEY'] = 'x'",
-        TUPLES.replace("return to_score", "return await self.score(to_score)"),
-        TUPLES.replace("score(self, rollout_group_data)", "postprocess_histories(self, trajectories)"),
-        TUPLES.replace("return", "to_score = await self.score(to_score)\n        return"),
-        TUPLES.replace("(choice, item)", "self.group_of(choice)"),
-        TUPLES.replace("BaseEnv", "OtherEnv"),
-        "import sys\nsys.path.insert(0, 'lib')\nimport no_such_module",
-        "from atroposlib.envs.base import BaseEnv, ScoredDataGroup\nfrom atroposlib.utils import tokenize_for_trainer",
-        "def broken(:",
-    ],
-)
-def test_what_may_do_without_is_started(tmp_path: Path, text: str) -> None:
-    assert outcome(tmp_path, text) == ""
+def test_tuples_that_are_sent_as_groups_are_refused(old: str, new: str, is_refused: bool) -> None:
+    source = f"{TUPLES.replace(old, new) if old else TUPLES}\nMyEnv.cli()".encode()
+    assert Needs(parse_script(source, Path("env.py")), (), Path("/e")).sends_no_group == is_refused
 
 
 def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: Path) -> None:
@@ -167,9 +162,9 @@ def test_modules_are_looked_for_where_the_environment_finds_them(tmp_path: Path)
     (tmp_path / "src" / "its_neighbour.py").write_text("")
     (tmp_path / "link.py").symlink_to(tmp_path / "src" / "mine.py")
     settings = EnvironmentConfig(module="mine", cwd=str(tmp_path), env={"PYTHONPATH": "src"})
-    assert check_needs(sys.executable, ("-m", "mine"), settings, tmp_path, "env.module") == []
+    check_needs(sys.executable, ("-m", "mine"), settings, tmp_path, "env.module")
     link = str(tmp_path / "link.py")
-    assert check_needs(sys.executable, (link,), EnvironmentConfig(script=link), tmp_path, "env.script") == []
+    check_needs(sys.executable, (link,), EnvironmentConfig(script=link), tmp_path, "env.script")
 
 
 def test_what_urllib_alone_cannot_reach_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
