@@ -5,7 +5,8 @@ Opt-in, since nothing of theirs is here::
     ATROPOS_CHECKOUT=/path/to/atropos ATROPOS_PYTHON=/path/to/env-with-transformers-4 pytest tests/zoo
 
 ``ATROPOS_CHECKOUT`` is a clone of https://github.com/NousResearch/atropos (commit in ``docs/environments.md``),
-``ATROPOS_PYTHON`` an interpreter with atroposlib, transformers 4 and what the environments import.
+``ATROPOS_PYTHON`` an interpreter with atroposlib, transformers 4 and what the environments import. With
+``ATROPOS_SMOLLM2=1`` those that need a larger model train SmolLM2, for minutes each.
 """
 
 import os
@@ -33,17 +34,25 @@ TRAINS = {
     "game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py": SAME,
     "community/word_hunt/word_hunt_env.py": SAME,
 }
+SMOLLM2 = ("model.path=smollm2-135m", "batch_size=4", "group_size=2", "data.max_prompt_length=2400")
+TRAINS_SMOLLM2 = {
+    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": f"{SAME},--env.max_token_length,96",
+    "community/selcube/rubiks_cube_environment.py": (
+        f"{SAME},--env.max_token_length,64,--env.generate_visualizations,false"
+    ),
+}
+"""Their prompts are longer than the demo model's context."""
 REFUSED = {
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
     "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
     "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
-    "infinimath/infinimath_env.py": "'tuple' object has no attribute 'get'",
 }
 BEFORE_THE_START = {
     "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo, which ",
     "community/ufc_prediction_env/ufc_server.py": "imports atroposlib.envs.base.OpenaiConfig, which ",
+    "infinimath/infinimath_env.py": "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups",
     "sft_loader_server.py": "imports atroposlib.envs.base.OpenaiConfig, which ",
     "community/solitaire_winning_probability/solitaire_server.py": "needs the file environments/community/solitaire",
     "community/accessibility_env/accessibility_env.py": "data/accessibility_dataset.jsonl (not there from",
@@ -58,15 +67,15 @@ BEFORE_THE_START = {
     "fundamental_prediction_environment.py": "needs the data set NousResearch/company-fundamentals-prediction-lite",
     "multimodal_dpo/clevr_complex.py": "needs the data set MMInstruction/Clevr_CoGenT_TrainA_70K_Complex",
 }
-"""Their data sets are in no cache, and the hub is not asked."""
+"""Most need data sets, which are in no cache; the hub is not asked."""
 
 
-def started(name: str, tmp_path: Path, args: str) -> TrainingRun:
+def started(name: str, tmp_path: Path, args: str, *more: str) -> TrainingRun:
     """Those that import from their own package are started as modules."""
     script = Path(str(CHECKOUT), "environments", name)
     relative = re.search(r"^from \.", script.read_text(), re.MULTILINE)
     module = ".".join(Path("environments", name).with_suffix("").parts)
-    words = [*WORDS, f"env.module={module}" if relative else f"env.script={script}"]
+    words = [*WORDS, *more, f"env.module={module}" if relative else f"env.script={script}"]
     words += [f"env.python={PYTHON}", f"env.cwd={script.parent}", f"env.args=[{args}]"]
     words.append(f"env.env.PYTHONPATH={CHECKOUT}")
     offline = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "HF_HOME": str(tmp_path)}
@@ -83,6 +92,17 @@ def test_it_trains(name: str, tmp_path: Path) -> None:
         assert all(line["data/trained_tokens"] > 0 for line in lines), "masks leave something to train on"
         # Spans of text that was tokenised again are matched: by their ids, or repaired.
         assert max(line["data/unmatched_token_rate"] for line in lines) <= 0.01
+
+
+@pytest.mark.skipif(not os.environ.get("ATROPOS_SMOLLM2"), reason="opt-in, see the docstring")
+@pytest.mark.parametrize("name", TRAINS_SMOLLM2)
+def test_it_trains_a_larger_model(name: str, tmp_path: Path) -> None:
+    with started(name, tmp_path, TRAINS_SMOLLM2[name], *SMOLLM2) as run:
+        run.must_end(0)
+        lines = run.metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert sum(line["data/quarantined"] for line in lines) == 0
+    assert all(line["data/trained_tokens"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize("name", REFUSED)
