@@ -133,6 +133,7 @@ def test_split_is_the_hash_rule(env_module: ModuleType) -> None:
     pretrain = load_example("demo_model/pretrain.py")
     train, held_out = pretrain.split_words()
     assert not any(map(env_module.is_held_out, train)) and all(map(env_module.is_held_out, held_out))
+    assert 0.04 < len(held_out) / (len(train) + len(held_out)) < 0.085  # one in 16 is 0.0625
     assert pretrain.HELD_OUT_SHARE == env_module.HELD_OUT_SHARE
 
 

@@ -106,15 +106,6 @@ def test_chat_prompt_is_chatml_and_a_word_is_its_letters(pretrain: ModuleType, t
     assert examples.prompt("neon") == tokenizer.encode(prompt)
 
 
-def test_pretraining_never_sees_a_held_out_word(pretrain: ModuleType, tokenizer: Any) -> None:
-    train, held_out = pretrain.split_words()
-    assert 0.04 < len(held_out) / (len(train) + len(held_out)) < 0.085  # one in 16 is 0.0625
-    examples = pretrain.Examples(tokenizer, train, seed=0)
-    drawn = {examples.draw_word() for _ in range(5000)}
-    assert drawn.isdisjoint(held_out)
-    assert not any(pretrain.is_held_out(word) for word in drawn)
-
-
 def test_success_on_held_out_words_is_as_documented(pretrain: ModuleType, model: Any, tokenizer: Any) -> None:
     import torch
 
@@ -128,11 +119,13 @@ def test_success_on_held_out_words_is_as_documented(pretrain: ModuleType, model:
 
 
 def test_a_short_pretraining_runs_and_saves_a_loadable_model(
-    pretrain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pretrain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    train, held_out = pretrain.split_words()
+    monkeypatch.setattr(pretrain, "split_words", lambda: (train, held_out[:20]))
     threads = torch.get_num_threads()
     settings = ["--seed", "5", "--clean-steps", "2", "--mixed-steps", "1", "--batch-size", "8", "--threads", "1"]
     try:
