@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,13 @@ from atropos_verl.engine.requests import RunningSequence
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.scheduler import ContinuousBatch
 from atropos_verl.errors import EngineError, EngineStoppedError
+
+
+@pytest.fixture(autouse=True)
+def _no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebuild collects garbage, which takes half a second each time beside everything that tests have imported."""
+    monkeypatch.setattr(embedded, "gc", SimpleNamespace(collect=lambda: None))
+
 
 # -- slots and queue ---------------------------------------------------------------------------------------------------
 
