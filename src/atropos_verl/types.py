@@ -41,12 +41,10 @@ FinishReason = Literal["stop", "length", "abort"]
 class Constraint:
     """The language that a completion is sampled from (constrained decoding)."""
 
-    grammar: str
-    """In llguidance's form of Lark."""
+    grammar: str  # in llguidance's form of Lark
     json_schema: str | None = None
     """The JSON schema that the grammar stands for, where it is nothing else: for engines that do not know Lark."""
-    param: str = "response_format"
-    """Field of the client's request that asks for it, for messages."""
+    param: str = "response_format"  # field of the client's request that asks for it, for messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +52,10 @@ class GenerationRequest:
     """One prompt and how to sample from it. The engine checks it, and raises ``GenerationRequestError``."""
 
     prompt_token_ids: tuple[int, ...]
-    n: int = 1
-    """Completions of the same prompt; each is sampled independently."""
+    n: int = 1  # completions of the same prompt; each is sampled independently
     max_tokens: int | None = None
     """New tokens at most; None: as many as the engine's context still holds."""
-    temperature: float = 1.0
-    """0 = greedy; logprobs are then those of temperature 1."""
+    temperature: float = 1.0  # 0 = greedy; logprobs are then those of temperature 1
     top_p: float = 1.0
     top_k: int = -1  # -1 or 0: off
     min_p: float = 0.0
@@ -87,8 +83,7 @@ class GenerationRequest:
 class Generation:
     """One completion."""
 
-    token_ids: tuple[int, ...]
-    """New tokens only, the stop token included."""
+    token_ids: tuple[int, ...]  # new tokens only, the stop token included
     logprobs: tuple[float, ...]
     """Of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p); under a
     constraint, over the tokens that it allows."""
@@ -111,13 +106,11 @@ class Generation:
 class GenerationDelta:
     """New tokens of one completion while it is being generated (streaming)."""
 
-    index: int
-    """Of the completion among the n."""
+    index: int  # of the completion among the n
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
-    policy_version: int | None = None
-    """None: the engine does not say."""
+    policy_version: int | None = None  # None: the engine does not say
     top_logprobs: tuple[dict[int, float], ...] = ()
 
 
@@ -134,8 +127,7 @@ class ScoredGroup:
     """
 
     token_ids: tuple[IntArray, ...]  # [G][T_g]
-    masks: tuple[IntArray, ...]
-    """[G][T_g]; -100 = not trained, otherwise equal to the token id."""
+    masks: tuple[IntArray, ...]  # [G][T_g]; -100 = not trained, otherwise equal to the token id
     scores: FloatArray  # [G] raw
     rollout_ids: IntArray | None = None
     """[G] 0, 1, … in order of first appearance: sequences of one id are rows of one rollout, and have one score. None:
@@ -161,15 +153,12 @@ class ScoredGroup:
     distill_logprobs: tuple[FloatArray | None, ...] | None = None
     """[G][T_g, K] their logprobs under the teacher at temperature 1; shorter rows end in -inf."""
     env_id: int | None = None
-    group_id: str = ""
-    """Content hash of the raw JSON, so a replay has the same id."""
+    group_id: str = ""  # content hash of the raw JSON, so a replay has the same id
     unknown_fields: tuple[str, ...] = ()
-    defect: str | None = None
-    """Names field, sequence, index and value of what is wrong."""
+    defect: str | None = None  # names field, sequence, index and value of what is wrong
     validated: bool = False
     """``defect`` is the outcome of all checks; None then means that the group is sound."""
-    raw: bytes = b""
-    """Its own JSON, for quarantine; empty when it came packed."""
+    raw: bytes = b""  # its own JSON, for quarantine; empty when it came packed
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -211,8 +200,7 @@ class SequenceMatch:
         found = [0, 0, 1, 0]; versions = [-2, -2, 3, -2]; logprobs = [nan, nan, -.5, nan]; unmatched_spans = 1
     """
 
-    found: NDArray[np.bool_]
-    """[T] trained tokens that a record holds."""
+    found: NDArray[np.bool_]  # [T] trained tokens that a record holds
     versions: IntArray
     """[T] policy version that wrote the token; ``UNKNOWN_VERSION`` where not known and where not trained."""
     logprobs: FloatArray
@@ -220,8 +208,7 @@ class SequenceMatch:
     temperature: float | None = None
     """Temperature of all its spans; None: none was found, or they differ."""
     spans: int = 0  # trained ones
-    unmatched_spans: int = 0
-    """Trained spans with a token that nobody generated after these ids."""
+    unmatched_spans: int = 0  # trained spans with a token that nobody generated after these ids
     unmatched_tokens: int = 0
     ambiguous_spans: int = 0
     """Found, but in several records with different versions, and nothing tells which it is: the version is unknown."""
@@ -246,8 +233,7 @@ class TrainingSample:
     token_ids: IntArray  # [T]
     loss_mask: NDArray[np.bool_]
     """[T]; True = the policy wrote this token and it is trained. Position 0 is never True (nothing predicts it)."""
-    advantages: FloatArray
-    """[T]; 0 where loss_mask is False."""
+    advantages: FloatArray  # [T]; 0 where loss_mask is False
     rollout_logprobs: FloatArray | None = None
     """[T]; NaN where there is no value; None when the environment sent none."""
     reference: FloatArray | None = None
@@ -264,8 +250,7 @@ class TrainingSample:
     env_id: int | None = None
     policy_version: int | None = None
     """Oldest version that wrote a trained token; where the ledger knows none, what the environment says."""
-    token_versions: IntArray | None = None
-    """[T] as ``ScoredGroup.token_versions``."""
+    token_versions: IntArray | None = None  # [T] as ``ScoredGroup.token_versions``
     truncated: bool = False
 
     def __len__(self) -> int:
@@ -302,8 +287,7 @@ class SampleSettings:
     distill_weight: float = 1.0  # factor of the KL to a teacher, where the environment names none
     teach: Callable[[Sequence[ScoredGroup]], list[ScoredGroup]] | None = None
     """Gives groups a teacher's values that bring none (``distill.teacher``)."""
-    distill_alone: bool = False
-    """Advantages of sequences with a teacher's values are 0."""
+    distill_alone: bool = False  # advantages of sequences with a teacher's values are 0
     advantage: Callable[[ScoredGroup], list[FloatArray]] | None = None
     """The user's function in the place of the estimator (``algorithm.advantage_path``): float64 [T] per sequence."""
     keeps: Callable[[Sequence[ScoredGroup]], list[bool]] | None = None

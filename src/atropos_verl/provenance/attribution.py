@@ -28,8 +28,7 @@ class SequenceQuery:
 
     token_ids: IntArray  # [T]
     loss_mask: NDArray[np.bool_]  # [T]; True = trained
-    logprobs: FloatArray | None = None
-    """[T] that the environment sent; NaN = no value."""
+    logprobs: FloatArray | None = None  # [T] that the environment sent; NaN = no value
     group: int = 0  # sequences of one group share it
     is_text: bool = False
     """Its ids are only a form of its text; False: the environment sent values of just these tokens."""

@@ -53,10 +53,8 @@ class Prompt:
 class SpanRecord:
     """One completion: what the engine wrote after a prompt in one go."""
 
-    order: int
-    """Counts the records of this ledger, in the order in which they ended."""
-    request: int
-    """Completions of one request share it: the order of the first."""
+    order: int  # counts the records of this ledger, in the order in which they ended
+    request: int  # completions of one request share it: the order of the first
     prompt: Prompt
     ids: bytes  # int32
     logprobs: NDArray[np.float32]

@@ -125,8 +125,9 @@ class BatchSource:
         self._check: Check = lambda: None
         self._attend: Check = lambda: None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
-        self._first_limit = config.atropos.rollout_timeout
-        self._has_batch = self._is_explained = False
+        self._limit = config.atropos.rollout_timeout
+        """Seconds that the next batch may take."""
+        self._is_explained = False
         self._queue_watch: tuple[threading.Thread, threading.Event] | None = None
         """The thread that tells the throttle of the API's queue, and what ends it."""
 
@@ -194,8 +195,8 @@ class BatchSource:
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"
             self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
-        if starts_environment and not self._has_batch:
-            self._first_limit = self.config.env.startup_timeout
+        if starts_environment:
+            self._limit = self.config.env.startup_timeout
         self._prepare, self._stopped = prepare, False
         if self._throttle is not None and self._queue_watch is None:
             self._throttle.active = True
@@ -255,15 +256,14 @@ class BatchSource:
             AtroposTimeoutError: none came within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
             AtroposAPIError: the API failed, or lost more than five batches in a row.
         """
-        limit = self.config.atropos.rollout_timeout if self._has_batch else self._first_limit
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + self._limit
         lost = 0
         gone_since: float | None = None
         while True:
             remaining = deadline - time.monotonic()
             try:
                 data = self.fetch(min(self.config.batch_max_wait_time, max(remaining, 0.1)), check)
-                self._has_batch = True
+                self._limit = self.config.atropos.rollout_timeout
                 return data
             except AtroposTimeoutError as error:
                 if time.monotonic() >= deadline:

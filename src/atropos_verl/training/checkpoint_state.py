@@ -43,8 +43,7 @@ class RunState:
     """What a resumed run needs besides verl's own state."""
 
     step: int = 0
-    policy_version: int = 0
-    """Optimiser steps since the run began, resumes included."""
+    policy_version: int = 0  # optimiser steps since the run began, resumes included
     moments: RunningMoments = field(default_factory=RunningMoments)
     totals: RunTotals = field(default_factory=RunTotals)
     held_out: dict[str, float | None] = field(default_factory=dict)

@@ -39,8 +39,7 @@ class QuarantineStore:
 
     directory: Path
     bound: int = 1 << 30
-    _unseen: float = math.inf
-    """Bytes written since the directory was measured."""
+    _unseen: float = math.inf  # bytes written since the directory was measured
 
     def put(self, refused: QuarantinedGroup) -> Path | None:
         """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. None: the disk refuses it (it

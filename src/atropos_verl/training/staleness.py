@@ -303,8 +303,7 @@ class _LookUpFigures:
 
     counts: Counter[str] = field(default_factory=Counter)
     """By name, of one environment by ``env/N/NAME``."""
-    largest_difference: float = 0.0
-    """Of logprobs that were compared, in nats."""
+    largest_difference: float = 0.0  # of logprobs that were compared, in nats
 
     def metrics(self) -> dict[str, float | int | None]:
         """For ``metrics.jsonl``. A rate over nothing is None, also that of one environment."""

@@ -72,8 +72,7 @@ class Canary:
     engine_logprobs: Callable[[], Sequence[float]]
     staged_logprobs: Callable[[], Sequence[float]] | None = None
     """Of the weights that ``swap_weights`` would put in place; needed for ``swap``."""
-    threshold: float
-    """Largest absolute difference of a logprob that passes, in nats."""
+    threshold: float  # largest absolute difference of a logprob that passes, in nats
 
     def check(self, *, staged: bool = False) -> float:
         """The largest difference. Raises ``WeightSyncError`` above the threshold or when one is not finite."""
