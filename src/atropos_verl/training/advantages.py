@@ -138,12 +138,10 @@ def finish_advantages(
     """Normalises over the trained tokens of all ``sequences`` together, clips, weighs, and forces zeros.
 
     ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample standard deviation.
-    ``global``: the same with the statistics of ``running``, which this batch is merged into first. Returns one float64
-    [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
+    ``global``: the same with the statistics of ``running`` (None: none yet), which this batch is merged into first.
+    Returns one float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
     """
-    if normalization == "global" and running is None:
-        raise ValueError("normalization 'global' needs the run's RunningMoments")
-    moments = {"none": None, "batch": RunningMoments(), "global": running}[normalization]
+    moments = {"none": None, "batch": RunningMoments(), "global": running or RunningMoments()}[normalization]
     if moments is not None:
         moments.update(np.concatenate([np.zeros(0), *(s.values[s.loss_mask] for s in sequences if not s.fixed)]))
     finished = [np.zeros(sequence.values.shape[0]) for sequence in sequences]

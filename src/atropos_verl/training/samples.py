@@ -83,8 +83,6 @@ def build_samples(
         DataError: a bad group with ``on_bad_group="error"``, or a long sequence with ``overlong="error"``.
     """
     report, sequences = collect_samples(groups, settings)
-    if settings.normalization == "global" and running is None:
-        running = RunningMoments()
     advantages = finish_advantages(sequences, settings.normalization, settings.clipping, running)
     return replace(report, samples=[replace(s, advantages=a) for s, a in zip(report.samples, advantages, strict=True)])
 
@@ -97,16 +95,11 @@ def collect_samples(
     _check_settings(settings)
     samples: list[TrainingSample] = []
     sequences: list[SequenceAdvantage] = []
-    quarantined: list[QuarantinedGroup] = []
-    sound: list[ScoredGroup] = []
-    for group in without_fields(groups, settings.ignore_fields):
-        reason = find_defect(group, settings.vocab_size)
-        if reason is None:
-            sound.append(group)
-        elif settings.on_bad_group == "error":
-            raise DataError(reason)
-        else:
-            quarantined.append(QuarantinedGroup(group=group, reason=reason))
+    examined = [(g, find_defect(g, settings.vocab_size)) for g in without_fields(groups, settings.ignore_fields)]
+    sound = [group for group, reason in examined if reason is None]
+    quarantined = [QuarantinedGroup(group=group, reason=reason) for group, reason in examined if reason is not None]
+    if quarantined and settings.on_bad_group == "error":
+        raise DataError(quarantined[0].reason)
     check_supported(sound, settings.ignore_fields)
     kept = settings.keeps(sound) if settings.keeps is not None and sound else [True] * len(sound)
     used = [group for group, keep in zip(sound, kept, strict=True) if keep]

@@ -112,11 +112,6 @@ def test_zeroing_one_sequence_never_changes_the_others(
         assert after[i].tolist() == expected
 
 
-def test_global_needs_moments() -> None:
-    with pytest.raises(ValueError, match="RunningMoments"):
-        finish_advantages([one([1.0])], "global")
-
-
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), max_size=8), max_size=8))
 def test_merged_moments_equal_those_of_all_values_at_once(batches: list[list[float]]) -> None:
     running = RunningMoments()
