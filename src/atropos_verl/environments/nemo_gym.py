@@ -9,6 +9,7 @@ Settings: ``tasks`` (JSONL; default: the agents' data sets of type train); other
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
@@ -91,7 +92,9 @@ async def _started(target: str, settings: Mapping[str, Any]) -> AsyncIterator[di
         head = {"host": "127.0.0.1", "port": free.getsockname()[1]}
     words = [f"++{name}={json.dumps(value)}" for name, value in _leaves({**settings, "head_server": head})]
     command = [str(Path(sys.executable).with_name("gym")), "env", "start", "--config", target, "--config", _MODEL]
-    process = await asyncio.create_subprocess_exec(*command, *words, cwd=launch_directory())
+    # Ray makes sockets there; below a launch's TMPDIR their names are too long.
+    short = {"RAY_TMPDIR": "/tmp", **os.environ}
+    process = await asyncio.create_subprocess_exec(*command, *words, cwd=launch_directory(), env=short)
     try:
         async with httpx.AsyncClient(base_url="http://{host}:{port}".format(**head)) as http:
             instances: list[Any] = []
