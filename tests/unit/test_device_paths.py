@@ -42,7 +42,8 @@ def test_a_token_of_the_engine_takes_one_wait_and_so_does_a_prefill(found: dict[
 
 
 def test_the_probe_and_the_padded_loss_run_on_one_device(found: dict[str, dict[str, int]]) -> None:
-    assert _waits(found["padded loss"]) == {"nonzero policy.py:compute_advantage_weighted_sft_loss": 1}
+    padded = {"nonzero policy.py:compute_advantage_weighted_sft_loss": 1, "tolist policy.py:_means": 1}
+    assert _waits(found["padded loss"]) == padded
     assert found["probe"]
 
 
