@@ -22,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,10 @@ def of_function(path: str) -> Solve:
     """``package.module:function``, which returns a number, a ``Reward``, or nothing when it has called
     ``session.reward``. One that is not async runs in a thread. Raises ``ConfigError``."""
     function = load_function("agent", path)
+    call = function if inspect.iscoroutinefunction(function) else partial(asyncio.to_thread, function)
 
     async def solve(task: Any, session: AgentSession) -> None:
-        if inspect.iscoroutinefunction(function):
-            result = await function(task, session)
-        else:
-            result = await asyncio.to_thread(function, task, session)
-        await give(session, result)
+        await give(session, await call(task, session))
 
     return solve
 

@@ -99,10 +99,6 @@ def create_app(
     """The HTTP surface that Atropos environments and agents call.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with the model's chat template.
-        gate: admits requests and makes them wait while weights are swapped.
-        ledger: is told of every completion before the client sees the end of it.
-        throttle: makes new prompts wait that would be trained on too late.
         evaluated: answers what held-out evaluations ask, under ``/evaluation``.
         max_new_tokens: of one completion at most, whatever a request asks for (None: the rest of the context).
         api_key: required on every route but /health, as bearer or basic key or ``x-api-key``.
@@ -167,14 +163,13 @@ def create_app(
     }
     services = {"": service}
     if evaluated is not None:
-        services[EVALUATION_PATH] = replace(
-            service, engine=evaluated, gate=evaluated.gate, throttle=None, on_request=None
-        )
+        own: dict[str, Any] = {"engine": evaluated, "gate": evaluated.gate, "throttle": None, "on_request": None}
+        services[EVALUATION_PATH] = replace(service, **own)
     routes = []
     for prefix, serving in services.items():
         routes += [Route(prefix + path, handler, methods=["GET"]) for path, handler in gets.items()]
         for path, handler in posts.items():
-            endpoint = _Endpoint(serving, prefix + path, _reader(handler), request_timeout, sessions)
+            endpoint = _Endpoint(serving, prefix + path, partial(_read, handler), request_timeout, sessions)
             routes.append(Route(prefix + path, endpoint, methods=["POST"]))
     if sessions is not None:
         service.more_figures = sessions.figures
@@ -183,7 +178,7 @@ def create_app(
             routes.append(Route(path, _Endpoint(service, path, reader, request_timeout), methods=["POST"]))
 
     async def routing_error(request: Request, error: Exception) -> Response:
-        """404 and 405 in the error format of everything else, and in our log: Atropos clients swallow theirs."""
+        """404 and 405 are in our log, too: Atropos clients swallow them."""
         status = error.status_code if isinstance(error, HTTPException) else 500
         what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
         service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
@@ -234,11 +229,7 @@ class _Reply:
 
 @dataclass(eq=False)
 class _Entrance:
-    """Every request comes through it: collapses leading slashes of the path, and refuses who may not call.
-
-    ``//generate`` is what Atropos clients make of a base_url that ends in ``/v1/``: they would otherwise wait for a
-    healthy server for ever. /health needs no key: supervisors probe it before they know any.
-    """
+    """Refuses who may not call. /health needs no key: supervisors probe it before they know any."""
 
     app: ASGIApp
     key: str | None
@@ -250,7 +241,7 @@ class _Entrance:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if scope["path"].startswith("//"):
-                # leading ones only: a model's name in /v1/models/{name} may be an absolute path
+                # What Atropos clients make of a base_url that ends in /v1/. Leading ones only: a model may be a path.
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
             try:
                 path, session = self._admit(scope["path"], Headers(scope=scope))
@@ -394,11 +385,8 @@ class _Endpoint:
                 service.ended(was_received=was_received)
 
 
-def _reader(handler: Handler) -> Reader:
-    def read(service: GatewayService, _: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
-        return handler(service, parse_body(body, abandoned))
-
-    return read
+def _read(handler: Handler, service: GatewayService, _: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
+    return handler(service, parse_body(body, abandoned))
 
 
 def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[str, Reader]:

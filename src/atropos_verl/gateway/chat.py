@@ -72,42 +72,6 @@ def read_list(fields: Fields, name: str) -> list[Any]:
     return items
 
 
-def read_messages(
-    fields: Fields,
-    name: str,
-    items: Iterable[tuple[int, Any]],
-    *,
-    takes_parts: bool,
-    role_of: Callable[[str], str],
-    before: Iterable[Message] = (),
-) -> tuple[Message, ...]:
-    """Messages in the form of the chat API, each with its place in the field ``name``. Raises ``ApiError`` 400.
-
-    As vLLM does: text parts are lines of one text where the template ``takes_parts`` not; what is null is absent; the
-    content is not. Further, a tool's answer has the name of the call it answers, in these messages or those ``before``.
-    """
-    result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
-    for index, message in items:
-        known = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-        role, content, answered = known.pop("role", None), known.pop("content", ""), known.pop("tool_call_id", None)
-        thought = known.pop("reasoning_content", known.pop("reasoning", None))
-        if not isinstance(role, str):
-            raise fields.error(name, f"item {index} must be an object with a string 'role'")
-        if not isinstance(answered, str | None) or not isinstance(thought, str | None):
-            raise fields.error(name, f"item {index}: 'tool_call_id' and 'reasoning_content' must be strings")
-        calls = tuple(_calls(fields, name, index, known.pop("tool_calls", [])))
-        names |= {call.id: call.name for call in calls}
-        if role == "tool" and (tool := names.get(str(answered))):
-            known.setdefault("name", tool)
-        if isinstance(content, list):
-            content = list(read_texts(fields, name, index, content))
-            content = tuple(content) if takes_parts and len(content) > 1 else "\n".join(content)
-        elif not isinstance(content, str):
-            raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
-        result.append(Message(role_of(role), content, calls, answered, thought, known))
-    return tuple(result)
-
-
 def read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], ...]:
     """The ``tools`` in the chat API's form; ``function_of`` finds the function in an item. Raises ``ApiError`` 400."""
     tools = fields.raw("tools") or []
@@ -167,7 +131,7 @@ def read_format(fields: Fields, name: str) -> dict[str, Any] | None:
     return schema
 
 
-def _calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
+def read_calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise fields.error(name, f"item {index}: 'tool_calls' must be a list of objects")
     for call in calls:

@@ -74,18 +74,12 @@ _HARMLESS_NATIVE = ("cache_salt", "priority", "guided_decoding_backend")
 
 
 class ApiError(Exception):
-    """A request that is answered with an error status, in the error format of the API that was called.
-
-    ``param`` is the offending field of the body (``"sampling_params.top_p"``), ``code`` a short machine-readable
-    reason (``"context_length_exceeded"``); both may be None.
-    """
+    """A request that is answered with an error status. ``param``: the field of the body that is to blame; ``code``: a
+    short reason for machines."""
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
+        self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self, path: str = "", *, streamed: bool = False) -> bytes:
         """The JSON body, UTF-8, in the form of the API at ``path``; ``streamed``: as the last event of a stream."""
@@ -107,11 +101,7 @@ def sent_event(data: Any, kind: str = "") -> bytes:
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Status and message for an error raised while a request was served.
-
-    The engine's own errors keep their text. Anything else is a fault of this server: the client learns its type only
-    (the caller logs the traceback).
-    """
+    """The engine's own errors keep their text. Of anything else, a fault of this server, the client learns the type."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, GenerationRequestError):
@@ -126,14 +116,10 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 class Fields:
-    """One JSON object of a request. ``prefix`` is put before field names in messages (``"sampling_params."``).
-
-    Every reader raises ``ApiError`` 400 naming the field, the value and what is allowed.
-    """
+    """One JSON object of a request, called ``prefix``. Its readers raise ``ApiError`` 400 naming field and value."""
 
     def __init__(self, data: Mapping[str, Any], prefix: str = "", abandoned: threading.Event | None = None) -> None:
-        self._data = data
-        self._prefix = prefix
+        self._data, self._prefix = data, prefix
         self._seen: set[str] = set()
         self.abandoned = abandoned or threading.Event()
         """Set when the client has left: who reads the fields may give up."""
@@ -213,10 +199,7 @@ class Fields:
             raise self.error(name, text) from None
 
     def require_neutral(self, refused: Mapping[str, Sequence[Any]]) -> None:
-        """Refuse fields that this gateway does not implement and that would change what is sampled.
-
-        ``refused``: field → values at which it changes nothing (absent and null always do).
-        """
+        """``refused``: fields that are not implemented → values at which they change nothing, as null always does."""
         for name, neutral in refused.items():
             value = self.raw(name)
             if value is None or any(value == item for item in neutral):
@@ -278,18 +261,13 @@ def parse_sampling(
     max_tokens_default: int | None,
     served: Collection[str] = (),
 ) -> Sampling:
-    """Read the shared sampling fields. ``served``: those of them that other dialects refuse, and this one reads itself.
-
-    ``max_tokens_names``: the dialect's names of the bound on new tokens, the first one given wins.
-    ``max_tokens_default``: the dialect's own default (None: rest of the context). Raises ``ApiError`` 400.
-    """
+    """The sampling fields that dialects share. ``served``: those that others refuse, and this one reads itself;
+    ``max_tokens_names``: the first one given wins; ``max_tokens_default`` None: the rest of the context."""
     bounds = [fields.integer(name, None, minimum=1) for name in max_tokens_names]
     given = [bound for bound in bounds if bound is not None]
     n = fields.integer("n", 1, minimum=1, maximum=_MAX_N)
-    best_of = fields.integer("best_of", None)
-    if best_of is not None and best_of != n:
-        raise fields.error("best_of", f"not supported ({best_of}); leave it out or send n ({n})", "unsupported_field")
     fields.require_neutral({name: neutral for name, neutral in _REFUSED.items() if name not in served})
+    fields.require_neutral({"best_of": (n,)})
     fields.ignore(*_HARMLESS_OPENAI, *_HARMLESS_NATIVE)
     top_p = fields.number("top_p", 1.0, minimum=0.0, maximum=1.0)
     if top_p == 0.0:

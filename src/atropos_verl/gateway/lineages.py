@@ -97,6 +97,7 @@ class Turn(NamedTuple):
     """1: its answer went out whole; 0: the connection broke before; -1: not known (yet)."""
 
 
+_SAME = ("key", "messages", "characters", "text_hash", "has_end")
 _FORMATS = ("i4", "i4", "i4", "i4", "i8", "i4", "i4", "i4", "i8", "i4", "i4", "i8", "?", "S24", "i8", "i8", "i1")
 _COLUMNS = np.dtype([*zip(Turn._fields, _FORMATS, strict=True)])
 
@@ -165,15 +166,11 @@ class Tree:
             own=len(own) // _IDS.itemsize,
             sampled=len(stored.sampled) // _IDS.itemsize,
             length=len(own) // _IDS.itemsize + (0 if parent is None else parent.length),
-            key=stored.key,
-            messages=stored.messages,
-            characters=stored.characters,
-            text_hash=stored.text_hash,
-            has_end=stored.has_end,
             request=stored.request.encode(),
             name=hash_of(stored.idempotency_key or stored.digest),
             digest=hash_of(stored.digest),
             received=received,
+            **{name: getattr(stored, name) for name in _SAME},
         )
         self._rows[self.count] = turn
         self._ids.frombytes(own)
@@ -256,12 +253,11 @@ def new_turn(
 ) -> StoredTurn:
     """The turn of a completion of ``prompt``. ``answer`` is what the agent was given; None: no message."""
     parent = prompt.parent
-    known = 0 if parent is None else parent.length
-    said = () if answer is None else (*prompt.messages[0 if parent is None else parent.messages :], answer)
+    number, known, before = (None, 0, 0) if parent is None else (parent.number, parent.length, parent.messages)
     messages = () if answer is None else (*prompt.messages, answer)
     text = prompt.text + _text_after(codec, prompt.ids, generation.token_ids)
     return StoredTurn(
-        parent=None if parent is None else parent.number,
+        parent=number,
         prompt=np.asarray(prompt.ids[known:], _IDS).tobytes(),
         sampled=np.asarray(generation.token_ids, _IDS).tobytes(),
         logprobs=np.asarray(generation.logprobs, _LOGPROBS).tobytes(),
@@ -273,7 +269,7 @@ def new_turn(
         characters=len(text),
         text_hash=hash_of(text),
         reason=prompt.reason,
-        said=said,
+        said=messages[before:],
         **fields,
     )
 
@@ -304,11 +300,8 @@ def kept_turns(parents: Sequence[int], received: Sequence[int]) -> list[int]:
 
 
 def training_rows(turns: Sequence[StoredTurn], received: Sequence[int]) -> list[dict[str, Any]]:
-    """The sequences of a session, as ``GET /sessions/ID/rollout`` answers them; ``received`` as ``Turn`` has it.
-
-    One for each of the ``kept_turns`` that nothing continues. A sampled token is trained in the first of the sequences
-    that hold it.
-    """
+    """The sequences of a session, as ``GET /sessions/ID/rollout`` answers them: one for each of the ``kept_turns`` that
+    nothing continues. A sampled token is trained in the first that holds it. ``received``: as ``Turn`` has it."""
     parents = [-1 if turn.parent is None else turn.parent for turn in turns]
     kept = kept_turns(parents, received)
     order = {number: index for index, number in enumerate(kept)}

@@ -95,11 +95,8 @@ def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, t
 
 
 def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list[dict[int, float] | None]:
-    """[P] ``{token id: logprob}`` per prompt position, null at position 0.
-
-    The prompt's own token comes first, then the alternatives from likely to unlikely: readers of vLLM take the first
-    entry for the token itself.
-    """
+    """[P] ``{token id: logprob}``, null at position 0. The prompt's own token comes first, for which readers of vLLM
+    take the first entry, then the likely ones."""
     entries = generation.prompt_logprobs
     if entries is None or len(entries) != len(request.prompt_token_ids):
         raise ApiError(500, "the inference engine returned no prompt logprobs", code="engine_error")
@@ -173,7 +170,7 @@ def _sglang_answer(
 
     def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
         """``[logprob, token id, text or null]`` per token."""
-        texts = [text for text, _ in codec.tokens(token_ids)] if with_texts else [None] * len(token_ids)
+        texts = [codec.tokens[token_id][0] for token_id in token_ids] if with_texts else [None] * len(token_ids)
         return list(zip(logprobs, token_ids, texts, strict=True))
 
     if start is not None:

@@ -1,9 +1,4 @@
-"""``POST /v1/chat/completions`` and ``POST /v1/completions``, with the extensions of vLLM that Atropos clients use.
-
-Extensions: ``top_k``, ``min_p``, ``stop_token_ids``, ``ignore_eos``, ``skip_special_tokens``, ``return_token_ids``,
-``return_tokens_as_token_ids``, ``add_generation_prompt``, ``chat_template_kwargs``. Extra fields of the answer:
-``policy_version``, ``policy_versions``.
-"""
+"""``POST /v1/chat/completions`` and ``POST /v1/completions``, with the extensions of vLLM that Atropos clients use."""
 
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -14,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_format, read_tool_choice, read_tools
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_format, read_list, read_tool_choice, read_tools
 from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
 from atropos_verl.gateway.parsing import Piece, ReplyReader
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
@@ -156,10 +151,10 @@ class _Call:
         }
 
     def _name(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self.tokens_as_ids else self.service.codec.tokens([token_id])[0][0]
+        return f"token_id:{token_id}" if self.tokens_as_ids else self.service.codec.tokens[token_id][0]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        sent = self.service.codec.tokens([token_id])[0][1]
+        _, sent = self.service.codec.tokens[token_id]
         return {"token": self._name(token_id), "logprob": logprob, "bytes": list(sent)}
 
     # -- server-sent events: one ``data: {...}`` line per piece, then ``data: [DONE]`` -------------------------------
@@ -186,10 +181,7 @@ class _Call:
     def _chunks(
         self, reader: ReplyReader | StreamText, offsets: dict[int, int], delta: GenerationDelta
     ) -> Iterator[dict[str, Any]]:
-        """The chunks for one delta: the chat API announces the role before the first text.
-
-        ``offsets``: characters of the tokens sent so far of each choice that has begun, for ``text_offset``.
-        """
+        """The chunks for one delta. ``offsets``: characters of the tokens sent so far of each choice that has begun."""
         first, offset = delta.index not in offsets, offsets.setdefault(delta.index, 0)
         envelope = {**self.envelope, **({"usage": None} if self.include_usage else {})}
         if first and self.chat:
@@ -250,7 +242,7 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
     template = service.codec.template
     return template.turn(
         fields,
-        template.messages(fields),
+        template.messages(fields, "messages", enumerate(read_list(fields, "messages"))),
         tools=tools,
         tool_choice=read_tool_choice(fields, tools, _function),
         parallel_tool_calls=fields.get("parallel_tool_calls", True),

@@ -27,9 +27,14 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
     fields.ignore("stream_options", *_HARMLESS)
     tools = read_tools(fields, _function)
     template = service.codec.template
-    text = fields.child("text")
-    text.ignore("verbosity")
-    said = list(_history(service, fields))
+    form = fields.child("text")
+    form.ignore("verbosity")
+    said: list[Message] = []
+    if previous := fields.get("previous_response_id", ""):
+        if (kept := service.messages_of(previous)) is None:
+            text = f"{previous[:100]!r} is not known (any more); send the whole conversation in 'input'"
+            raise fields.error("previous_response_id", text, "previous_response_not_found")
+        said = [message for message in kept if not message.extra.get("instructions")]
     if "instructions" in fields:  # of this request only: the next one sends its own
         instructions = Message(role="system", content=fields.get("instructions", ""), extra={"instructions": True})
         said = [instructions, *said]
@@ -40,11 +45,11 @@ def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
         tool_choice=read_tool_choice(fields, tools, _function),
         parallel_tool_calls=fields.get("parallel_tool_calls", True),
         separates_reasoning=True,
-        response_schema=read_format(text, "format"),
+        response_schema=read_format(form, "format"),
         sampling=sampling,
     )
     service.check_model(fields)
-    service.report_unread("/v1/responses", fields, text)
+    service.report_unread("/v1/responses", fields, form)
     return turn
 
 
@@ -54,23 +59,9 @@ def _function(holder: dict[str, Any]) -> Any:
     return {name: value for name, value in holder.items() if name not in ("type", "strict") and value is not None}
 
 
-def _history(service: GatewayService, fields: Fields) -> Iterator[Message]:
-    name = fields.get("previous_response_id", "")
-    if not name:
-        return
-    kept = service.messages_of(name)
-    if kept is None:
-        text = "not known (any more); send the whole conversation in 'input'"
-        raise fields.error("previous_response_id", f"{name[:100]!r} is {text}", "previous_response_not_found")
-    yield from (message for message in kept if not message.extra.get("instructions"))
-
-
 def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The ``input`` in the form of the chat API, each message with its place.
-
-    What one answer held (reasoning, text, calls) is one message again. Its items have ids: an assistant's message
-    without one is a message of its own.
-    """
+    """The ``input`` in the form of the chat API, each message with its place. What one answer held is one message; its
+    items have ids: an assistant's message without one is a message of its own."""
     given = fields.raw("input")
     if isinstance(given, str):
         yield 0, {"role": "user", "content": given}

@@ -325,10 +325,7 @@ class GatewayService(Collector):
 
 
 class EventAnswer:
-    """The answer to a turn as a sequence of events, which also build the whole answer.
-
-    The constructor may raise ``ApiError`` 400; ``param`` is the dialect's field of the conversation.
-    """
+    """The answer to a turn as a sequence of events, which also build the whole answer."""
 
     def __init__(self, service: GatewayService, turn: ChatTurn, prefix: str, param: str) -> None:
         self.service, self.turn, self.id = service, turn, service.new_id(prefix)
@@ -338,16 +335,13 @@ class EventAnswer:
         self.open_kind: str | None = None
         """The kind of piece that the last part of the answer takes more of."""
 
+    # Each dialect has the events before the first piece, those of a piece (which put it into the answer, too), those at
+    # the end of the part that is open, if one is, and the last ones; and the whole answer.
     begin: Callable[[], Iterator[bytes]]
-    """The events before the first piece."""
     part: Callable[[Piece], Iterator[bytes]]
-    """The events of one piece, which also put it into the answer."""
     close: Callable[[], Iterator[bytes]]
-    """The events at the end of the part that is open, if one is."""
     end: Callable[[FinishReason], Iterator[bytes]]
-    """The last events."""
     body: Callable[[], dict[str, Any]]
-    """The whole answer."""
 
     async def whole(self) -> bytes:
         [[generation]] = await self.service.generate([self.request])
@@ -398,10 +392,7 @@ def _refuse_aborted(finish_reason: str | None) -> None:
 
 
 def finite_logprobs(values: Iterable[float]) -> list[float]:
-    """Logprobs as JSON can hold them: -inf becomes -9999.0 as in vLLM, anything else unchanged to the last bit.
-
-    Raises ``EngineError`` for NaN: the weights or the engine are broken, and no client should train on it.
-    """
+    """As JSON can hold them: -inf becomes -9999.0, as in vLLM. Raises ``EngineError`` for NaN."""
     result = [max(value, MIN_LOGPROB) for value in values]  # NaN stays NaN
     if any(map(math.isnan, result)):
         raise EngineError("the logprob of a generated token is NaN; are the weights finite?")

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
@@ -229,12 +229,8 @@ class Session:
 
 
 class SessionStore:
-    """All sessions of a run. Everything but ``SessionService.render`` runs in the gateway's event loop.
-
-    ``on_end`` is told of every session that ends: its id, its state, and the reason of an abort.
-
-    Raises ``StorageError`` when another process uses ``directory``, or it cannot be used.
-    """
+    """All sessions of a run. Everything but ``SessionService.render`` runs in the gateway's event loop. ``on_end`` is
+    told of every session that ends: its id, its state, and the reason of an abort. Raises ``StorageError``."""
 
     def __init__(
         self,
@@ -619,7 +615,10 @@ class SessionService(GatewayService):
                 stored = await asyncio.wrap_future(self._fetch(exchange.turns[0], exchange.turns[-1]))
                 made = (_decoded(value).generation() for _, value in stored)
                 results = [[*islice(made, request.n)] for request in requests]
-                last = list(_deltas(results[0]))
+                last = [
+                    GenerationDelta(index=k, token_ids=g.token_ids, logprobs=g.logprobs, finish_reason=g.finish_reason)
+                    for k, g in enumerate(results[0])
+                ]
             else:
                 async with asyncio.timeout(None) as run.unread:
                     run.wait_for(readers=exchange.readers)
@@ -703,22 +702,6 @@ def _encoded(turn: StoredTurn) -> bytes:
         return msgspec.msgpack.encode(msgspec.structs.replace(turn, said=said))
 
 
-def _deltas(generations: Sequence[Generation]) -> Iterator[GenerationDelta]:
-    """Completions as deltas: one for each run of a policy version."""
-    for index, generation in enumerate(generations):
-        start = 0
-        for number, (version, length) in enumerate(generation.policy_version_runs, 1):
-            piece = slice(start, start := start + length)
-            is_last = number == len(generation.policy_version_runs)
-            yield GenerationDelta(
-                index=index,
-                token_ids=generation.token_ids[piece],
-                logprobs=generation.logprobs[piece],
-                finish_reason=generation.finish_reason if is_last else None,
-                policy_version=version,
-            )
-
-
 def _read(body: bytes, kind: type[_T]) -> _T:
     """A body of one of the routes of sessions. Raises ``ApiError`` 400 naming the field."""
     try:
@@ -762,10 +745,7 @@ def _described(session: Session, turns: Sequence[StoredTurn]) -> dict[str, Any]:
 
 
 def stored_session(directory: Path, session_id: str) -> dict[str, Any] | None:
-    """A session as ``SessionStore.describe`` tells it, read beside the process that writes it; None: there is none.
-
-    Raises ``ConfigError`` when the file cannot be read.
-    """
+    """``SessionStore.describe`` beside the process that writes; None: there is none. Raises ``ConfigError``."""
     path = directory / "sessions.sqlite"
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:

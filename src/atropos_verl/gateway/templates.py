@@ -6,11 +6,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
+from itertools import groupby
 from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import ChatTurn, Message, read_list, read_messages, template_form
+from atropos_verl.gateway.chat import ChatTurn, Message, read_calls, read_texts, template_form
 from atropos_verl.gateway.fields import ApiError, Fields
 
 _SECONDS = 10.0
@@ -41,15 +42,34 @@ class ChatTemplate:
         )
 
     def messages(
-        self,
-        fields: Fields,
-        name: str = "messages",
-        items: Iterable[tuple[int, Any]] | None = None,
-        before: Iterable[Message] = (),
+        self, fields: Fields, name: str, items: Iterable[tuple[int, Any]], before: Iterable[Message] = ()
     ) -> tuple[Message, ...]:
-        """See ``read_messages``, in the form that the model's template knows; ``items`` None: the field's own."""
-        items = enumerate(read_list(fields, name)) if items is None else items
-        return read_messages(fields, name, items, takes_parts=self.takes_parts, role_of=self.role, before=before)
+        """Messages in the form of the chat API, each with its place in the field ``name``. Raises ``ApiError`` 400.
+
+        As vLLM does: text parts are lines of one text where the template takes no parts; what is null is absent; the
+        content is not. Further, a tool's answer has the name of the call it answers, here or in ``before``.
+        """
+        result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
+        for index, message in items:
+            given = message.items() if isinstance(message, dict) else ()
+            known = {key: value for key, value in given if value is not None}
+            role, content, answered = known.pop("role", None), known.pop("content", ""), known.pop("tool_call_id", None)
+            thought = known.pop("reasoning_content", known.pop("reasoning", None))
+            if not isinstance(role, str):
+                raise fields.error(name, f"item {index} must be an object with a string 'role'")
+            if not isinstance(answered, str | None) or not isinstance(thought, str | None):
+                raise fields.error(name, f"item {index}: 'tool_call_id' and 'reasoning_content' must be strings")
+            calls = tuple(read_calls(fields, name, index, known.pop("tool_calls", [])))
+            names |= {call.id: call.name for call in calls}
+            if role == "tool" and (tool := names.get(str(answered))):
+                known.setdefault("name", tool)
+            if isinstance(content, list):
+                content = tuple(read_texts(fields, name, index, content))
+                content = content if self.takes_parts and len(content) > 1 else "\n".join(content)
+            elif not isinstance(content, str):
+                raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
+            result.append(Message(self.role(role), content, calls, answered, thought, known))
+        return tuple(result)
 
     def prompt(self, turn: ChatTurn) -> str:
         """The prompt text of a turn. Raises ``ApiError`` 400."""
@@ -106,21 +126,15 @@ def _with_preamble(messages: list[Message], turn: ChatTurn) -> list[Message]:
     tools = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in turn.tools)
     preamble = f"You may call tools:\n<tools>\n{tools}\n</tools>\nA call of a tool is\n"
     preamble += '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>'
-    result = [] if messages[0].role == "system" else [Message(role="system", content=preamble)]
-    before = ""
-    for message in messages:
-        content = message.text
-        if message.role == "tool":
-            content = f"<tool_response>\n{content}\n</tool_response>"
-            if before == "tool":
-                content = f"{result.pop().content}\n{content}"
-            result.append(Message(role="user", content=content))
-        elif not result:
-            result.append(msgspec.structs.replace(message, content=f"{content}\n\n{preamble}" if content else preamble))
-        else:
-            result.append(message)
-        before = message.role
-    return result
+    result: list[Message] = []
+    for is_answer, group in groupby(messages, key=lambda message: message.role == "tool"):
+        said = [*group]
+        texts = [f"<tool_response>\n{message.text}\n</tool_response>" for message in said]
+        result += [Message(role="user", content="\n".join(texts))] if is_answer else said
+    if result[0].role == "system":
+        text = f"{result[0].text}\n\n{preamble}" if result[0].text else preamble
+        return [msgspec.structs.replace(result[0], content=text), *result[1:]]
+    return [Message(role="system", content=preamble), *result]
 
 
 def _with_calls_as_text(message: Message) -> Message:

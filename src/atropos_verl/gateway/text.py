@@ -1,7 +1,7 @@
 """Text ⇄ tokens for the gateway: prompts, completions, and completions that are still being written."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self._eos_ids = eos_token_ids
-        self._tokens = TokenTexts(tokenizer)
+        self.tokens = TokenTexts(tokenizer)
         self.template = ChatTemplate(tokenizer)
 
     @cached_property
@@ -86,10 +86,6 @@ class TextCodec:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
-    def tokens(self, token_ids: Iterable[int]) -> list[tuple[str, bytes]]:
-        """Text and bytes of each token alone, special tokens shown. A part of a character shows as U+FFFD."""
-        return [self._tokens[token_id] for token_id in token_ids]
-
     def has_end(self, token_ids: Sequence[int], finish_reason: FinishReason | None, asked: GenerationRequest) -> bool:
         """The last token ended the completion, and is no part of its text."""
         ends = {*asked.stop_token_ids, *(() if asked.ignore_eos else self._eos_ids)}
@@ -118,8 +114,7 @@ class StreamText:
     """
 
     def __init__(self, codec: TextCodec, sampling: Sampling) -> None:
-        self._codec = codec
-        self._sampling = sampling
+        self._codec, self._sampling = codec, sampling
         self._ids: list[int] = []
         self._window = 0  # index of the first token whose text may still be decoded anew
         self._context = 0  # tokens before the window that are decoded with it, since some tokenizers look back

