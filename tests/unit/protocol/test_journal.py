@@ -14,7 +14,7 @@ from atropos_verl.errors import CheckpointError
 from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry
 
 SUFFIXES = ("copy.meta.json", "json", "meta.json")
-EVERY_BYTE = os.environ.get("ATROPOS_DAMAGE_DRILL") == "full"
+STEP = int(os.environ.get("ATROPOS_DAMAGE_DRILL", "7"))
 BODIES = [b'{"batch":[1]}', b'{"batch": [2] }\n', b"\x00\xff not even JSON"]
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_byte_of_any_file_is_named_and_costs_that_file(
     expected = journal.pending(0)
     for path in sorted(tmp_path.glob("batch_000001*")):
         content = path.read_bytes()
-        for position in range(0, len(content), 1 if EVERY_BYTE else 7):
+        for position in range(0, len(content), STEP):
             damaged = bytearray(content)
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged if how == "flip" else content[:position])
