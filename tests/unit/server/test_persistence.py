@@ -37,7 +37,7 @@ from atropos_verl.storage import RecordStore
 
 DATABASES = (STORE_FILE, "store-copy.sqlite")
 STEP = int(os.environ.get("ATROPOS_DAMAGE_DRILL", "0"))
-"""1: the drill of damage tries every byte of a small store, not 25 of each file (about half an hour); 10: every tenth."""
+"""1: the drill of damage tries every byte of a small store, not 25 of each file (half an hour); 10: every tenth."""
 
 logger = logging.getLogger(__name__)
 
