@@ -262,37 +262,26 @@ def test_a_foreign_or_later_file_is_refused_by_name_and_not_touched(tmp_path: Pa
     assert path.read_bytes() == before
 
 
-def test_a_copy_that_cannot_be_written_lags_behind_and_catches_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("most", [100, 3], ids=["catches up", "is given up until a restart"])
+def test_a_copy_that_cannot_be_written_lags_behind_and(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
+    monkeypatch.setattr("atropos_verl.storage._MOST_NOT_COPIED", most)
     store = opened(tmp_path)
     with sqlite3.connect(tmp_path / DATABASES[1]) as other:
         store._copy.execute("PRAGMA busy_timeout = 0")
         other.execute("BEGIN IMMEDIATE")  # another program holds it
-        store.write([("notes", "a", b"1")]).result()
-        store.write([("notes", "b", b"2")]).result()
+        for note in "abc":
+            store.write([("notes", note, b"1")]).result()
     assert caplog.text.count("lags behind") == 1
+    assert caplog.text.count("is not kept any more") == (most == 3) == (store._not_copied is None)
     store.write([("notes", "a", None)]).result()
+    if most == 3:
+        store.close()
+        store = opened(tmp_path)
     with sqlite3.connect(tmp_path / DATABASES[1]) as other:
-        assert other.execute("SELECT key, value FROM notes").fetchall() == [("b", b"2")]
+        assert other.execute("SELECT key, value FROM notes").fetchall() == [("b", b"1"), ("c", b"1")]
     store.close()
-
-
-def test_a_copy_that_cannot_be_written_for_long_is_given_up_until_a_restart(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("atropos_verl.storage._MOST_NOT_COPIED", 10)
-    store = opened(tmp_path)
-    with sqlite3.connect(tmp_path / DATABASES[1]) as other:
-        store._copy.execute("PRAGMA busy_timeout = 0")
-        other.execute("BEGIN IMMEDIATE")
-        for number in range(20):
-            store.write([("notes", f"{number:02}", b"1")]).result()
-    assert caplog.text.count("is not kept any more") == 1 and store._not_copied is None
-    store.close()
-    opened(tmp_path).close()
-    with sqlite3.connect(tmp_path / DATABASES[1]) as copy:
-        assert copy.execute("SELECT count(*) FROM notes").fetchone() == (20,)
 
 
 def test_room_of_values_that_are_gone_is_used_again(tmp_path: Path) -> None:
@@ -313,42 +302,13 @@ def test_room_of_values_that_are_gone_is_used_again(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_sync_that_fails_stops_all_writes_until_the_store_is_opened_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = opened(tmp_path, fsync=True)
-    store.write([("bodies", 1, b"1")]).result()
-
-    def no_disk(handle: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as disk:
-        disk.setattr(os, "fdatasync", no_disk)
-        failed = store.write([("bodies", 2, b"2"), ("notes", "note", b"x")])
-        assert "the disk did not confirm a write" in str(failed.exception())
-    for _ in range(2):  # the disk works again, but what became of the pages of before is not known
-        store.recover()
-        assert "until then nothing is stored" in str(store.write([("notes", "note", b"y")]).exception())
-    assert rows(store) == {1: b"1"}
-    store.close()
-    store = opened(tmp_path, fsync=True)
-    store.write([("bodies", 3, b"3")]).result()
-    assert rows(store) == {1: b"1", 3: b"3"}
-    store.close()
-
-
-def test_a_second_process_is_refused_and_told_who_holds_the_directory(tmp_path: Path) -> None:
+def test_a_directory_that_is_in_use_or_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with pytest.raises(StorageDamagedError, match=rf"is in use by test, pid {os.getpid()} on "):
         opened(tmp_path)
     store.close()
-    opened(tmp_path).close()
-
-
-def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageWriteError, match="cannot use data directory"):
-        opened(tmp_path / "file")
+        opened(tmp_path / "store.sqlite")
 
 
 class Refusing:

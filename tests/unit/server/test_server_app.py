@@ -244,14 +244,6 @@ async def test_the_registered_vocabulary_and_exact_batches_are_checked_at_the_do
     assert (await post(api, "/scored_data", group(1, 9)))["reason"] == "too_large"
 
 
-async def test_a_second_trainer_is_told(api: httpx.AsyncClient) -> None:
-    await started(api)
-    answer = await api.post("/register", json=registration(8, wandb_group="other"))
-    assert answer.status_code == 409
-    assert "--second-trainer share" in answer.json()["detail"]
-    assert (await post(api, "/register", registration(12)))["registration"] == "resumed"
-
-
 async def test_the_packed_wire_is_negotiated(api: httpx.AsyncClient) -> None:
     await started(api)
     for number in (1, 2, 3):
@@ -438,23 +430,17 @@ async def test_the_page_and_its_data(api: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("path", "changes", "field"),
     [
-        ("/register", {"batch_size": 2**31}, "batch_size"),
+        ("/register", {"batch_size": 2**17}, "batch_size"),
         ("/register", {"batch_size": 0}, "batch_size"),
-        ("/register", {"batch_size": 10**30}, "batch_size"),
         ("/register", {"max_token_len": 10**30}, "max_token_len"),
-        ("/register", {"save_checkpoint_interval": 2**64}, "save_checkpoint_interval"),
         ("/register", {"starting_step": -(2**63) - 1}, "starting_step"),
         ("/register", {"num_steps": 2**63}, "num_steps"),
         ("/register", {"vocab_size": 2**40}, "vocab_size"),
-        ("/register", {"min_allocation_wait": 1e308}, "min_allocation_wait"),
         ("/register", {"batch_fill_wait": "inf"}, "batch_fill_wait"),
         ("/register", {"batch_tail_wait": "nan"}, "batch_tail_wait"),
-        ("/register-env", {"min_batch_allocation": 1e308}, "min_batch_allocation"),
         ("/register-env", {"min_batch_allocation": "nan"}, "min_batch_allocation"),
         ("/register-env", {"weight": -1e308}, "weight"),
-        ("/register-env", {"weight": "-inf"}, "weight"),
         ("/register-env", {"group_size": 10**30}, "group_size"),
-        ("/register-env", {"max_token_length": 10**30}, "max_token_length"),
         ("/disconnect-env", {"env_id": 10**30}, "env_id"),
         ("/batch/renew", {"seconds": 1e308}, "seconds"),
     ],
@@ -488,27 +474,6 @@ async def test_what_upstream_takes_of_an_environment_is_taken_and_batches_go_on(
         seen = await api.request("GET", "/status-env", json={"env_id": env_id})
         assert seen.status_code == 200 and 0.01 <= seen.json()["env_weight"] <= 1.0
     assert len((await get(api, "/batch"))["batch"]) == 2
-
-
-async def test_what_an_earlier_version_stored_is_brought_into_range(tmp_path: Path) -> None:
-    settings = ServerSettings(data_dir=tmp_path)
-    app = TrajectoryApi(settings)
-    async with client_of(app) as api:
-        await started(api, 8)
-        environment = app.store.environments[0]
-        environment.min_batch_allocation, environment.weight, environment.group_size = 1e308, 1e308, 0
-        environment.real_name = "\x1b[2J"
-        await api.post("/disconnect-env", json={"env_id": 0})  # which stores it
-        environment.connected = True
-        await api.post("/scored_data", json=group(1, 8, 0))
-    app.store.close()
-    app = TrajectoryApi(settings)
-    async with client_of(app) as api:
-        seen = await api.request("GET", "/status-env", json={"env_id": 0})
-        assert seen.status_code == 200 and seen.json()["unallocated_fraction"] == 0.0
-        assert len((await get(api, "/batch"))["batch"]) == 1
-        assert (await get(api, "/page-data"))["environments"][0]["name"] == "?[2J"
-    app.store.close()
 
 
 async def test_control_characters_of_names_reach_neither_log_nor_terminal(
