@@ -170,10 +170,8 @@ async def disconnected(receive: Any) -> None:
 def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origins: Collection[str] = ()) -> str | None:
     """Why a request is refused that a web page of another site may have made a browser send; None: it is not.
 
-    Args:
-        headers: by names in lower case.
-        hosts: names that ``Host`` may have (against DNS rebinding). Empty: any.
-        origins: further sites whose pages may send requests; ``*``: any.
+    ``headers``: by names in lower case; ``hosts``: names that ``Host`` may have (against DNS rebinding), empty: any;
+    ``origins``: further sites whose pages may send requests, ``*``: any.
     """
     host, site, name = headers.get("host", ""), headers.get("sec-fetch-site", ""), None
     with contextlib.suppress(ValueError):  # "[" without "]"
@@ -197,10 +195,8 @@ def has_token(headers: Mapping[str, str], *tokens: str) -> bool:
 
 
 def sent_token(headers: Mapping[str, str]) -> bytes:
-    """What the request carries as ``Bearer TOKEN`` or as ``Basic base64(anything:TOKEN)``; empty: nothing.
-
-    Atropos's client has no setting for a bearer token, but sends a password that stands in the API's URL as Basic.
-    """
+    """What the request carries as ``Bearer TOKEN`` or as ``Basic base64(anything:TOKEN)`` (as Atropos's client sends a
+    password that stands in the API's URL); empty: nothing."""
     scheme, _, sent = headers.get("authorization", "").encode("latin-1", "replace").partition(b" ")
     sent = sent.strip()
     if scheme.lower() == b"basic":
@@ -389,10 +385,8 @@ def uvicorn_config(app: Any, listener: Listener, connections: Any = None, **opti
 
 
 def listen(host: str, port: int, service: str, advice: str) -> Listener:
-    """A listening socket: a second process learns here, and not later, that the port is taken.
-
-    Raises ``ServiceError`` with address, cause and ``advice``.
-    """
+    """A listening socket: a second process learns here, and not later, that the port is taken. Raises ``ServiceError``
+    with address, cause and ``advice``."""
     listener = None
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", port, type=socket.SOCK_STREAM)

@@ -69,14 +69,12 @@ class ApiInfo(NamedTuple):
 
 
 class FetchedBatch(NamedTuple):
-    """A batch, and its lease."""
+    """The answer of ``GET /batch``, decompressed and not decoded, and its lease (None at an upstream API)."""
 
     body: bytes
-    """The answer of ``GET /batch``, decompressed and not decoded: ``decode_batch`` does that."""
     lease_id: str | None = None
-    """To be given to ``ack`` once the optimiser step is durable; None at an upstream API, which has no leases."""
     earlier_lease_ids: tuple[str, ...] = ()
-    """Leases under which the same batch was out before, and which ended."""
+    """Under which the same batch was out before, and which ended."""
 
 
 class AtroposClient:
@@ -103,15 +101,11 @@ class AtroposClient:
         """Check URL, headers and certificates (``ConfigError`` names the setting); nothing is sent yet.
 
         Args:
-            api_url: ``http://`` or ``https://``; a path prefix (``https://host/api``) is kept.
+            api_url: a path prefix (``https://host/api``) is kept.
             timeout: seconds for one call, all its tries together. ``GET /batch``: see ``poll_batch``.
-            token: bearer token.
             verify: check TLS certificates; or the path of a file with the certificates to trust.
             retry_attempts: tries before a failing call is given up; quick polls of ``get_batch``.
-            retry_delay: seconds after the first try; grows by 1.5 with each.
-            max_wait_time: seconds that ``get_batch`` waits for a batch.
-            lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many
-                seconds (an API without leases ignores it).
+            lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many.
             transport: replaces the network, for tests.
         """
         host = _check_url(api_url)
@@ -123,7 +117,7 @@ class AtroposClient:
         self.leased = False
         """The API has given out a leased batch: a failed ``GET /batch`` loses nothing there, and is tried again."""
         self.features: frozenset[str] = frozenset()
-        """Features of the API beyond upstream's, known after a registration: ``idempotency``, ``leases``, …"""
+        """Beyond upstream's, known after a registration: ``idempotency``, ``leases``, …"""
         self._batch_headers = {"Accept": f"{MEDIA_TYPE}, application/json"}
         if lease_seconds is not None:
             self._batch_headers["X-Atropos-Lease"] = f"{lease_seconds:g}"

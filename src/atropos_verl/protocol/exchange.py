@@ -61,10 +61,9 @@ def pause(seconds: float, should_stop: Callable[[], None] | None) -> None:
 class Call:
     method: str
     url: str
+    # For messages: the path without the prefix of the API's URL, and that URL as the user configured it.
     endpoint: str
-    """Path without the prefix of the API's URL, for messages: ``/status``."""
     base_url: str
-    """The API as the user configured it, for messages."""
     timeout: float
     """Seconds for the whole call, all tries together."""
     content: bytes | None
@@ -102,8 +101,8 @@ class ExchangeError(Exception):
 
 
 def exchange(client: httpx.Client, call: Call, seconds: float) -> tuple[bytes, httpx.Headers]:
-    """Send ``call`` once. Returns the decompressed body of a 2xx answer and its headers. Raises ``ExchangeError`` with
-    the translated error, whatever failed; also for an answer that is not 2xx.
+    """Send ``call`` once. Returns the decompressed body of a 2xx answer and its headers. Raises ``ExchangeError``,
+    whatever failed; also for another answer.
 
     ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence has
     ``call.timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has the

@@ -187,11 +187,8 @@ def check_group(
 ) -> CheckedGroup:
     """Decode and check one ``ScoredData`` object. Raises ``Refusal`` where it cannot be stored.
 
-    Args:
-        vocab_size: token ids must be below it.
-        environments: ``env_id`` must be below it; None: not checked.
-        strict: check the lengths of extras of anonymous groups, too.
-        quick: raise ``SlowPathError`` instead of reading it a second time.
+    ``vocab_size``: token ids must be below it; ``environments``: ``env_id`` must be; ``strict``: check the lengths of
+    extras of anonymous groups, too; ``quick``: raise ``SlowPathError`` instead of reading it a second time.
     """
     raw = raw.strip(b" \t\r\n")
     is_slow = False
@@ -325,10 +322,8 @@ def _read_again(raw: bytes) -> tuple[bytes, ScoredData, tuple[str, ...]]:
 
 
 def parse_object(raw: bytes, constants: list[str] | None = None) -> dict[str, Any]:
-    """A JSON object as Python's ``json`` reads it. Names like ``NaN`` are added to ``constants``.
-
-    Raises ``Refusal`` where it is none, ``RecursionError`` where it is nested too deeply.
-    """
+    """A JSON object as Python's ``json`` reads it. Names like ``NaN`` are added to ``constants``. Raises ``Refusal``
+    where it is none, ``RecursionError`` where it is nested too deeply."""
 
     def constant(name: str) -> float:
         if constants is not None:
@@ -371,12 +366,9 @@ Decoder: TypeAlias = msgspec.json.Decoder[ScoredData]
 
 
 def read_fields(raw: bytes, forbidding: Decoder, tolerant: Decoder) -> tuple[ScoredData, tuple[str, ...]]:
-    """The fields of a group, and the unknown names that hold something. Only ``forbidding`` refuses such.
-
-    Raises:
-        msgspec.DecodeError, RecursionError: it is no group.
-        Refusal: an unknown field is nested too deeply, for those who read all of a batch.
-    """
+    """The fields of a group, and the unknown names that hold something. Only ``forbidding`` refuses such. Raises
+    ``msgspec.DecodeError`` or ``RecursionError`` (it is no group), ``Refusal`` (an unknown field is nested too
+    deeply)."""
     try:
         return forbidding.decode(raw), ()
     except msgspec.ValidationError as error:
@@ -694,10 +686,8 @@ def stated_temperature(group: ScoredGroup, index: int) -> float | None:
 
 def sampling_temperature(group: ScoredGroup, index: int, default: float) -> float:
     """Temperature that sequence ``index`` was sampled with: overrides > generation_params > group_overrides > default.
-
-    0 (greedy, anything below 1e-5) becomes 1: engines report the logprobs of temperature 1 for greedy tokens, and
-    dividing logits by 0 means nothing. The group must be free of defects.
-    """
+    0 (greedy, anything below 1e-5) becomes 1, of which engines report the logprobs of greedy tokens. The group must be
+    free of defects."""
     found = next((value for _, value in _stated(group, index, "temperature")), default)
     return float(found) if found >= GREEDY_BELOW else 1.0
 

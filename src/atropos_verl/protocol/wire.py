@@ -274,11 +274,8 @@ def join_packed(groups: Iterable[bytes]) -> list[bytes]:
 
 
 def decode_packed(body: bytes) -> list[ScoredGroup]:
-    """Groups of a packed batch, in the order of the server. ``raw`` is empty where there was no JSON.
-
-    Raises:
-        AtroposProtocolError: the body is cut off, or is no packed batch.
-    """
+    """Groups of a packed batch, in the order of the server. ``raw`` is empty where there was no JSON. Raises
+    ``AtroposProtocolError``: the body is cut off, or is no packed batch."""
     try:
         return [_decode_packed_group(part) for part in _split_packed(body)]
     except (struct.error, ValueError, KeyError, IndexError, TypeError, msgspec.DecodeError, Refusal) as error:
