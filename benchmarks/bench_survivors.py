@@ -138,7 +138,7 @@ class TwoSpeeds(Run):
         self.trace.arrived(self.batches, groups)
         self.trace.collected(places, groups, matches, Applied([groups[i] for i in kept], kept, 0, {}), report)
         self.trace.ended(places, self.batches)
-        while self.trace._waiting > 1000:  # the virtual clock is faster than the disk
+        while self.trace._waiting > 4000:  # the virtual clock is faster than the disk
             time.sleep(0.01)
         return len(batch) - len(kept)
 

@@ -49,7 +49,7 @@ VERSION = 2
 _LONGEST_REASON = 500
 _MOST_WAITING = 8192
 """Sequences and requests that wait for a slow disk; what comes beyond is not noted."""
-_GATHER_SECONDS = 0.25
+_GATHER_SECONDS = 0.5
 _SCHEMA = """
 CREATE TABLE groups (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, environment INTEGER, state TEXT, reason TEXT,
     size INTEGER, reward REAL, hash TEXT, weight INTEGER DEFAULT 1);
