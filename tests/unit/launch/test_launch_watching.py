@@ -324,7 +324,7 @@ def in_log(count: int, line: str) -> dict[str, Any]:
         (  # an accident at its start
             {"since": SERVED, "rates": {"tokens_per_second": 8.0}},
             in_log(1, "Error loading the eval dataset"),
-            "the policy is being sampled, but environment words sends no group",
+            f"the policy is being sampled, but environment words sends no group after {SERVED['served']} answers: ",
         ),
         (
             {"since": {"served": 0}},
