@@ -161,7 +161,8 @@ class StepLog:
         if clash := [key for key in own if key in report.metrics]:
             raise ValueError(f"metric {clash[0]!r} has the name of a field of StepReport; choose another name")
         line = {**own, **report.metrics}
-        if lost := sorted(key for key, value in line.items() if value is not None and not math.isfinite(value)):
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float | np.number)}
+        if lost := sorted(key for key, value in numbers.items() if not math.isfinite(value)):
             named = ", ".join(f"{key} = {line[key]}" for key in lost)
             logger.warning("step %d: %s; written as null to %s", report.step, named, self.path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
