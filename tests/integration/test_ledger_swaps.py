@@ -30,7 +30,7 @@ from atropos_verl.types import UNKNOWN_VERSION
 logger = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
-SWAPS = int(os.environ.get("ATROPOS_VERL_SWAPS", "150"))
+SWAPS = int(os.environ.get("ATROPOS_VERL_SWAPS", "60"))
 """1000 take a minute or two; with ``--log-cli-level=INFO`` the test says what it saw."""
 CLIENTS = 64
 LONGEST = 24

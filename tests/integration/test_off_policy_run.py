@@ -31,7 +31,7 @@ from atropos_verl.types import StepReport
 logger = logging.getLogger(__name__)
 
 GROUPS, GROUP_SIZE = 2, 4
-STEPS = int(os.environ.get("ATROPOS_VERL_DRIFT_STEPS", "30"))
+STEPS = int(os.environ.get("ATROPOS_VERL_DRIFT_STEPS", "16"))
 DEATHS = int(os.environ.get("ATROPOS_VERL_ENGINE_DEATHS", "3"))
 """50 take about a minute for each mode; with ``--log-cli-level=INFO`` the test says what it saw."""
 
