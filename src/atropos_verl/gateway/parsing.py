@@ -134,7 +134,8 @@ class _Tags:
                 self._held = self._held.lstrip()
                 self._strips = not self._held
             before = self._held, self._state
-            yield from getattr(self, f"_in_{self._state}")(ended)
+            step = {"begin": self._in_begin, "call": self._in_call}.get(self._state, self._in_text)
+            yield from step(ended)
             if (self._held, self._state) == before:
                 return
 
@@ -146,33 +147,23 @@ class _Tags:
             self._state = "content"
         yield from ()
 
-    def _in_reasoning(self, ended: bool) -> Iterator[Piece]:
-        thought, end, rest = self._held.partition(_END_THINK)
-        if end:
-            yield Piece("reasoning", thought.rstrip())
-            self._held, self._state, self._strips = rest, "content", True
+    def _in_text(self, ended: bool) -> Iterator[Piece]:
+        """Up to its end tag; without one, all but what may be the tag's beginning, and whitespace in front of it."""
+        text, thinks = self._held, self._state == "reasoning"
+        tag = _END_THINK if thinks else _CALL if self._calls else ""
+        end = text.find(tag) if tag else -1
+        if ends := end >= 0:
+            self._held, self._state, self._strips = text[end:].removeprefix(_END_THINK), "content", True
+            if not thinks:
+                self._state, self._strips = "call", False
+                self._depth, self._read, self._in_string, self._end = 0, len(_CALL), False, None
         else:
-            yield from self._shown("reasoning", _END_THINK, ended)
-
-    def _in_content(self, ended: bool) -> Iterator[Piece]:
-        at = self._held.find(_CALL) if self._calls else -1
-        if at >= 0:
-            yield Piece("content", self._held[:at].rstrip())
-            self._held, self._state = self._held[at:], "call"
-            self._depth, self._read, self._in_string, self._end = 0, len(_CALL), False, None
-        else:
-            yield from self._shown("content", _CALL if self._calls else "", ended)
-
-    def _shown(self, kind: Literal["content", "reasoning"], tag: str, ended: bool) -> Iterator[Piece]:
-        """All but what may be the beginning of ``tag``, and whitespace in front of it."""
-        text = self._held
-        end = len(text)
-        if tag and not ended:
-            part = next((k for k in range(min(len(tag) - 1, end), 0, -1) if text.endswith(tag[:k])), 0)
-            end = len(text[: end - part].rstrip())
-        if end:
-            yield Piece(kind, text[:end].rstrip() if ended and kind == "reasoning" else text[:end])
-        self._held = text[end:]
+            end = len(text)
+            if tag and not ended:
+                part = next((k for k in range(min(len(tag) - 1, end), 0, -1) if text.endswith(tag[:k])), 0)
+                end = len(text[: end - part].rstrip())
+            self._held = text[end:]
+        yield Piece("reasoning" if thinks else "content", text[:end].rstrip() if ends or thinks else text[:end])
 
     def _in_call(self, ended: bool) -> Iterator[Piece]:
         # A closing tag may stand in a string of the arguments: the call ends where its JSON ends.
