@@ -58,6 +58,8 @@ class Drill:
         while True:
             try:
                 answer = self.client.request(method, path, json=body, headers=headers)
+                if answer.status_code == 503 or (body or {}).get("stream") and not answer.text.endswith("[DONE]\n\n"):
+                    raise httpx.RemoteProtocolError("the run is ending")  # killed process by process: an SDK retries
                 assert answer.status_code == 200, answer.text
                 return answer
             except httpx.HTTPError:
@@ -121,8 +123,6 @@ def content_of(answer: httpx.Response, stream: bool) -> str:
     if not stream:
         return str(answer.json()["choices"][0]["message"]["content"])
     lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
-    if lines[-1] != "[DONE]":
-        raise httpx.RemoteProtocolError("the stream was cut")
     return "".join(json.loads(line)["choices"][0]["delta"]["content"] for line in lines[:-1])
 
 

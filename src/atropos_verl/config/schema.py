@@ -162,8 +162,8 @@ class LossConfig(OwnLossConfig):
     clip_ratio_low: NonNegative = Field(0.2, description="grpo: lower clip of the ratio")
     clip_ratio_high: NonNegative = Field(0.2, description="grpo: upper clip of the ratio")
     clip_ratio_c: float = Field(3.0, gt=1, description="grpo: dual clip for negative advantages")
-    ppo_epochs: PositiveInt = Field(1, description="grpo: passes over one batch")
-    ppo_mini_batches: PositiveInt = Field(1, description="grpo: optimiser steps per pass")
+    ppo_epochs: PositiveInt = Field(1, description="grpo, distill.alone: passes over one batch")
+    ppo_mini_batches: PositiveInt = Field(1, description="grpo, distill.alone: optimiser steps per pass")
 
 
 class DistillConfig(Section):
@@ -430,7 +430,8 @@ class RunConfig(CommonConfig):
         if self.loss.path is not None and (self.loss.type is not None or weighted is not None):
             raise ValueError("loss.path is the loss; leave loss.type and use_advantage_weighting null beside it")
         is_repeated = self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1
-        if is_repeated and self.loss.path is None and self.loss_type != "grpo":
+        taught = self.distill.alone and self.distill.teacher is not None  # the KL is the whole loss
+        if is_repeated and self.loss.path is None and self.loss_type != "grpo" and not taught:
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
         if self.gateway.api_key is None and not is_loopback(self.gateway.host):
             text = "serves the policy to the network without a key; set gateway.api_key"
