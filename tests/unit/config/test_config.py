@@ -69,6 +69,11 @@ def test_settings_that_are_refused(values: dict[str, object], message: str) -> N
         RunConfig.from_mapping(values)
 
 
+def test_a_batch_may_be_used_several_times_where_the_teacher_is_the_whole_loss() -> None:
+    taught = {"distill": {"alone": True, "teacher": "/models/t"}}
+    assert RunConfig.from_mapping({"loss": {"ppo_epochs": 2}, **taught}).loss.ppo_epochs == 2
+
+
 def test_several_errors_are_all_named() -> None:
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_mapping({"steps": 0, "optim": {"lr": "x"}})
