@@ -50,14 +50,14 @@ def test_nothing_heavy_is_imported_to_help_or_to_check(words: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_inspect_a_file(tmp_path: Path) -> None:
+def test_inspect_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "groups.jsonl"
     path.write_text('{"tokens": [[64, 65]], "masks": [[-100, 65]], "scores": [0.5], "overrides": [{"odd": 1}]}\n')
-    done = run("inspect", str(path))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "    a[[b]]\n" in done.stdout
-    assert done.stdout.endswith("trained tokens: 1; mean score: 0.500\n")
-    assert json.loads(run("inspect", str(path), "--json").stdout)["mean_score"] == 0.5
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "    a[[b]]\n" in shown and shown.endswith("trained tokens: 1; mean score: 0.500\n")
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_score"] == 0.5
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -5,15 +5,12 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from support.runs import LAUNCH
 from support.trajectory_server import ServerProcess
 
 from atropos_verl.assets import demo_model_path
@@ -161,19 +158,17 @@ def test_a_tokenizer_with_more_ids_than_the_model_embeds(model_dir: Path) -> Non
         check_usable(RunConfig(), model_dir)
 
 
-def test_a_run_with_the_wrong_tokenizer_is_refused_before_torch_is_imported(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [(["launch"], "model.path"), (["train"], "model.path"), (["train", "backend=ray"], "actor_rollout_ref.model.path")],
+)
+def test_a_run_with_the_wrong_tokenizer_is_refused(
+    words: list[str], key: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     edit(model_dir / "config.json", vocab_size=100)
-    train = LAUNCH.with_name("main_atropos.py")
-    for program, words, key in (
-        (LAUNCH, [], "model.path"),
-        (train, [], "model.path"),
-        (train, ["backend=ray"], "actor_rollout_ref.model.path"),
-    ):
-        command = [sys.executable, str(program), *words, f"{key}={model_dir}", f"run_dir={tmp_path / 'run'}"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert answer.returncode == 2
-        assert f"CONFIGURATION ERROR: {key}: the tokenizer of" in answer.stderr
-        assert not (tmp_path / "run").exists()
+    assert main([*words, f"{key}={model_dir}", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert f"CONFIGURATION ERROR: {key}: the tokenizer of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_context_and_class_are_looked_at(model_dir: Path) -> None:

@@ -529,13 +529,6 @@ def test_attach_shows_services_queue_gateway_and_reward_on_a_narrow_terminal(tmp
 STEP_LINE = "step 3/40  reward 0.300  loss 0.5000  - tok/s  rollout -s  train -s  sync -s  weights v3"
 
 
-def test_a_step_line_that_is_too_long_spares_the_policy_version(tmp_path: Path) -> None:
-    _, text = shown(tmp_path, state(), width=len(STEP_LINE))
-    assert text.splitlines()[4].rstrip() == STEP_LINE
-    _, text = shown(tmp_path, state(), width=len(STEP_LINE) - 1)
-    assert text.splitlines()[4].rstrip() == STEP_LINE.rsplit("  ", 1)[0]
-
-
 @pytest.mark.parametrize(
     ("service_state", "changes", "code", "said"),
     [
