@@ -70,7 +70,8 @@ def _check_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None) 
         else:
             plan = build_plan(config, launch, ray)
     except ConfigError as error:
-        return [finding("plan", error.key or "settings", str(error), missing="correct it; --help of train and launch")]
+        text = str(error).removeprefix(f"{error.key}: ")
+        return [finding("plan", error.key or "settings", text, missing="correct it; --help of train and launch")]
     processes = finding("plan", "processes", ", ".join(spec.name for spec in plan.services))
     return [
         processes,
@@ -94,7 +95,7 @@ def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -
     little = "the demo takes about 2 GB; end something else" if memory.available < 2e9 else ""
     findings += [finding("machine", "memory", text, warning=little), check_gpus(gpus, device=device, needed=ranks)]
     asked = _section(verl, "ray_kwargs", "ray_init").get("object_store_memory")
-    findings += [check_shared_memory(object_store=asked, ray=on_ray), *_check_model_and_disk(config)]
+    findings += [*([check_shared_memory(asked)] if on_ray else []), *_check_model_and_disk(config)]
     if config.atropos.api_url is not None:
         findings.append(check_api(config.atropos.api_url, config.atropos.token))
     if on_ray:
@@ -215,15 +216,11 @@ def check_gpus(gpus: list[Gpu] | None, *, device: str, needed: int) -> Finding:
     return finding("machine", "GPUs", text, missing=todo)
 
 
-def check_shared_memory(*, object_store: int | None = None, ray: bool = False) -> Finding:
-    """Checks ``/dev/shm``, which holds Ray's object store and tensors between processes; a container has 64 MB."""
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return finding("machine", "shared memory", "there is no /dev/shm")
-    needed = (object_store or _SHARED_MEMORY) if ray else 0
-    text = f"{free / 1e9:.2f} GB free in /dev/shm"
+def check_shared_memory(object_store: int | None = None) -> Finding:
+    """Checks ``/dev/shm``, which holds Ray's object store (bytes); a container has 64 MB."""
+    free, needed = shutil.disk_usage("/dev/shm").free, object_store or _SHARED_MEMORY
     todo = f"Ray's object store takes {needed / 1e9:.2f} GB there: docker --shm-size=8g, or a smaller one"
+    text = f"{free / 1e9:.2f} GB free in /dev/shm"
     return finding("machine", "shared memory", text, missing=todo if free < needed else "")
 
 

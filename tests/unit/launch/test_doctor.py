@@ -99,10 +99,9 @@ def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_shared_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
-    assert doctor.check_shared_memory().status == "ok", "only Ray needs it"
-    assert doctor.check_shared_memory(ray=True, object_store=300_000_000).status == "missing"
+    assert doctor.check_shared_memory(300_000_000).status == "missing"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=8 * GIB))
-    assert doctor.check_shared_memory(ray=True).status == "ok"
+    assert doctor.check_shared_memory().status == "ok"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * GIB))
     # 8 GiB of weights: a checkpoint is 24, and two kept plus one being written are 72
     found = [disk(tmp_path, model_bytes=8 * GIB, checkpoints=kept)["disk"].status for kept in (2, 4)]
