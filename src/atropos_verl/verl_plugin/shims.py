@@ -155,13 +155,3 @@ def keep_optimiser_settings() -> None:
             group.update(settings)
 
     FSDPEngine.load_checkpoint = load_checkpoint
-
-
-def quiet_transfer_queue() -> None:
-    """Filter a warning with every message it serialises out of every logger that TransferQueue has made so far.
-
-    Remove when TransferQueue warns of ``target_num_threads`` once.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("transfer_queue"):
-            logging.getLogger(name).addFilter(lambda record: "target_num_threads" not in record.getMessage())

@@ -1,9 +1,8 @@
-"""``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot.
+"""``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot, in a thread of the task runner.
 
-It runs in a thread of the task runner. The trainer asks for slots; each is filled with one batch of the API, or with
-several where groups were too stale to train on (``off_policy.max_staleness``). Groups above the size of a slot wait
-for the next one. A batch is acked when the trainer says that a step consumed it, or part of it: the consumed groups,
-and the step of each, are kept beside the journalled batch (``batch_N.parts.json``) until all of it is consumed.
+A slot is filled with one batch of the API, or with several where groups were too stale (``off_policy.max_staleness``).
+Groups above its size wait for the next one. A batch is acked when steps consumed it; until they consumed all of it, the
+step of each consumed group is kept beside the journalled batch (``batch_N.parts.json``).
 """
 
 import json
@@ -11,10 +10,10 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,37 +54,35 @@ class Slot:
     uid: str
     global_steps: int
     entries: list[JournalEntry] = field(default_factory=list)
-    """Batches of the API that groups of it came from."""
+    """Batches that groups of it came from."""
     members: list[Member] = field(default_factory=list)
     """Groups that are over when its step is done: those it holds, and those that it left out."""
-    scores: list[float] = field(default_factory=list)
-    env_scores: dict[int, list[float]] = field(default_factory=dict)
+    scores: list[tuple[int | None, float]] = field(default_factory=list)
+    """Environment and score of every rollout."""
     counts: Counter[str] = field(default_factory=Counter)
-    """groups, sequences, rollouts, quarantined, filtered, dropped_overlong, truncated, stale, carried (to the next
-    slot), untrained, trained_tokens."""
     rows: dict[str, tuple[TrainingSample, tuple[int, int, int]]] = field(default_factory=dict)
     """Key of a row → its sample, and where it came from: batch, index of the group in it, position."""
-    advantages: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
-    """[T] of its rows, once its step has them."""
-    trainer_logprobs: dict[tuple[int, int, int], FloatArray] = field(default_factory=dict)
-    """[T] likewise: the trainer's, before the update."""
+    figures: dict[str, dict[tuple[int, int, int], FloatArray]] = field(default_factory=dict)
+    """``advantages`` and ``trainer_logprobs`` (before the update) [T] of its rows, once its step has them."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
 
     def add_scores(self, group: ScoredGroup) -> None:
-        scores = [float(score) for score in group.rollout_scores]
-        self.scores += scores
-        if group.env_id is not None:
-            self.env_scores.setdefault(group.env_id, []).extend(scores)
+        self.scores += [(group.env_id, float(score)) for score in group.rollout_scores]
 
 
 class _Collected(NamedTuple):
-    """A group of a slot."""
+    """A group of a slot as it came, and the samples of it as the ledger completed it."""
 
     member: Member
     samples: list[TrainingSample]
     advantages: list[SequenceAdvantage]
+
+    def has(self, sample: TrainingSample) -> bool:
+        """True when the next sample is of this group, and not of the same one that was sent twice."""
+        is_next = not self.samples or self.samples[-1].sequence_index < sample.sequence_index
+        return is_next and sample.group_id == self.member.group.group_id
 
 
 def _rollouts(found: Sequence[_Collected]) -> int:
@@ -93,22 +90,9 @@ def _rollouts(found: Sequence[_Collected]) -> int:
     return sum(len(one.member.group.rollout_scores) for one in found)
 
 
-def _rows_of_groups(samples: Sequence[TrainingSample]) -> defaultdict[str, deque[list[int]]]:
-    """Indices of samples by group id; a group that was sent twice has one id, and two entries under it."""
-    found: defaultdict[str, deque[list[int]]] = defaultdict(deque)
-    for i, sample in enumerate(samples):
-        continues = i > 0 and samples[i - 1].group_id == sample.group_id
-        if not continues or samples[i - 1].sequence_index >= sample.sequence_index:
-            found[sample.group_id].append([])
-        found[sample.group_id][-1].append(i)
-    return found
-
-
 class TrajectoryFeed:
-    """Fills slots in the order in which they were asked for.
-
-    ``needs_logprobs``: rollout correction is on, so a group without ``inference_logprobs`` cannot be trained on.
-    """
+    """Fills slots in the order in which they were asked for. ``needs_logprobs``: rollout correction is on, so a group
+    without ``inference_logprobs`` cannot be trained on."""
 
     def __init__(
         self,
@@ -135,7 +119,7 @@ class TrajectoryFeed:
         self._parts: dict[int, dict[int, int]] = {}
         """Batches (by number in the journal) that are consumed in part: index of a group → step."""
         self._lock = threading.Lock()
-        """Held where ``slots``, ``_carried`` and ``_parts`` are read or changed together."""
+        """Of ``slots``, ``_carried`` and ``_parts``."""
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
@@ -157,12 +141,8 @@ class TrajectoryFeed:
             done = [self.slots.pop(uid) for uid in uids]
             self._note_consumed(done, step)
         for slot in done:
-            self.source.trace.ended(
-                [member.place for member in slot.members],
-                step,
-                advantages=slot.advantages,
-                trainer_logprobs=slot.trainer_logprobs,
-            )
+            figures: dict[str, Any] = {**slot.figures}
+            self.source.trace.ended([member.place for member in slot.members], step, **figures)
         return done
 
     def _note_consumed(self, done: Sequence[Slot], step: int) -> None:
@@ -192,30 +172,27 @@ class TrajectoryFeed:
                 self.source.batches.ack(entry)
         self.source.batches.discard_through(covered_step)
 
-    def figures_of(self, keys: Sequence[str], **rows: Sequence[FloatArray] | None) -> None:
+    def figures_of(self, keys: Sequence[str], figures: Mapping[str, Sequence[FloatArray]]) -> None:
         """What a step computed for rows, from the first trained token on: ``advantages``, ``trainer_logprobs``."""
         with self._lock:
-            for name, values in rows.items():
-                for key, row in zip(keys, values or (), strict=False):
+            for name, values in figures.items():
+                for key, row in zip(keys, values, strict=True):
                     slot = self.slots.get(key.split("_")[0])
                     if slot is not None and key in slot.rows:
                         sample, place = slot.rows[key]
                         whole = np.zeros(len(sample))
                         whole[len(sample) - len(row) :] = row
-                        getattr(slot, name)[place] = whole
+                        slot.figures.setdefault(name, {})[place] = whole
 
     def evicted(self, uids: set[str]) -> None:
         """Settles slots that verl dropped as too stale: nobody will train on them, and the API need not keep them."""
         with self._lock:
             slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
             for slot in slots:
-                logger.warning(
-                    "a batch of %d sequences is left out: too stale (trainer.v1.sampler.max_off_policy_threshold)",
-                    slot.counts["sequences"],
-                )
+                reason = "trainer.v1.sampler.max_off_policy_threshold"
+                logger.warning("%d sequences are left out: too stale (%s)", slot.counts["sequences"], reason)
                 self._note_consumed([slot], slot.global_steps)
                 places = [member.place for member in slot.members]
-                reason = "trainer.v1.sampler.max_off_policy_threshold"
                 self.source.trace.ended(places, slot.global_steps, "stale", reason=reason)
         self.acknowledge(slots)
 
@@ -291,12 +268,15 @@ class TrajectoryFeed:
         served = self.served_version()
         samples = [sample for one in found for sample in one.samples]
         slot.off_policy |= staleness_metrics(samples, served)
-        for member, _, _ in found:
-            slot.add_scores(member.group)
+        for one in found:
+            slot.add_scores(one.member.group)
         sizes = {one.member.group.group_id: len(one.member.group.rollout_scores) for one in found}
         advantages = [advantage for one in found for advantage in one.advantages]
         known = {"served": served, "global_steps": slot.global_steps}
         rows = make_rows(slot.uid, samples, advantages, **known, group_sizes=sizes)
+        placed = [(s, (*one.member.place, s.sequence_index)) for one in found for s in one.samples]
+        trained = [(sample, place) for sample, place in placed if sample.loss_mask.any()]
+        slot.rows = {row.key: of_row for row, of_row in zip(rows, trained, strict=True)}
         slot.counts.update(
             groups=len(found),
             carried=len(self._carried),
@@ -305,9 +285,6 @@ class TrajectoryFeed:
             untrained=len(samples) - len(rows),
             trained_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
         )
-        places = [(*one.member.place, s.sequence_index) for one in found for s in one.samples if s.loss_mask.any()]
-        trained = [sample for sample in samples if sample.loss_mask.any()]
-        slot.rows = {row.key: (s, p) for row, s, p in zip(rows, trained, places, strict=True)}
         self.store.put(slot.uid, rows)
 
     def _consumed_before(self, entry: JournalEntry) -> dict[int, int]:
@@ -336,26 +313,26 @@ class TrajectoryFeed:
         places = [member.place for member in members]
         self.source.trace.collected(places, groups, matches, applied, report)
         refused = list(report.quarantined)
-        bad = {found.group.group_id for found in refused}
-        filtered = {group.group_id for group in report.filtered}
-        by_group = _rows_of_groups(report.samples)
+        left_out = {group.group_id for group in (*(found.group for found in refused), *report.filtered)}
+        rest = deque(zip(report.samples, advantages, strict=True))  # in the order of the groups
         for group, place in zip(applied.groups, applied.kept, strict=True):
-            if group.group_id in bad or group.group_id in filtered:
+            if group.group_id in left_out:
                 continue
-            rows = by_group[group.group_id].popleft() if by_group[group.group_id] else []
-            samples = [report.samples[i] for i in rows]
-            reason = self._refuses(samples)
-            if not any(sample.loss_mask.any() for sample in samples):
+            one = _Collected(members[place], [], [])
+            while rest and one.has(rest[0][0]):
+                sample, advantage = rest.popleft()
+                one.samples.append(sample)
+                one.advantages.append(advantage)
+            reason = self._refuses(one.samples)
+            if not any(sample.loss_mask.any() for sample in one.samples):
                 # verl has no step without rows, so a slot needs groups that have something to train on.
-                slot.counts.update(groups=1, untrained=len(samples))
+                slot.counts.update(groups=1, untrained=len(one.samples))
                 slot.add_scores(group)
             elif reason is None:
-                # The samples are of the group as the ledger completed it, the member is the group as it came.
-                into.append(_Collected(members[place], samples, [advantages[i] for i in rows]))
+                into.append(one)
             elif self.provenance.settings.on_bad_group == "error":
                 raise DataError(reason)
             else:
-                bad.add(group.group_id)
                 refused.append(QuarantinedGroup(group=group, reason=reason))
                 self.source.trace.ended([members[place].place], slot.global_steps, "quarantined", reason=reason)
         for found in refused:
@@ -365,7 +342,7 @@ class TrajectoryFeed:
         slot.counts.update(
             look_up_counts(applied.figures),
             stale=applied.stale_groups,
-            quarantined=len(bad),
+            quarantined=len(refused),
             filtered=len(report.filtered),
             dropped_overlong=report.dropped_overlong,
             truncated=report.truncated,

@@ -33,15 +33,9 @@ _STOP_SECONDS = 300.0
 
 def set_environment(device: str) -> dict[str, str]:
     """Set and return the variables of every process of the run. Call it before the first import of verl."""
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "VERL_LOGGING_LEVEL": "WARN",  # below it, verl 0.9.1's logger.info(..., flush=True) raises (separate_async)
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
-    given = {name: os.environ[name] for name in (*environment, LAUNCH_DIRECTORY) if name in os.environ}
-    environment |= given | ray_environment(device)
+    environment = ray_environment(device)
     os.environ.update(environment)
-    return environment
+    return environment | {name: os.environ[name] for name in (LAUNCH_DIRECTORY,) if name in os.environ}
 
 
 def validate_with_verl(config: Any) -> None:
@@ -71,10 +65,8 @@ def run_on_ray(
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Train until ``trainer.total_training_steps``: the outcome for ``summary.json``, and held-out scores by label.
 
-    Args:
-        run: with the URL of the API and the port of the gateway.
-        evaluations: the one before training has been started.
-        check_services: called while waiting; raises when the run cannot go on.
+    ``evaluations``: the one before training has been started. ``check_services``: called while waiting; raises when the
+    run cannot go on.
     """
     progress.phase("starting Ray")
     held_out = HeldOut(evaluations, progress, {})
@@ -83,11 +75,11 @@ def run_on_ray(
 
 
 class _Session:
-    """Watches the task runner, and answers what it asks. Leaving it ends every actor of the run, and Ray itself where
-    this session started it."""
+    """Watches the task runner, and answers what it asks. Leaving it ends every actor of the run, and its own Ray."""
 
     def __init__(self, run: RayRun, progress: Progress, held_out: HeldOut, check_services: Callable[[], None]) -> None:
         self._run, self._progress, self._held_out, self._check_services = run, progress, held_out, check_services
+        self._checkpoints = Path(str(run.verl.trainer.default_local_dir)).absolute()
         # Not the main thread, which keeps Ctrl-C.
         self._thread = threading.Thread(target=self._run_ppo, name="run-ppo", daemon=True)
         self._ended = threading.Event()
@@ -201,7 +193,7 @@ class _Session:
                 self._held_out.start("after")
                 self._held_out.finish("after")
                 if self._run.run.eval.keep_best and is_best(self._held_out.scores, "after"):
-                    mark_best(Path(str(self._run.verl.trainer.default_local_dir)).absolute(), self._run.run.steps)
+                    mark_best(self._checkpoints, self._run.run.steps)
             self._progress.phase("ending")
             self._raise_flag("end")
 
@@ -216,23 +208,17 @@ class _Session:
         cause = getattr(error, "cause", None)
         if isinstance(cause, AtroposVerlError):
             raise cause
-        last = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
-        log = self._run.run_dir / "logs"
         if isinstance(error, RayActorError):  # nothing is in the logs of a process that was killed
             found = re.search(r"class_name: (\w+)", str(error))
-            tracker = Path(str(self._run.verl.trainer.default_local_dir)) / "latest_checkpointed_iteration.txt"
+            tracker = self._checkpoints / "latest_checkpointed_iteration.txt"
             saved = f"; the same command goes on from step {tracker.read_text()}" if tracker.exists() else ""
-            raise ServiceError(
-                f"the process of Ray's actor {found[1] if found else '?'} was killed{saved}. (The kernel kills one "
-                f"when memory runs out.)\n"
-                f"its output until then is in {log / 'task_runner.log'}, Ray's words are in {log / 'command.log'}",
-                "task runner",
-            ) from error
-        raise ServiceError(
-            f"verl's task runner failed: {last}\n"
-            f"the whole traceback is in {log / 'command.log'}; earlier output in {log / 'task_runner.log'}",
-            "task runner",
-        ) from error
+            text = f"the process of Ray's actor {found[1] if found else '?'} was killed{saved}. (The kernel kills one "
+            text += "when memory runs out.)"
+        else:
+            text = f"verl's task runner failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
+        log = self._run.run_dir / "logs"
+        where = f"its output until then is in {log / 'task_runner.log'}, the whole traceback in {log / 'command.log'}"
+        raise ServiceError(f"{text}\n{where}", "task runner") from error
 
 
 def _given(config: Any, resolve: bool = True) -> dict[str, Any]:

@@ -1,8 +1,5 @@
-"""The task runner of one run on Ray, and the mailbox between it and the command.
-
-The task runner is a Ray actor that holds trainer, gateway and trajectory feed (verl's ``TaskRunnerV1``); it may run on
-another machine than the command.
-"""
+"""The task runner of one run on Ray: an actor, perhaps on another machine than the command, that holds trainer, gateway
+and trajectory feed (verl's ``TaskRunnerV1``); and the mailbox between the two."""
 
 import time
 from contextlib import ExitStack
@@ -58,9 +55,8 @@ class AtroposTaskRunner:
         import transfer_queue as tq
         from omegaconf import OmegaConf, open_dict
 
-        from atropos_verl.verl_plugin.shims import let_trackers_fail, quiet_transfer_queue
+        from atropos_verl.verl_plugin.shims import let_trackers_fail
 
-        quiet_transfer_queue()
         let_trackers_fail()
         with open_dict(config):
             config.transfer_queue.enable = True
@@ -91,27 +87,20 @@ class AtroposTaskRunner:
         self.trainer = trainer = MODES[self.cluster.mode](config=self.config)
         trainer.init()
         self.stack.callback(lambda: getattr(trainer, "logger", None) and trainer.logger.finish(exit_code=0))
-        # The policy version that this process goes on at; None: nothing that an earlier one left is to be used.
-        self._resumed_at = None if self.config.trainer.resume_mode == "disable" else int(trainer.global_steps)
         if trainer.global_steps:
             self.put("note", f"resumed at step {trainer.global_steps} from {trainer.checkpoint_root}")
         for note in trainer.notes:
             self.put("note", note)
         llm_client = trainer.get_llm_client()
-        self._start_gateway(llm_client)
-        self.feed = feed = self._start_feed()
+        self._start_services(llm_client)
         self.log = StepLog(self.cluster.run_dir, trainer.global_steps)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.flag("stop") is not None
         trainer.on_evaluate = self._evaluate
         trainer.replicas.note = lambda text: self.put("note", text)
-        manager = AtroposAgentLoopManager(
-            self.config,
-            feed,
-            llm_client=llm_client,
-            teacher_client=trainer.get_teacher_client(),
-            reward_loop_worker_handles=trainer.get_reward_handles(),
-        )
+        clients = {"teacher_client": trainer.get_teacher_client()}
+        clients |= {"llm_client": llm_client, "reward_loop_worker_handles": trainer.get_reward_handles()}
+        manager = AtroposAgentLoopManager(self.config, trainer.feed, **clients)
         trainer.state.held_out |= self._wait_for("train") or {}
         self.gateway.evaluated.unpin()
         self.put("phase", "rollout: waiting for a batch")
@@ -139,53 +128,47 @@ class AtroposTaskRunner:
         syncs, step = trainer.sharding_manager.syncs, trainer.served_version
         return outcome(step, step, self.log.rewards, trainer.state.totals, weights_synced=syncs, stopped=stopped)
 
-    def _start_gateway(self, llm_client: Any) -> None:
-        from atropos_verl.backends.ray.gateway import ClusterGateway
+    def _start_services(self, llm_client: Any) -> None:
+        """Gateway and feed, attached to the trainer."""
+        from atropos_verl.backends.ray.feed import TrajectoryFeed
+        from atropos_verl.backends.ray.gateway import ClusterGateway, embedding_rows
+        from atropos_verl.backends.ray.transfer import TransferQueueStore
         from atropos_verl.gateway.sessions import SessionStore
         from atropos_verl.provenance.ledger import Ledger
         from atropos_verl.training.batch_source import BatchSource
-        from atropos_verl.training.staleness import make_throttle
+        from atropos_verl.training.samples import sample_settings
+        from atropos_verl.training.staleness import BatchProvenance, make_throttle
 
         self.put("phase", "starting the inference gateway")
-        settings = self.cluster.settings.gateway
-        self.ledger = Ledger(self.cluster.settings.off_policy.ledger_bytes)
-        self.stack.callback(self.ledger.close)
-        if known := self.ledger.persist(self.cluster.run_dir / "ledger", self._resumed_at):
+        config, run_dir, trainer = self.cluster.run, self.cluster.run_dir, self.trainer
+        ledger = Ledger(config.off_policy.ledger_bytes)
+        self.stack.callback(ledger.close)
+        # The policy version that this process goes on at; None: nothing that an earlier one left is to be used.
+        resumed_at = None if self.config.trainer.resume_mode == "disable" else int(trainer.global_steps)
+        if known := ledger.persist(run_dir / "ledger", resumed_at):
             self.put("note", f"{known} completions of before the interruption are known: their groups may still come")
-        batch_size, batches = self.cluster.run.batch_size, parameter_sync_step(self.config)
-        self.throttle = make_throttle(self.cluster.settings.off_policy, self.ledger, batch_size, batches)
-        self.source = BatchSource(self.cluster.run, self.cluster.run_dir)
-        self.stack.callback(self.source.close)
-        sessions = SessionStore(self.cluster.run_dir / "gateway", self.source.trace.session)
+        throttle = make_throttle(config.off_policy, ledger, config.batch_size, parameter_sync_step(self.config))
+        self.source = source = BatchSource(config, run_dir)
+        self.stack.callback(source.close)
+        sessions = SessionStore(run_dir / "gateway", source.trace.session)
         self.stack.callback(sessions.close)
-        for_app = {**settings.for_app(), "ledger": self.ledger, "throttle": self.throttle, "sessions": sessions}
-        for_app["on_request"] = self.source.trace.request
-        self.gateway = ClusterGateway(
-            llm_client, self.trainer.tokenizer, host=settings.host, port=settings.port, **for_app
-        )
+        for_app = config.gateway.for_app() | {"ledger": ledger, "throttle": throttle, "sessions": sessions}
+        for_app |= {"host": config.gateway.host, "port": config.gateway.port, "on_request": source.trace.request}
+        self.gateway = ClusterGateway(llm_client, trainer.tokenizer, **for_app)
         self.gateway.start(timeout=30.0)
         self.stack.callback(self.gateway.stop)
         self.gateway.evaluated.pin()
-        self.put("held_out", self.trainer.state.held_out)
-        self.put("gateway", settings.advertise_url or self.gateway.url)
+        self.put("held_out", trainer.state.held_out)
+        self.put("gateway", config.gateway.advertise_url or self.gateway.url)
 
-    def _start_feed(self) -> Any:
-        from atropos_verl.backends.ray.feed import TrajectoryFeed
-        from atropos_verl.backends.ray.gateway import embedding_rows
-        from atropos_verl.backends.ray.transfer import TransferQueueStore
-        from atropos_verl.training.samples import sample_settings
-        from atropos_verl.training.staleness import BatchProvenance
-
-        run, trainer = self.cluster, self.trainer
-        source = self.source
-        settings = sample_settings(run.run, embedding_rows(self.config.actor_rollout_ref.model))
-        provenance = BatchProvenance(run.settings.off_policy, self.ledger, settings, trainer.tokenizer)
-        provenance.resumed_at = self._resumed_at
-        source.attach(provenance, self.throttle, trainer.state.totals)
+        settings = sample_settings(config, embedding_rows(self.config.actor_rollout_ref.model))
+        provenance = BatchProvenance(config.off_policy, ledger, settings, trainer.tokenizer)
+        provenance.resumed_at = resumed_at
+        source.attach(provenance, throttle, trainer.state.totals)
         if pending := source.resume(trainer.global_steps):
             self.put("note", f"{pending} batches fetched before the interruption are trained first")
         self.put("phase", "registering at the trajectory API")
-        source.register(trainer.global_steps, run.run.batch_size, trainer.checkpoint_root)
+        source.register(trainer.global_steps, config.batch_size, trainer.checkpoint_root)
         correction = self.config.algorithm.rollout_correction
         feed = TrajectoryFeed(
             source,
@@ -197,13 +180,12 @@ class AtroposTaskRunner:
         feed.start()
         self.stack.callback(feed.stop)
         trainer.attach(feed, self.gateway)
-        return feed
 
     def _wait_for(self, name: str) -> Any:
         """Wait until the command raises the flag, or asks the run to end (then None)."""
         while (content := self.flag(name)) is None and not self.trainer.on_stop():
             if name != "end":  # then it has ended
-                self.feed.check()
+                self.trainer.feed.check()
             self.trainer.replace_dead_replicas()
             time.sleep(_WAIT_INTERVAL)
         return content

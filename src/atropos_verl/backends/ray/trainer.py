@@ -6,7 +6,8 @@ import math
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrainerSeparateAsync
@@ -64,8 +64,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         self.atropos: RayRun = read_run(config)
-        self.feed: TrajectoryFeed | None = None
+        self.feed: TrajectoryFeed
         self.gateway: ClusterGateway | None = None
+        self.replicas: Replicas
         self.state = RunState()
         self.on_report: Callable[[StepReport], None] = lambda report: None
         self.on_stop: Callable[[], bool] = lambda: False
@@ -74,7 +75,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         """Of the evaluation since the last line of ``metrics.jsonl``."""
         self.notes: list[str] = []
         """What the user is to be told about the checkpoint that was loaded."""
-        self.replicas: Replicas
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
         self._covered_step = 0
@@ -184,8 +184,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self._check_canary()
 
     def _check_canary(self) -> None:
-        if self.sharding_manager.canary is not None:
-            self.sharding_manager.canary.check()
+        if (canary := self.sharding_manager.canary) is not None:
+            canary.check()
 
     def _serving_managers(self) -> list[Any]:
         return [self.llm_server_manager]
@@ -204,9 +204,13 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _init_dataloader(self) -> None:
         config = self.config
+        self.val_dataset = self.val_dataloader = _NoPrompts()
+        if config.data.val_files:  # verl makes the loaders of training and validation together
+            with open_dict(config):
+                config.data.train_files = config.data.val_files
+            super()._init_dataloader()
         self.train_dataset = self.train_dataloader = _NoPrompts()
         self.train_dataloader_it = None
-        self.val_dataset, self.val_dataloader = _validation_loader(config, self.tokenizer, self.processor)
         self.total_training_steps = int(config.trainer.total_training_steps)
         self.steps_per_epoch = max(self.total_training_steps, 1)
         updates = self.total_training_steps * self.parameter_sync_step
@@ -223,30 +227,14 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             self.role_worker_mapping[role] = ray.remote(WORKERS[remote.__ray_metadata__.modified_class.__name__])
 
     def _build_replay_buffer(self) -> Any:
-        sampler = self.config.trainer.v1.sampler
-        buffer = AtroposReplayBuffer if self.trainer_mode == "sync" else AtroposReplayBufferAsync
-        return buffer(
-            trainer_mode=self.trainer_mode,
-            trainer_config=self.config.trainer.v1.get(self.trainer_mode, {}),
-            max_off_policy_threshold=sampler.max_off_policy_threshold,
-            max_off_policy_strategy=sampler.max_off_policy_strategy,
-            sampler_kwargs=sampler.sampler_kwargs,
-            refill_fn=self._add_prompts_to_generate,
-        )
+        buffer = super()._build_replay_buffer()
+        buffer.__class__ = type("AtroposReplayBuffer", (_Watching, type(buffer)), {})
+        return buffer
 
-    def _add_prompts_to_generate(self, num_prompts: int) -> int:
-        """Ask the feed for ``num_prompts`` slots: batches of the API (see ``transfer.py``)."""
-        batch = tu.get_tensordict(
-            {"uid": np.array([uuid.uuid4().hex for _ in range(num_prompts)], dtype=object)},
-            {"global_steps": self.global_steps},
-        )
-        tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps}] * num_prompts
-        tq.kv_batch_put(keys=[str(uid) for uid in batch["uid"]], partition_id=PARTITION, tags=tags)
-        self.agent_loop_manager.generate_sequences(batch)
-        return num_prompts
-
-    def _add_batch_to_generate(self) -> None:
-        self._add_prompts_to_generate(parameter_sync_step(self.config))
+    def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
+        """Names of slots, which the feed fills with batches of the API (see ``transfer.py``)."""
+        uids = [uuid.uuid4().hex for _ in range(num_prompts or parameter_sync_step(self.config))]
+        return tu.get_tensordict({"uid": np.array(uids, dtype=object)}, {"global_steps": self.global_steps})
 
     def _add_async_warmup_batches(self, num_warmup_batches: float) -> None:
         slots = math.ceil(num_warmup_batches * parameter_sync_step(self.config))
@@ -260,7 +248,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         batch = super().step(metrics, timing_raw)
-        assert self.feed is not None
         uids = {key.split("_")[0] for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding")}
         self._slots = self.feed.trained(sorted(uids), self.global_steps)
         grad_norm = float(metrics.get("actor/grad_norm", 0.0))
@@ -301,9 +288,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
         run, algorithm = self.atropos.run, self.config.algorithm
-        wanted = ["response_mask", "advantages", ADVANTAGES]
-        if not algorithm.rollout_correction.bypass_mode:  # then verl has none of its own
-            wanted.append("old_log_probs")
+        own = [] if algorithm.rollout_correction.bypass_mode else ["old_log_probs"]  # then verl has none
+        wanted = ["response_mask", "advantages", ADVANTAGES, *own]
         values = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
         # The group baseline is that of training.advantages, as in the local backend. verl weighs a reward that it
         # changed (KL in reward), and computes its other estimators.
@@ -318,10 +304,9 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             running=self.state.moments,
         )
         metrics.update(figures)
-        if self.feed is not None:
-            own = [row.float().numpy() for row in values["old_log_probs"].unbind()] if len(wanted) > 3 else None
-            of_step = [row.numpy() for row in advantages.unbind()]
-            self.feed.figures_of(batch.keys, advantages=of_step, trainer_logprobs=own)
+        computed = {"advantages": advantages, **({"trainer_logprobs": values[own[0]]} if own else {})}
+        rows = {name: [row.float().numpy() for row in nested.unbind()] for name, nested in computed.items()}
+        self.feed.figures_of(batch.keys, rows)
         fields = TensorDict({"advantages": advantages, "returns": advantages}, batch_size=len(batch))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
@@ -329,7 +314,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float], **arguments: Any
     ) -> None:
         super()._compute_metrics(batch, metrics, timing_raw, **arguments)
-        assert self.feed is not None
         self.feed.acknowledge(self._slots, self._covered_step)
         self.on_report(self._step_report(metrics, timing_raw))
         self._whole_step, self._is_updating = self.global_steps, False
@@ -355,13 +339,13 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
         """Join the figures of every backend with verl's own under verl's names. ``timing``: verl's, in seconds."""
         environments: defaultdict[int, list[float]] = defaultdict(list)
-        figures: dict[str, float | int | None] = {
-            name: number for name, value in metrics.items() if (number := _number(value)) is not None
-        }
+        numbers = ((name, _number(value)) for name, value in metrics.items())
+        figures: dict[str, float | int | None] = {name: number for name, number in numbers if number is not None}
         for slot in self._slots:
             figures |= slot.off_policy
-            for env_id, scores in slot.env_scores.items():
-                environments[env_id] += scores
+            for env_id, score in slot.scores:
+                if env_id is not None:
+                    environments[env_id].append(score)
         sync = self.sharding_manager.last_sync
         sync_seconds = None if sync is None else sync.seconds
         training = ("old_log_prob", "ref", "values", "adv", "update_actor")
@@ -369,7 +353,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
             self.global_steps,
             self.policy_version,
             self._loss,
-            scores=np.array([score for slot in self._slots for score in slot.scores]),
+            scores=np.array([score for slot in self._slots for _, score in slot.scores]),
             environments=environments,
             counts=self._counts,
             seconds={
@@ -395,7 +379,6 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def check_while_waiting(self) -> None:
         """Runs between two looks for a finished batch."""
-        assert self.feed is not None
         self.feed.check()
         self.replace_dead_replicas()
         if time.monotonic() > self._next_stop_look:
@@ -405,8 +388,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         """Save the last whole step after ``error`` ended ``fit``, unless that is done. Returns a note for the user."""
         # After an error of a worker (Ray's), the others may wait for it in a collective: a save would wait as well.
         fatal = CheckpointError | TrainingDivergedError | WeightSyncError | ray.exceptions.RayError
-        unusable = isinstance(error, fatal)
-        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step or unusable:
+        if int(self.config.trainer.save_freq) <= 0 or not self._whole_step or isinstance(error, fatal):
             return ""
         if self._is_updating or self.local_trigger_step:
             return f"in the middle of an update: nothing after step {self._covered_step} is saved"
@@ -425,7 +407,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self) -> None:
         self.state.step = self.state.policy_version = self.global_steps
-        settings, given = self.config.trainer, dict(self.config.trainer)
+        given = self.config.trainer
         keep = 1 if given.get("remove_previous_ckpt_in_save") else given.get("max_actor_ckpt_to_keep")
         keep = keep if keep and keep > 0 else None  # as verl reads it
         # verl removes parts of old checkpoints before the new one is whole: leave it those that we have removed.
@@ -434,25 +416,19 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         of_verl["remove_previous_ckpt_in_save"] = False
         with new_checkpoint(self.checkpoint_root, self.global_steps, keep, in_place=True) as directory:
             self.state.save(directory, self.atropos.run)
-            with open_dict(settings):
-                try:
-                    settings.update(of_verl)
-                    super()._save_checkpoint()
-                finally:
-                    settings.update({key: given.get(key) for key in of_verl})
+            with _with_settings(given, of_verl):
+                super()._save_checkpoint()
         kept = {path.name for path in self.checkpoint_root.glob("global_step_*")}
         self.actor_rollout_wg.remove_checkpoints(str(self.checkpoint_root), kept)
         self._covered_step = self.global_steps
 
     def _load_checkpoint(self) -> None:
-        settings, given = self.config.trainer, dict(self.config.trainer)
-        wanted = settings.resume_from_path if settings.resume_mode == "resume_path" else settings.resume_mode
+        given = self.config.trainer
+        wanted = given.resume_from_path if given.resume_mode == "resume_path" else given.resume_mode
         directory = find_checkpoint(self.checkpoint_root, str(wanted), self.notes.append)
-        with open_dict(settings):
-            settings.resume_mode = "disable" if directory is None else "resume_path"
-            settings.resume_from_path = None if directory is None else str(directory)
+        mode = "disable" if directory is None else "resume_path"
+        with _with_settings(given, {"resume_mode": mode, "resume_from_path": directory and str(directory)}):
             super()._load_checkpoint()
-            settings.resume_mode, settings.resume_from_path = given["resume_mode"], given["resume_from_path"]
         # Batches in flight come back from our journal, with their leases; verl's copy of them is not used.
         waiting = list((tq.kv_list(PARTITION) or {}).get(PARTITION, {}))
         if waiting:
@@ -472,8 +448,10 @@ class _ColocatedTrainer(_AtroposTrainer):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         """verl's forward is left out where the rollouts' logprobs are what it would compute: exact, and of the policy
         that this step begins with."""
-        version = self.served_version
-        if not (self._is_exact and all(_is_written_by(version, tag) for tag in batch.tags)):
+        served, tags = self.served_version, batch.tags
+        known = all(tag["versions_known"] and tag["rollout_log_probs"] for tag in tags)
+        known = known and all(tag["min_global_steps"] == tag["max_global_steps"] == served for tag in tags)
+        if not (self._is_exact and known):
             return super()._compute_old_log_prob(batch, metrics)
         where = {"keys": batch.keys, "partition_id": batch.partition_id}
         fields = tq.kv_batch_get(**where, select_fields=["rollout_log_probs"])
@@ -543,19 +521,23 @@ MODES: dict[str, type[_AtroposTrainer]] = {
 """``trainer.v1.trainer_mode`` → trainer."""
 
 
-def _is_written_by(version: int, tag: Mapping[str, Any]) -> bool:
-    """True when every trained token of a row is known to be that policy's, and has its logprob."""
-    known = tag["versions_known"] and tag["rollout_log_probs"]
-    return bool(known and tag["min_global_steps"] == tag["max_global_steps"] == version)
-
-
 def _number(value: Any) -> float | int | None:
     """A figure of verl's; None where it is no number (a flag, a text, an array)."""
-    if isinstance(value, bool):
-        return None
-    if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
+    if isinstance(value, np.generic | np.ndarray) and value.size == 1:
         value = value.item()
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+@contextmanager
+def _with_settings(settings: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """``settings`` of the configuration have these values in the block, for verl to read."""
+    given = {key: settings.get(key) for key in values}
+    with open_dict(settings):
+        settings.update(values)
+        try:
+            yield
+        finally:
+            settings.update(given)
 
 
 class _NoPrompts:
@@ -571,31 +553,9 @@ class _NoPrompts:
         del state
 
 
-def _validation_loader(config: Any, tokenizer: Any, processor: Any) -> tuple[Any, Any]:
-    """Make verl's validation set and loader from ``data.val_files``; two ``_NoPrompts`` where none is given."""
-    from torchdata.stateful_dataloader import StatefulDataLoader
-    from verl.trainer.ppo.utils import create_rl_dataset
-    from verl.utils.dataset.rl_dataset import collate_fn
-
-    data = config.data
-    if not data.val_files:
-        return _NoPrompts(), _NoPrompts()
-    dataset = create_rl_dataset(
-        data.val_files, data, tokenizer, processor, is_train=False, max_samples=data.get("val_max_samples", -1)
-    )
-    loader = StatefulDataLoader(
-        dataset=dataset,
-        batch_size=data.val_batch_size or len(dataset),
-        num_workers=data.dataloader_num_workers,
-        shuffle=data.get("validation_shuffle", True),
-        drop_last=False,
-        collate_fn=collate_fn,
-    )
-    return dataset, loader
-
-
 class _Watching:
-    """Mixin: ``trainer`` is asked between two looks, and its feed told of slots that verl dropped as too stale."""
+    """Mixin of verl's replay buffer: ``trainer`` is asked between two looks, and its feed told of slots that verl
+    dropped as too stale."""
 
     trainer: _AtroposTrainer
 
@@ -606,7 +566,7 @@ class _Watching:
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
         super()._clear_groups(partition_id, uids)  # type: ignore[misc]
-        if partition_id == PARTITION and self.trainer.feed is not None:
+        if partition_id == PARTITION:
             self.trainer.feed.evicted(set(uids))
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
@@ -615,20 +575,9 @@ class _Watching:
         return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=wanted)  # type: ignore[misc]
 
 
-class AtroposReplayBuffer(_Watching, ReplayBuffer):  # type: ignore[misc]
-    """Synchronous sampling."""
-
-
-class AtroposReplayBufferAsync(_Watching, ReplayBufferAsync):  # type: ignore[misc]
-    """Prefetched batches, within a bound on staleness."""
-
-
 class AtroposAgentLoopManager:
-    """verl's agent-loop manager, whose trajectories come from the feed. verl's own validation goes to verl's own.
-
-    Args:
-        clients: verl's: ``llm_client``, ``teacher_client``, ``reward_loop_worker_handles``.
-    """
+    """verl's agent-loop manager, whose trajectories come from the feed. verl's own validation goes to verl's own, with
+    its ``clients``: ``llm_client``, ``teacher_client``, ``reward_loop_worker_handles``."""
 
     def __init__(self, config: Any, feed: TrajectoryFeed, **clients: Any) -> None:
         self.config = config

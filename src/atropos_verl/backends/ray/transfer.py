@@ -59,7 +59,6 @@ def make_rows(
     Args:
         slot: uid of the slot; holds no underscore.
         served: the policy version that is served now, for sequences of unknown version (verl needs a number).
-        global_steps: training step that asked for this batch.
         group_sizes: rollouts that each group was scored with, overlong ones included, by group id.
     """
     rows: list[Row] = []
@@ -69,24 +68,22 @@ def make_rows(
         number = numbers.setdefault((sample.group_id, sample.rollout_id), len(numbers))
         if sample.loss_mask.any():
             # verl's name for it: the rows of a session, of which its GRPO counts the last.
-            key = f"{slot}_{number}_{seen[number]}"
+            fields, tag = _row(sample, advantage, served)
+            tag |= {"global_steps": global_steps, "group_size": group_sizes[sample.group_id]}
+            rows.append(Row(f"{slot}_{number}_{seen[number]}", fields, tag))
             seen[number] += 1
-            rows.append(_row(key, sample, advantage, served, global_steps, group_sizes[sample.group_id]))
     return rows
 
 
-def _row(
-    key: str, sample: TrainingSample, advantage: SequenceAdvantage, served: int, step: int, group_size: int
-) -> Row:
+def _row(sample: TrainingSample, advantage: SequenceAdvantage, served: int) -> tuple[dict[str, Any], dict[str, Any]]:
     # Oldest and newest version that wrote a trained token.
     versions = sample.token_versions
     known = np.zeros(0) if versions is None else versions[sample.loss_mask & (versions != UNKNOWN_VERSION)]
     stated = served if sample.policy_version is None else sample.policy_version
     oldest, newest = (int(known.min()), int(known.max())) if known.size else (stated, stated)
-    start = int(np.argmax(sample.loss_mask))  # above 0: position 0 is never trained
+    start, length = int(np.argmax(sample.loss_mask)), len(sample)  # above 0: position 0 is never trained
     token_ids = torch.from_numpy(np.ascontiguousarray(sample.token_ids, dtype=np.int64))
     mask = torch.from_numpy(sample.loss_mask.astype(np.int64))
-    length = len(sample)
     # 0 where there is no value: such rows are tagged.
     sent = np.zeros(length) if sample.rollout_logprobs is None else np.nan_to_num(sample.rollout_logprobs, nan=0.0)
     rewards = torch.zeros(length - start, dtype=torch.float32)
@@ -113,18 +110,16 @@ def _row(
         "prompt_len": start,
         "response_len": length - start,
         "seq_len": length,
-        "global_steps": step,
         "min_global_steps": oldest,
         "max_global_steps": newest,
         "versions_known": known.size == int(sample.loss_mask.sum()),
-        "group_size": group_size,
         "advantage_to_zero": advantage.zero,
         "advantage_replaced": advantage.replaced,
         "advantage_fixed": advantage.fixed,
         "weight": advantage.weight,
         "rollout_log_probs": has_rollout_logprobs(sample),
     }
-    return Row(key, fields, tag)
+    return fields, tag
 
 
 def has_rollout_logprobs(sample: TrainingSample) -> bool:
@@ -142,21 +137,16 @@ def finish_batch(
     clipping: tuple[float, float] | None,
     running: RunningMoments,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Final advantages of a step, and figures about them.
+    """Final advantages of a step, nested [B, R_b] float32, 0 where the mask is and in rows of padding; and figures.
 
     Args:
         values: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``.
-        keys, tags: of the rows, as ``transfer.make_rows`` made them; padding is tagged ``is_padding``.
+        keys, tags: of the rows, as ``make_rows`` made them; padding is tagged ``is_padding``.
         from_data: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the environment sent
             token-level advantages. (verl gives a group of one its raw score; here it gets 0.)
         running: statistics of the run for ``global``; merged with this batch.
-
-    Returns:
-        Nested [B, R_b] float32, in the order of the rows; 0 where the mask is, and in rows of padding.
     """
-    masks = list(values["response_mask"].unbind())
-    verls = list(values["advantages"].unbind())
-    ours = list(values[ADVANTAGES].unbind())
+    masks, verls, ours = (list(values[name].unbind()) for name in ("response_mask", "advantages", ADVANTAGES))
 
     def position(i: int) -> tuple[str, int, int]:
         slot, rollout, row = keys[i].rsplit("_", 2)
@@ -177,7 +167,7 @@ def finish_batch(
     for i, row in zip(order, finished, strict=True):
         rows[i] = torch.from_numpy(row.astype(np.float32))  # 0 already where the mask is
     trained = [np.abs(row[s.loss_mask]) for s, row in zip(sequences, finished, strict=True)]
-    joined = np.concatenate(trained) if trained else np.zeros(0)
+    joined = np.concatenate([np.zeros(0), *trained])
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged), {
         "advantage/mean_abs": float(joined.mean()) if joined.size else 0.0,
         "advantage/replaced_sequences": float(sum(s.replaced for s in sequences)),

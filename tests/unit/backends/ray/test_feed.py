@@ -152,7 +152,7 @@ def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None
     assert world.batches.named("ack") == []
     slots = world.feed.trained(["a"], 5)
     assert world.batches.named("trained") == [(1, 5)]
-    assert slots[0].scores == [0.0, 1.0, 2.0, 3.0] * 2
+    assert slots[0].scores == [(None, score) for score in (0.0, 1.0, 2.0, 3.0)] * 2
     assert world.batches.named("ack") == []
     world.feed.acknowledge(slots, covered_step=4)
     assert world.batches.named("ack") == [1]
@@ -216,7 +216,7 @@ def test_what_is_above_the_size_of_a_slot_is_trained_on_in_the_next(made: Any) -
     assert firsts(world.filled("b")) == [4] * 4 + [5] * 4
     counts = world.feed.slots["b"].counts
     assert (counts["stale"], counts["carried"], counts["groups"]) == (0, 1, 2)
-    assert world.feed.slots["b"].scores == [0.0, 1.0, 2.0, 3.0] * 2
+    assert [score for _, score in world.feed.slots["b"].scores] == [0.0, 1.0, 2.0, 3.0] * 2
     assert world.batches.named("trained") == [(1, 4)], "the second batch is not done with"
     world.train("b", 5)
     world.feed.stop()

@@ -234,7 +234,7 @@ def _end_with(error: Exception, save: Mock, monkeypatch: pytest.MonkeyPatch, tmp
     runner.cluster = SimpleNamespace(mode="fake", run_dir=tmp_path, run=SimpleNamespace(is_attached=True))
     runner.put, runner.flag = lambda *event: events.append(event), lambda name: {}
     runner.stack, runner.source, runner.gateway = Mock(), Mock(), Mock()
-    runner._start_gateway = runner._start_feed = Mock()
+    runner._start_services = Mock()
     monkeypatch.setitem(MODES, "fake", lambda config: trainer)
     with pytest.raises(type(error)) as raised:
         runner.train()
@@ -246,19 +246,16 @@ def _end_with(error: Exception, save: Mock, monkeypatch: pytest.MonkeyPatch, tmp
 def test_trained_steps_are_saved_whatever_ends_the_run(
     error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    save = Mock()
-    events = _end_with(error, save, monkeypatch, tmp_path)
+    events = _end_with(error, save := Mock(), monkeypatch, tmp_path)
     assert save.call_count == 1
     assert ("saved", "steps up to 2 are saved in here; the same command goes on") in events
 
 
-@pytest.mark.parametrize(
-    "error",
-    [CheckpointError("x"), TrainingDivergedError("x"), WeightSyncError("x"), ray.exceptions.ActorDiedError()],
-)
-def test_weights_in_doubt_are_not_saved(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    save = Mock()
-    _end_with(error, save, monkeypatch, tmp_path)
+@pytest.mark.parametrize("error", [CheckpointError, TrainingDivergedError, WeightSyncError, ray.exceptions.RayError])
+def test_weights_in_doubt_are_not_saved(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _end_with(error("x"), save := Mock(), monkeypatch, tmp_path)
     assert save.call_count == 0
 
 
