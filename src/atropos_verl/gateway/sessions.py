@@ -112,7 +112,7 @@ class SessionRecord(msgspec.Struct, kw_only=True):
         return f"{_KEY_PREFIX}{self.id}-{self.secret}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Exchange:
     """A request and its answer. Equal requests share it until an answer has gone out."""
 
@@ -128,23 +128,17 @@ class Exchange:
     """Connections that wait for the answer."""
     was_received: bool | None = None
     """An answer went out whole; False: the connection broke before. None: not known (yet)."""
-    run: "_Run | None" = None
-
-
-@dataclass(eq=False)
-class _Run:
-    """Completions that ``task`` samples, or reads from the disk."""
-
-    task: "asyncio.Task[list[list[Generation]]]" = field(init=False)
+    task: "asyncio.Task[list[list[Generation]]] | None" = None
+    """Samples the completions, or reads them from the disk."""
     deltas: list[GenerationDelta] = field(default_factory=list)
     unread: asyncio.Timeout | None = None
     """While it is being sampled: when it ends because nobody waits."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def wait_for(self, *, readers: int) -> None:
-        """Sampling goes on while there are ``readers``, and some time longer."""
+    def wait_for_readers(self) -> None:
+        """Sampling goes on while there are some, and some time longer."""
         if self.unread is not None:
-            self.unread.reschedule(None if readers else asyncio.get_running_loop().time() + _UNREAD_SECONDS)
+            self.unread.reschedule(None if self.readers else asyncio.get_running_loop().time() + _UNREAD_SECONDS)
 
     def add(self, deltas: Iterable[GenerationDelta]) -> None:
         self.deltas += deltas
@@ -395,8 +389,8 @@ class SessionStore:
     def _close(self, session: Session, record: SessionRecord) -> None:
         session.record = record
         for exchange in session.exchanges.values():
-            if exchange.run is not None:
-                exchange.run.task.cancel()
+            if exchange.task is not None:
+                exchange.task.cancel()
         self._open.pop(record.id, None)
         self._ended[record.state] += 1
         self._on_end(record.id, record.state, record.reason)
@@ -505,12 +499,11 @@ class SessionStore:
         if known is None or (known.was_received and not is_retry):
             session.check_limits(session.tree.count + session.unrecorded, _MAX_TURNS - 1)
             known = Exchange(secrets.token_hex(12), name, digest, key)
-        elif known.turns or known.run is not None:
+        elif known.turns or known.task is not None:
             self.counts["replays"] += 1
         session.exchanges[name] = known
         known.readers += 1
-        if known.run is not None:
-            known.run.wait_for(readers=known.readers)
+        known.wait_for_readers()
         return SessionService(service, self, session, known)
 
 
@@ -533,11 +526,9 @@ class SessionService(GatewayService):
             return
         if was_received or (exchange.was_received is not True and not exchange.readers):
             self._mark(was_received=was_received)
-        if not exchange.readers and (exchange.turns or exchange.run is None):
-            exchange.run = None
+        if not exchange.readers and (exchange.turns or exchange.task is None):
             session.forget(exchange)
-        elif exchange.run is not None:
-            exchange.run.wait_for(readers=exchange.readers)
+        exchange.wait_for_readers()
 
     def _mark(self, *, was_received: bool) -> None:
         exchange = self._exchange
@@ -585,30 +576,28 @@ class SessionService(GatewayService):
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
-        return await asyncio.shield(self._run(requests, streamed=False).task)
+        return await asyncio.shield(self._task(requests, streamed=False))
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GatewayService.stream``. Closing leaves the completions to an equal request."""
-        run = self._run([request], streamed=True)
+        exchange, task = self._exchange, self._task([request], streamed=True)
         for sent in count():
-            while sent == len(run.deltas):
-                if run.task.done():
-                    run.task.result()
+            while sent == len(exchange.deltas):
+                if task.done():
+                    task.result()
                     return
-                await run.changed.wait()
-            yield run.deltas[sent]
+                await exchange.changed.wait()
+            yield exchange.deltas[sent]
 
-    def _run(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> _Run:
-        """The completions: an equal request's, or new ones."""
-        if (run := self._exchange.run) is None:
-            self._exchange.run = run = _Run()
-            run.task = asyncio.create_task(self._sample(run, requests, streamed=streamed))
-            run.task.add_done_callback(run.end)
-        return run
+    def _task(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> "asyncio.Task[list[list[Generation]]]":
+        """Gives the completions: an equal request's, or new ones."""
+        exchange = self._exchange
+        if exchange.task is None:
+            exchange.task = asyncio.create_task(self._sample(requests, streamed=streamed))
+            exchange.task.add_done_callback(exchange.end)
+        return exchange.task
 
-    async def _sample(
-        self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool
-    ) -> list[list[Generation]]:
+    async def _sample(self, requests: Sequence[GenerationRequest], *, streamed: bool) -> list[list[Generation]]:
         session, exchange = self._session, self._exchange
         try:
             if exchange.turns:
@@ -620,27 +609,25 @@ class SessionService(GatewayService):
                     for k, g in enumerate(results[0])
                 ]
             else:
-                async with asyncio.timeout(None) as run.unread:
-                    run.wait_for(readers=exchange.readers)
-                    results, last = await self._new(run, requests, streamed=streamed)
-                run.unread = None
+                async with asyncio.timeout(None) as exchange.unread:
+                    exchange.wait_for_readers()
+                    results, last = await self._new(requests, streamed=streamed)
+                exchange.unread = None
                 async with session.lock:
                     await self._record_turns(zip(requests, results, strict=True))
-            run.add(last)
+            exchange.add(last)
             if not exchange.readers:
-                exchange.run = None
                 session.forget(exchange)
                 self._mark(was_received=bool(exchange.was_received))
             return results
         except BaseException:
-            if not exchange.turns:
-                session.forget(exchange)
-            exchange.run = run.unread = None
+            session.forget(exchange)
+            exchange.unread = None
             session.check_open()  # if its end is why, this is what those are told who wait
             raise
 
     async def _new(
-        self, run: _Run, requests: Sequence[GenerationRequest], *, streamed: bool
+        self, requests: Sequence[GenerationRequest], *, streamed: bool
     ) -> tuple[list[list[Generation]], list[GenerationDelta]]:
         """Completions, and the deltas that are to be sent once they are stored."""
         if not streamed:
@@ -650,7 +637,7 @@ class SessionService(GatewayService):
         async with aclosing(super().stream(request)) as deltas:
             async for delta in deltas:
                 seen[delta.index].append(delta)
-                run.add([delta] if delta.finish_reason is None else [])
+                self._exchange.add([delta] if delta.finish_reason is None else [])
         return [joined(seen)], [row[-1] for row in seen]
 
     def _fetch(self, first: int, last: int) -> "Future[list[tuple[Key, bytes]]]":
