@@ -20,7 +20,6 @@ from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.http_thread import printable
 from atropos_verl.protocol.schema import (
     EXTRAS,
-    FIELD_NAMES,
     TOO_DEEP,
     CheckedGroup,
     Refusal,
@@ -148,15 +147,10 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
             ``inference_logprobs`` are [G][T_g]; a row that is None is sent as ``[]``. NaN in ``inference_logprobs`` is
             sent as 1.0, upstream's "no value". An entry of ``overrides`` that is None is sent as ``{}``.
 
-    Raises ``DataError``: NaN or infinity, by field, sequence and index; lists whose lengths differ; an unknown field.
+    Raises ``DataError``: NaN or infinity, by field, sequence and index. The API checks the rest.
     """
     fields: dict[str, Any] = {"tokens": tokens, "masks": masks, "scores": _finite(scores, "scores")}
-    for name in ("masks", "scores"):
-        if len(fields[name]) != len(tokens):
-            raise DataError(f"{name} has {len(fields[name])} entries, but tokens has {len(tokens)}")
     for name, value in optional.items():
-        if name not in FIELD_NAMES:
-            raise DataError(f"{name} is no field of ScoredData")
         if value is None:
             continue
         if name in EXTRAS:

@@ -181,14 +181,6 @@ async def test_status_env(api: httpx.AsyncClient) -> None:
     assert (await api.request("GET", "/status-env", json={"env_id": 9})).status_code == 422
 
 
-async def test_reset(api: httpx.AsyncClient) -> None:
-    env_id = await started(api)
-    await api.post("/scored_data", json=group(1, 8))
-    assert (await api.get("/reset_data")).text == "Reset successful"
-    assert (await get(api, "/batch"))["status"] == "error"
-    assert (await api.request("GET", "/status-env", json={"env_id": env_id})).status_code == 422
-
-
 async def test_lease_and_ack(api: httpx.AsyncClient) -> None:
     await started(api)
     await api.post("/scored_data", json=group(1, 8))
