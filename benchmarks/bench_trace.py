@@ -2,7 +2,7 @@
 
     python benchmarks/bench_trace.py [--steps 60] [--sequences 100000] [key=value ...]
 
-The first part trains the demo (with the settings given) and notes five steps, not the next five, and so on: the
+The first part trains the demo (with the settings given) and notes ten steps, not the next ten, and so on: the
 processor time of a step with and without, and what the writing thread takes of it. The second part writes that many
 sequences of 64 to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of
 the writing thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
@@ -45,7 +45,7 @@ def make_group(rng: np.random.Generator, number: int) -> ScoredGroup:
 
 
 class InBlocks(TraceWriter):
-    """Notes five steps, not the next five, and so on. Keeps the processor time of this process in each."""
+    """Notes a part of the steps. Keeps the processor time of this process in each."""
 
     def __init__(self, run_dir: Path, most_bytes: int) -> None:
         super().__init__(run_dir, most_bytes)
@@ -55,7 +55,7 @@ class InBlocks(TraceWriter):
 
     @property
     def is_on(self) -> bool:
-        return len(self.steps) // BLOCK % 2 == 0
+        return is_noted(len(self.steps))
 
     def _put(self, job: Callable[[], None], weight: int) -> None:
         if self.is_on:
@@ -66,6 +66,11 @@ class InBlocks(TraceWriter):
         now = time.process_time()
         self.steps.append(now - self.last)
         self.last = now
+
+
+def is_noted(step: int) -> bool:
+    """Two blocks are, two are not: what changes steadily in the course of the run falls on both sides."""
+    return step // BLOCK % 4 < 2
 
 
 BLOCK = 5
@@ -83,12 +88,13 @@ def overhead(words: list[str], steps: int) -> None:
         if train.main([*fixed, *words], config_name="atropos") != 0:
             raise SystemExit("the run failed")
     [writer] = WRITERS
-    own = writer.steps[1:]  # the first one has the start of the run
-    sides = [[s for n, s in enumerate(own, 1) if n // BLOCK % 2 == side and n % BLOCK] for side in (0, 1)]
-    noted, without = (statistics.median(side) for side in sides)  # the first of a block has writing of the one before
+    # Without the first block, which has the start of the run, and the first of each: writing of the one before.
+    kept = [(is_noted(n), taken) for n, taken in enumerate(writer.steps) if n >= BLOCK and n % BLOCK]
+    sides = [[taken for on, taken in kept if on == side] for side in (True, False)]
+    noted, without = (statistics.median(side) for side in sides)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     others = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / steps
-    share = writer.seconds / sum(n // BLOCK % 2 == 0 for n in range(steps))
+    share = writer.seconds / sum(map(is_noted, range(steps)))
     print(
         f"processor time of a step in the trainer's process: median {noted:.4f} s with the trace, {without:.4f} s "
         f"without, ratio {noted / without:.4f} ({len(sides[0])} and {len(sides[1])} steps in turn)\n"
@@ -100,7 +106,7 @@ def overhead(words: list[str], steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60, help="of the run, 0: no run")
+    parser.add_argument("--steps", type=int, default=85, help="of the run, 0: no run")
     parser.add_argument("--sequences", type=int, default=100_000, help="of the index, 0: none")
     options, words = parser.parse_known_args()
     if options.steps:

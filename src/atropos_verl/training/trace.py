@@ -150,6 +150,8 @@ def _one_or_all(values: FloatArray, trained: NDArray[np.bool_]) -> bytes:
 
 def _runs(values: IntArray) -> list[tuple[int, int]]:
     """Value and length of each stretch of equal ones in [N], N at least 1."""
+    if (values == values[0]).all():
+        return [(int(values[0]), len(values))]
     edges = [0, *((values[1:] != values[:-1]).nonzero()[0] + 1).tolist(), len(values)]
     return [(int(values[a]), b - a) for a, b in pairwise(edges)]
 
