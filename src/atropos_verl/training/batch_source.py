@@ -82,13 +82,13 @@ class RolloutData:
 
     def trainer_logprobs_by_place(self) -> dict[tuple[int, int, int], FloatArray]:
         """By place and position in the group."""
-        found, samples = {}, [] if self.report is None else self.report.samples
-        left = deque(zip(samples, self.trainer_logprobs, strict=False))  # in the order of groups and sequences
-        for place, group in zip(self.places, self.groups, strict=False):
-            for i in range(len(group)):
-                if left and (left[0][0].group_id, left[0][0].sequence_index) == (group.group_id, i):
-                    found[*place, i] = left.popleft()[1]
-        return found
+        places = {group.group_id: place for place, group in zip(self.places, self.groups, strict=False)}
+        samples = [] if self.report is None else self.report.samples
+        return {
+            (*places[sample.group_id], sample.sequence_index): row
+            for sample, row in zip(samples, self.trainer_logprobs, strict=False)
+            if sample.group_id in places
+        }
 
 
 class BatchSource:
