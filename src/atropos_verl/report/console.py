@@ -115,7 +115,8 @@ class LiveScreen:
             live, self._live = self._live, None
             live.stop()
 
-    def _print(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Shows a text that stays on the screen."""
         if self._ascii_only:
             text = text.encode("ascii", "backslashreplace").decode()
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -199,10 +200,6 @@ class ProgressReporter(LiveScreen):
             self._phases_said.add(name)
             self.note(f"{name} ...")
 
-    def note(self, message: str) -> None:
-        """Says something that stays on the screen."""
-        self._print(message)
-
     def step(self, report: StepReport) -> None:
         """Shows a finished optimiser step."""
         self._done = report.step
@@ -231,14 +228,14 @@ class ProgressReporter(LiveScreen):
     def summary(self, summary: Mapping[str, Any]) -> None:
         """Shows the result of the run, as in ``summary.json``; a figure that is not there is left out."""
         self._stop_live()
-        self._print("training finished")
+        self.note("training finished")
         rows = summary_rows(summary, ascii_only=self._ascii_only)
         if summary.get("run_dir") is not None:
             root = Path(summary["run_dir"])
             names = ("metrics.jsonl", "summary.json", "checkpoints", "logs", "quarantine")
             rows += [("run", str(root)), *((n.split(".")[0], str(root / n)) for n in names if (root / n).exists())]
         for label, value in rows:
-            self._print(f"  {label:<11} {value}")
+            self.note(f"  {label:<11} {value}")
 
     def _frame(self) -> RenderableType:
         parts: list[RenderableType] = []

@@ -25,15 +25,11 @@ class LaunchView(LiveScreen):
 
     _state: Mapping[str, Any] | None = None
 
-    def note(self, text: str) -> None:
-        """Shows a text that stays on the screen."""
-        self._print(text)
-
     def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Shows a trained step, which is a line of ``metrics.jsonl``."""
         self._state = state
         if self._live is None:
-            self._print(_step_line(line, state))
+            self.note(_step_line(line, state))
 
     def update(self, state: Mapping[str, Any]) -> None:
         self._state = state
