@@ -111,7 +111,8 @@ def test_a_fetch_asks_once_and_is_answered_when_the_batch_is_there(
             return next_batch(seconds)
 
         monkeypatch.setattr(store, "next_batch", observed)
-        monkeypatch.setattr("atropos_verl.protocol.client._WAIT_SECONDS", 2.0)
+        monkeypatch.setattr("atropos_verl.protocol.client._WAIT_SECONDS", 50.0)
+        run.client.timeout = run.client.max_wait_time = 120.0
         waiting = executor.submit(run.batches.fetch)
         waits.wait()
         run.offer(7)
