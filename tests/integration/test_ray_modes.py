@@ -170,7 +170,8 @@ def test_colocate_async_with_kl_rollout_correction_and_verls_validation(tmp_path
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert all("actor/kl_loss" in line and "actor/reward_kl_penalty" in line for line in metrics)
     assert all(line["rollout_corr/rollout_is_mean"] == pytest.approx(1.0, abs=0.2) for line in metrics)
-    assert all(line["training/rollout_probs_diff_mean"] < 0.05 for line in metrics)
+    # verl's forward is left out where the rollouts' logprobs are exact: then there is no such figure.
+    assert all(line.get("training/rollout_probs_diff_mean", 0.0) < 0.05 for line in metrics)
     validated = [line["step"] for line in metrics if any(key.startswith("val-core/words") for key in line)]
     assert validated == [2, 4]
 
