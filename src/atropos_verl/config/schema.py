@@ -566,13 +566,11 @@ def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str
     return result
 
 
-def apply_environment(
-    values: dict[str, Any], environ: Mapping[str, str] = os.environ, command_line_keys: Set[str] = frozenset()
-) -> dict[str, Any]:
+def apply_environment(values: dict[str, Any], command_line_keys: Set[str]) -> dict[str, Any]:
     """Put ``_VARIABLES`` over the file's values, but not over keys (dotted) that the command line set."""
     result = {**values, "atropos": dict(values.get("atropos") or {})}
     for variable, (section, key) in _VARIABLES.items():
-        value = environ.get(variable, "").strip()
+        value = os.environ.get(variable, "").strip()
         if value and f"{section}.{key}" not in command_line_keys:
             result[section] = {**(result.get(section) or {}), key: value}
     return result

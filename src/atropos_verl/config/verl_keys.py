@@ -142,8 +142,9 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
         if (key := key_of(word)) in ray_names:
             raise ConfigError(f"a key of the local backend; with backend=ray it is {ray_names[key]}", key)
         check_form(word, "--cfg shows all keys")
-    # verl's own package directory, found without importing verl (which imports torch).
-    search_path = f"hydra.searchpath=[file://{_verl_config_dir()}]"
+    spec = importlib.util.find_spec("verl")  # without importing verl, which imports torch
+    assert spec is not None and spec.origin is not None
+    search_path = f"hydra.searchpath=[file://{Path(spec.origin).parent / 'trainer' / 'config'}]"
     # The files need not spell out every key of these blocks; the schema refuses what it does not know.
     own = [f"++{word}" if word.startswith(("atropos.", "supervise.")) else word for word in words]
     try:
@@ -316,12 +317,6 @@ def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
         child = node._get_node(name)
         if hasattr(child, "keys") and not child._is_none():
             yield from _known_keys(child, f"{prefix}{name}.")
-
-
-def _verl_config_dir() -> Path:
-    spec = importlib.util.find_spec("verl")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "trainer" / "config"
 
 
 def ray_help(values: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ class Needs(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, _FUNCTION | ast.Lambda):
             return
-        is_caught = isinstance(node, ast.Try) and not all(map(_raises, node.handlers))
+        is_caught = isinstance(node, ast.Try) and not all("raise" in ast.unparse(handler) for handler in node.handlers)
         if isinstance(node, ast.With | ast.AsyncWith):
             is_caught = any("suppress(" in ast.unparse(item.context_expr) for item in node.items)
         if is_caught or isinstance(node, _ONLY_SOMETIMES):
@@ -255,10 +255,6 @@ def _returns_a_list_of_tuples(function: ast.AST) -> bool:
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"{name}.append"]
     is_made_once = len(names) == 1 and sum(node.id == name for node in stored) == 1
     return is_made_once and {type(argument) for call in calls for argument in call.args} == {ast.Tuple}
-
-
-def _raises(handler: ast.ExceptHandler) -> bool:
-    return any(isinstance(node, ast.Raise) for node in ast.walk(handler))
 
 
 _LOOK = r"""

@@ -194,7 +194,6 @@ class Supervisor:
         self.services = [WatchedService(spec, plan.config.supervise) for spec in plan.services]
         by_kind = {watched.spec.kind: watched for watched in self.services}
         self._api, self._trainer = by_kind.get("api"), by_kind.get("trainer")
-        self._trainers = [self._trainer] if self._trainer is not None else []
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
         self._poller = Poller(plan.config, plan.probe_url, generates=not plan.trains_here)
         self._evaluations = EvaluationWatch(plan.run_dir)
@@ -336,7 +335,7 @@ class Supervisor:
             if self._api is not None and self._api.is_due:
                 self._start(self._api)
             return
-        for watched in (*self._environments, *self._trainers):
+        for watched in (*self._environments, *filter(None, [self._trainer])):
             if watched.is_due:
                 self._start(watched)
 
@@ -468,7 +467,7 @@ class Supervisor:
             self._note("upstream's API forgets everything when it dies: trainer and environments start anew")
         _stop(self._environments)
         self._stop_trainer()
-        for watched in (*self._environments, *self._trainers):
+        for watched in (*self._environments, *filter(None, [self._trainer])):
             if watched.is_alive or watched.state == "restarting":
                 watched.end("waiting")
 
