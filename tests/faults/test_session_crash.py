@@ -58,7 +58,7 @@ class Drill:
         while True:
             try:
                 answer = self.client.request(method, path, json=body, headers=headers)
-                if answer.status_code == 503 or (body or {}).get("stream") and not answer.text.endswith("[DONE]\n\n"):
+                if answer.status_code == 503 or ((body or {}).get("stream") and not answer.text.endswith("[DONE]\n\n")):
                     raise httpx.RemoteProtocolError("the run is ending")  # killed process by process: an SDK retries
                 assert answer.status_code == 200, answer.text
                 return answer

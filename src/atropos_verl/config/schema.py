@@ -566,7 +566,7 @@ def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str
     return result
 
 
-def apply_environment(values: dict[str, Any], command_line_keys: Set[str]) -> dict[str, Any]:
+def apply_environment(values: dict[str, Any], command_line_keys: Set[str] = frozenset()) -> dict[str, Any]:
     """Put ``_VARIABLES`` over the file's values, but not over keys (dotted) that the command line set."""
     result = {**values, "atropos": dict(values.get("atropos") or {})}
     for variable, (section, key) in _VARIABLES.items():

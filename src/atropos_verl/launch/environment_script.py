@@ -20,6 +20,7 @@ from atropos_verl.errors import ConfigError
 
 _SERVER = re.compile(r"([\w.]+\.)?(APIServerConfig|ServerBaseline)")
 _CHANGES_LIST = re.compile(r"\.(append|extend|insert)\(|\+=")
+_RAISES = re.compile(r"^\s*raise\b", re.MULTILINE)
 _FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -188,7 +189,9 @@ class Needs(ast.NodeVisitor):
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, _FUNCTION | ast.Lambda):
             return
-        is_caught = isinstance(node, ast.Try) and not all("raise" in ast.unparse(handler) for handler in node.handlers)
+        is_caught = isinstance(node, ast.Try) and not all(
+            _RAISES.search(ast.unparse(handler)) for handler in node.handlers
+        )
         if isinstance(node, ast.With | ast.AsyncWith):
             is_caught = any("suppress(" in ast.unparse(item.context_expr) for item in node.items)
         if is_caught or isinstance(node, _ONLY_SOMETIMES):
