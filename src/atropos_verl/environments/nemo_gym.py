@@ -125,10 +125,10 @@ def _tasks(agents: Mapping[str, Any], file: str | None) -> list[dict[str, Any]]:
     for name, agent in agents.items() if file is None else ():
         files += [(name, data["jsonl_fpath"]) for data in agent.get("datasets") or () if data.get("type") == "train"]
     tasks = []
-    for name, path in files:
+    for owner, path in files:
         places = launch_directory() / path, Path(nemo_gym.PARENT_DIR, path)
         for number, task in enumerate(read_tasks(next(filter(Path.exists, places), places[0])), 1):
-            task.setdefault("agent_ref", {"name": name})
+            task.setdefault("agent_ref", {"name": owner})
             if task["agent_ref"]["name"] not in agents or "responses_create_params" not in task:
                 text = f"no responses_create_params, or an agent_ref that is none of {', '.join(agents)}"
                 raise ConfigError(f"{path}, task {number}: {text}", "--set tasks")
