@@ -695,7 +695,7 @@ def _read(body: bytes, kind: type[_T]) -> _T:
         made = msgspec.json.decode(body, type=kind)
         msgspec.msgpack.encode(made)
         return made
-    except (msgspec.MsgspecError, OverflowError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         found = _FIELD.search(str(error))
         raise ApiError(400, f"the body: {error}", param=found and (found[1] or found[2])) from error
 

@@ -479,6 +479,8 @@ def test_a_bad_session_is_refused_by_its_field(client: httpx.Client) -> None:
         ({"group": "g", "other": 0}, "other"),
     ):
         assert code_of(client.post("/sessions", json=body)) == (400, field), body
+    for content in (b"[1]", b"{", b'{"gro\xb4up": "g"}'):
+        assert client.post("/sessions", content=content).status_code == 400, content
 
 
 def test_limits(client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch) -> None:
