@@ -45,7 +45,7 @@ TRAINS_SMOLLM2 = {
 REFUSED = {
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
-    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but",
+    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but|No valid items were scored",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
     "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
 }
@@ -109,7 +109,7 @@ def test_it_trains_a_larger_model(name: str, tmp_path: Path) -> None:
 def test_it_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
     with started(name, tmp_path, SAME) as run:
         run.must_end(1)
-        assert REFUSED[name] in run.stderr
+        assert re.search(REFUSED[name], run.stderr)
 
 
 @pytest.mark.parametrize("name", BEFORE_THE_START)
