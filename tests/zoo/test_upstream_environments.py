@@ -45,7 +45,7 @@ TRAINS_SMOLLM2 = {
 REFUSED = {
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
-    "reasoning_gym_environment/reasoning_gym_environment.py": "the policy is being sampled, but|No valid items were scored",
+    "reasoning_gym_environment/reasoning_gym_environment.py": "policy is being sampled, but|No valid items were scored",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
     "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
 }
