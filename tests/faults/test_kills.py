@@ -77,7 +77,7 @@ def test_an_environment_that_cannot_start_twice_ends_the_run(tmp_path: Path) -> 
         run.must_end(1)
         assert run.stdout.count("environment exited with code 1; restarting it in ") == 1
         assert (
-            "environment exited with code 1 for the second time and is given up; no environment is left" in run.stderr
+            "environment exited with code 1 (2 deaths) and is given up; no environment is left" in run.stderr
         )
         assert run.stderr.rstrip().endswith("ImportError: no fancy_dependency here")
     assert checkpointed_step(tmp_path / "run") == 0
