@@ -30,8 +30,9 @@ def recorded_batches() -> list[list[bytes]]:
     """Batches of the demo model for every step, as JSON to post, with everything an environment can put into a group.
 
     In every batch: one group of two turns, one with token-level advantages for two of its sequences, one with a zeroed
-    sequence; the rest is plain. The logprobs are the demo model's. The second batch has a group with an id outside
-    the vocabulary, to be quarantined; all sequences of the third have the same length.
+    sequence and a reference's logprobs, one with a teacher's values. The logprobs are the demo model's. The second
+    batch has a group with an id outside the vocabulary, to be quarantined; all sequences of the third have the same
+    length.
     """
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
     vocabulary = int(model.config.vocab_size)
@@ -59,6 +60,12 @@ def _group(model: Any, tokens: list[list[int]], kind: int, rng: np.random.Genera
         fields["advantages"] = [rng.normal(size=len(row)).tolist() if i < 2 else None for i, row in enumerate(tokens)]
     if kind == 2:
         fields["overrides"] = [{"set_advantage_to_zero": True}, {}, {}, {}]
+        fields["ref_logprobs"] = [[1.0 if m == -100 else -2.0 for m in mask] for mask in masks]
+    if kind == 3:  # one or two tokens of a teacher for each that is trained
+        fields["distill_token_ids"] = [
+            [[] if m == -100 else [t, t + 1][: 1 + t % 2] for t, m in enumerate(mask)] for mask in masks
+        ]
+        fields["distill_logprobs"] = [[[-1.5] * len(ids) for ids in row] for row in fields["distill_token_ids"]]
     return encode_group(
         tokens=tokens,
         masks=masks,
@@ -94,6 +101,7 @@ class Story:
                 "trainer.save_freq=1",
                 "atropos.off_policy.max_staleness=null",
                 "atropos.advantage_normalization=global",
+                "atropos.loss.ref_weight=0.1",
             ]
             with TrainingRun(self.words, run_dir=self.run_dir) as run:
                 run.wait_for_output("waiting for a batch")
@@ -142,6 +150,7 @@ def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
         "data": {"max_prompt_length": 48},
         "optim": {"lr": 2e-4},
         "use_advantage_weighting": True,
+        "loss": {"ref_weight": 0.1},
     }
     steps = []
     with AtroposTrainer.from_config(config) as trainer:
@@ -198,6 +207,8 @@ def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, 
         assert line["actor/advantage_mean"] == pytest.approx(step["actor/advantage_mean"], rel=1e-5, abs=1e-7)
         assert line["loss"] == pytest.approx(step["loss"], rel=1e-4), line["step"]
         assert line["actor/grad_norm"] == pytest.approx(step["actor/grad_norm"], rel=1e-4), line["step"]
+        for name in ("distill/kl", "distill/known", "ref/kl", "ref/known"):
+            assert line[name] == pytest.approx(step[name], rel=1e-4), (line["step"], name)
     assert [line["advantage/replaced_sequences"] for line in story.metrics] == [2.0] * STEPS
     assert [line["advantage/zeroed_sequences"] for line in story.metrics] == [1.0] * STEPS
 

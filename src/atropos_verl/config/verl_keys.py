@@ -25,7 +25,6 @@ from atropos_verl.config.schema import (
     NO_MICRO_BATCH,
     AtroposConfig,
     CommonConfig,
-    DistillConfig,
     GroupsConfig,
     OwnAlgorithmConfig,
     OwnLossConfig,
@@ -181,11 +180,6 @@ def complete_config(config: Any) -> None:
 def read_run(config: Any) -> RayRun:
     """Validate the ``atropos`` block and what it needs of verl's keys. Raises ``ConfigError`` naming what is wrong."""
     settings = RaySettings.from_mapping(plain(config.atropos), "atropos.")
-    for section, name in [*(("distill", name) for name in DistillConfig.model_fields), ("loss", "ref_weight")]:
-        own = getattr(settings, section)
-        if getattr(own, name) != type(own).model_fields[name].default:
-            text = "without effect: backend=ray does not train on a teacher's values or ref_logprobs yet"
-            raise ConfigError(text, f"atropos.{section}.{name}")
     _check_verl_keys(config)
     algorithm = config.algorithm
     if settings.algorithm.advantage_path and (

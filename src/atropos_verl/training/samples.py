@@ -196,13 +196,13 @@ def _sample(
     )
 
 
-def posted_columns(samples: Sequence[TrainingSample]) -> dict[str, list[FloatArray]]:
-    """The columns ``teacher`` and ``reference`` of a batch for verl's engine, where they hold something: [E_b, n] of
-    each sample, at least one row (about token 0, which is never trained)."""
+def posted_columns(samples: Sequence[TrainingSample], *, always: bool = False) -> dict[str, list[FloatArray]]:
+    """The columns ``teacher`` and ``reference`` of a batch for verl's engine, where they hold something, or ``always``:
+    [E_b, n] of each sample, at least one row (about token 0, which is never trained)."""
     found = {}
     for name, width in (("teacher", 4), ("reference", 3)):
         rows = [getattr(sample, name) for sample in samples]
-        if any(row is not None for row in rows):
+        if always or any(row is not None for row in rows):
             found[name] = [np.zeros((1, width)) if row is None else row for row in rows]
     return found
 

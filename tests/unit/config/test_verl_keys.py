@@ -143,13 +143,6 @@ def test_bounds_that_contradict_each_other_are_named_with_their_values(word: str
         read_run(composed(word))
 
 
-@pytest.mark.parametrize("word", ["distill.teacher=x", "distill.weight=2", "loss.ref_weight=0.1"])
-def test_what_trains_on_a_teacher_is_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^atropos.{word.partition('=')[0]}: .*backend=ray does not train on"):
-        read_run(composed(f"atropos.{word}"))
-    read_run(composed("atropos.distill.weight=1.0", "atropos.loss.ref_weight=0.001"))
-
-
 def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() -> None:
     for words, expected in (([], ""), (["atropos.env.script=x.py"], "atropos.env.script: not used, since")):
         run = read_run(composed("atropos.api_url=http://x", *words))

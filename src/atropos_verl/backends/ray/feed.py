@@ -350,11 +350,6 @@ class TrajectoryFeed:
 
     def _refuses(self, samples: Sequence[TrainingSample]) -> str | None:
         for sample in samples:
-            if sample.teacher is not None or sample.reference is not None:
-                return (
-                    f"group {sample.group_id} brings distill_token_ids or ref_logprobs, which backend=ray does not "
-                    "train on yet; name distill_token_ids, distill_logprobs, ref_logprobs in atropos.data.ignore_fields"
-                )
             if sample.temperature != self.temperature:
                 return (
                     f"group {sample.group_id} was sampled at temperature {sample.temperature:g}, but verl computes "

@@ -37,6 +37,7 @@ from atropos_verl.training.checkpoint_state import (
     mark_best,
     new_checkpoint,
 )
+from atropos_verl.training.losses.policy import summarise_importance
 from atropos_verl.training.step import is_best, step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
@@ -341,6 +342,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         environments: defaultdict[int, list[float]] = defaultdict(list)
         numbers = ((name, _number(value)) for name, value in metrics.items())
         figures: dict[str, float | int | None] = {name: number for name, number in numbers if number is not None}
+        posted = {f"{name}/{figure}" for name in ("distill", "ref") for figure in ("kl", "known")}
+        figures |= summarise_importance({name: figures.pop(f"actor/{name}", None) or 0.0 for name in posted})
         for slot in self._slots:
             figures |= slot.off_policy
             for env_id, score in slot.scores:

@@ -15,6 +15,7 @@ import transfer_queue as tq
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
+from atropos_verl.training.samples import posted_columns
 from atropos_verl.types import UNKNOWN_VERSION, TrainingSample
 
 ADVANTAGES = "atropos_advantages"
@@ -101,6 +102,7 @@ def _row(sample: TrainingSample, advantage: SequenceAdvantage, served: int) -> t
         "rollout_log_probs": torch.from_numpy(sent[start:].astype(np.float32)),
         "rm_scores": rewards,
         ADVANTAGES: torch.from_numpy(np.array(advantage.values[start:length], dtype=np.float64)),
+        **{name: torch.from_numpy(entries) for name, [entries] in posted_columns([sample], always=True).items()},
         "num_turns": 2 * turns,
         "extra_fields": {},
         "multi_modal_inputs": {},

@@ -16,13 +16,16 @@ from verl.trainer.ppo.core_algos import register_policy_loss as _register_policy
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.device import get_device_name
+from verl.utils.metric import AggregationType, Metric
+from verl.workers import engine_workers
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.utils.losses import ppo_loss
 
 from atropos_verl.backends.ray.replicas import forget_server
 from atropos_verl.training.extensions import load_loss
 from atropos_verl.training.losses.policy import advantage_weighted_sft_loss
 from atropos_verl.types import LossOutput
-from atropos_verl.verl_plugin import engines  # noqa: F401  registers
+from atropos_verl.verl_plugin import engines
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 
 
@@ -144,6 +147,20 @@ def verls_loss(loss: Callable[..., LossOutput], aggregates: bool = False) -> Cal
         return output.loss * batch.get("dp_size", 1), {f"actor/{name}": v for name, v in output.metrics.items()}
 
     return policy_loss
+
+
+def ppo_loss_with_teacher(
+    config: Any, model_output: dict[str, Any], data: Any, dp_group: Any = None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """verl's loss of the actor, and the KL to a teacher's and a reference's values in the batch."""
+    loss, metrics = ppo_loss(config, model_output, data, dp_group)
+    added, ranks = engines.added_loss(model_output, data), data["dp_size"]
+    share = float(data["loss_mask"].values().sum()) * ranks / data["batch_num_tokens"]
+    figures = {f"actor/{name}": Metric(AggregationType.SUM, value * share) for name, value in added.metrics.items()}
+    return loss + added.loss * ranks, metrics | figures
+
+
+engine_workers.ppo_loss = ppo_loss_with_teacher  # verl's workers call it by this name; it has no hook
 
 
 def register_user_loss(config: Any) -> None:
