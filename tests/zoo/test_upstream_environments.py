@@ -6,7 +6,8 @@ Opt-in, since nothing of theirs is here::
 
 ``ATROPOS_CHECKOUT`` is a clone of https://github.com/NousResearch/atropos (commit in ``docs/environments.md``),
 ``ATROPOS_PYTHON`` an interpreter with atroposlib, transformers 4 and what the environments import. With
-``ATROPOS_SMOLLM2=1`` those that need a larger model train SmolLM2, for minutes each.
+``ATROPOS_SMOLLM2=1`` those that need a larger model train SmolLM2, for minutes each. ``ATROPOS_FORM_MODEL`` is the
+directory of a model that answers in ``<answer>`` tags (``docs/environments.md`` makes one): two more train it.
 """
 
 import os
@@ -42,12 +43,18 @@ TRAINS_SMOLLM2 = {
     ),
 }
 """Their prompts are longer than the demo model's context."""
+FORM_MODEL = os.environ.get("ATROPOS_FORM_MODEL")
+TRAINS_FORM_MODEL = (
+    "community/regex_generation/regex_env.py",
+    "reasoning_gym_environment/reasoning_gym_environment.py",
+)
+"""They drop groups of equal scores themselves, so that a model without their form never fills a batch."""
 REFUSED = {
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
     "reasoning_gym_environment/reasoning_gym_environment.py": "policy is being sampled, but|No valid items were scored",
     "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
-    "community/metric_card_generator/metric_card_generator.py": "JSON parsing error",
+    "community/metric_card_generator/metric_card_generator.py": "the prompts of the environment are too long",
 }
 BEFORE_THE_START = {
     "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo, which ",
@@ -97,7 +104,18 @@ def test_it_trains(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not os.environ.get("ATROPOS_SMOLLM2"), reason="opt-in, see the docstring")
 @pytest.mark.parametrize("name", TRAINS_SMOLLM2)
 def test_it_trains_a_larger_model(name: str, tmp_path: Path) -> None:
-    with started(name, tmp_path, TRAINS_SMOLLM2[name], *SMOLLM2) as run:
+    must_train(name, tmp_path, TRAINS_SMOLLM2[name], *SMOLLM2)
+
+
+@pytest.mark.skipif(not FORM_MODEL, reason="opt-in, see the docstring")
+@pytest.mark.parametrize("name", TRAINS_FORM_MODEL)
+def test_it_trains_a_model_that_knows_its_form(name: str, tmp_path: Path) -> None:
+    words = (f"model.path={FORM_MODEL}", "batch_size=8", "data.max_prompt_length=3000", "max_response_length=64")
+    must_train(name, tmp_path, f"{SAME},--env.steps_per_eval,-1", *words)
+
+
+def must_train(name: str, tmp_path: Path, args: str, *words: str) -> None:
+    with started(name, tmp_path, args, *words) as run:
         run.must_end(0)
         lines = run.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3]
