@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(module.run(options))
         sys.stdout.flush()
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

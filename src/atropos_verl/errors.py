@@ -21,7 +21,7 @@ class ConfigError(AtroposVerlError, ValueError):
 
 
 class AtroposAPIError(AtroposVerlError):
-    """The trajectory API did not do what was asked. ``str(error)`` tells the user what to check.
+    """The trajectory API did not do what was asked.
 
     ``reason`` is one line, true to the case; ``base_url`` is the API as the user configured it.
     """
@@ -32,19 +32,24 @@ class AtroposAPIError(AtroposVerlError):
         self.base_url = base_url
 
     def __str__(self) -> str:
+        return f"ATROPOS API ERROR: {self.reason}"
+
+
+class AtroposConnectionError(AtroposAPIError, ConnectionError):
+    """No connection: refused, host not found, TLS failure, unreachable, or reset while talking.
+
+    ``str(error)`` tells the user what to check."""
+
+    def __str__(self) -> str:
         if not self.base_url:
-            return f"ATROPOS API ERROR: {self.reason}"
+            return super().__str__()
         return (
-            f"ATROPOS API ERROR: {self.reason}\n\n"
+            f"{super().__str__()}\n\n"
             "Ensure that:\n"
             f"1. Atropos server is running on {self.base_url}\n"
             "2. The API endpoints are accessible\n"
             "3. Network connectivity is available"
         )
-
-
-class AtroposConnectionError(AtroposAPIError, ConnectionError):
-    """No connection: refused, host not found, TLS failure, unreachable, or reset while talking."""
 
 
 class AtroposTimeoutError(AtroposAPIError, TimeoutError):

@@ -76,9 +76,7 @@ def test_an_environment_that_cannot_start_twice_ends_the_run(tmp_path: Path) -> 
     with TrainingRun([f"env.script={script}", "supervise.backoff=0.1"], run_dir=tmp_path / "run") as run:
         run.must_end(1)
         assert run.stdout.count("environment exited with code 1; restarting it in ") == 1
-        assert (
-            "environment exited with code 1 (2 deaths) and is given up; no environment is left" in run.stderr
-        )
+        assert "environment exited with code 1 (2 deaths) and is given up; no environment is left" in run.stderr
         assert run.stderr.rstrip().endswith("ImportError: no fancy_dependency here")
     assert checkpointed_step(tmp_path / "run") == 0
 

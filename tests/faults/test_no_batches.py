@@ -19,7 +19,10 @@ FAILING = REPOSITORY / "tests" / "support" / "failing_env.py"
 WORDS = (*SMALL, "steps=1", "save_freq=-1", "supervise.stall_after=8")
 CAUSES = {
     "raises": ("the environment fails in its own code: Error in collect_trajectories: ", "'answer_key' ("),
-    "asks_wrongly": ("the gateway refuses every request of the environment: ", "best_of: not supported by this server (7)"),
+    "asks_wrongly": (
+        "the gateway refuses every request of the environment: ",
+        "best_of: not supported by this server (7)",
+    ),
     "long": (
         "the prompts of the environment are too long: the gateway refuses every request: ",
         "maximum context length is 64 tokens",

@@ -406,8 +406,8 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", type=int, default=64, help="sessions at once (default: %(default)s)")
     add("--timeout", type=float, default=600.0, help="seconds for one rollout (default: %(default)g)")
     add("--name", "--env.wandb_name", default="agent", help="at the API (default: %(default)s)")
-    add("--api-url", default=url("ATROPOS_API_URL", "http://127.0.0.1:8000"), help="default: $ATROPOS_API_URL")
-    add("--gateway-url", default=url("ATROPOS_GATEWAY_URL", "http://127.0.0.1:9004"), help="or $ATROPOS_GATEWAY_URL")
+    add("--api-url", default=url("ATROPOS_API_URL"), help="default: $ATROPOS_API_URL; evaluate needs none")
+    add("--gateway-url", default=url("ATROPOS_GATEWAY_URL"), help="default: $ATROPOS_GATEWAY_URL")
     add("--batches-ahead", "--env.max_batches_offpolicy", type=int, default=1, help="that may wait (default: 1)")
     add("--weight", "--env.inference_weight", type=float, default=1.0, help=argparse.SUPPRESS)
     add("--share", "--env.min_batch_allocation", type=float, help=argparse.SUPPRESS)
@@ -440,6 +440,9 @@ def run_tasks(
         url, key = (content["openai"][0][name] for name in ("base_url", "api_key"))
         options.gateway_url = url.removesuffix("/v1").removesuffix(EVALUATION_PATH)  # sessions are the gateway's own
         options.api_url, token = content.get("env", {}).get("rollout_server_url", options.api_url), None
+    for name in ("gateway_url", *(() if options.action == "evaluate" else ("api_url",))):
+        if not getattr(options, name):
+            raise ConfigError(f"set it, or ATROPOS_{name.upper()}", f"--{name.replace('_', '-')}")
     if options.group_size < 1 or options.concurrency < 1 or not options.timeout > 0:
         raise ConfigError("--group-size, --concurrency and --timeout must be above 0")
 
@@ -472,7 +475,7 @@ def program(
     try:
         return command(parser.parse_args())
     except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
 
 

@@ -97,7 +97,8 @@ def _exit_code_of(run: Callable[[], int]) -> int:
                 code, text = 2, f"CONFIGURATION ERROR: {error}"
             elif logging.getLogger().handlers:  # without one, logging would print a traceback before the message
                 logger.error("the run failed", exc_info=error)
-            sys.stderr.write("\n" + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
+            start = "" if code == 2 else "\n"  # a wrong configuration is the first that is said
+            sys.stderr.write(start + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
             return code
 
 

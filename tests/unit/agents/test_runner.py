@@ -26,6 +26,7 @@ from atropos_verl.agents.runner import (
     read_tasks,
     task_order,
 )
+from atropos_verl.cli import main
 from atropos_verl.errors import AtroposTimeoutError, ConfigError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
@@ -317,6 +318,18 @@ def test_tasks_come_in_another_order_each_epoch_and_go_on_where_they_were(tmp_pa
     (tmp_path / "t.jsonl").write_text('1\n{"a"\n')
     with pytest.raises(ConfigError, match=r"t.jsonl, line 2: not JSON .*: '\{\"a\"'$"):
         read_tasks(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize(("given", "missing"), [("api-url", "gateway-url"), ("gateway-url", "api-url")])
+@pytest.mark.parametrize("verb", ["agents run --command true --tasks {tasks}", "environments serve verifiers:x"])
+def test_no_address_is_guessed(
+    verb: str, given: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "t.jsonl").write_text("1\n")
+    variable = f"ATROPOS_{missing.upper().replace('-', '_')}"
+    monkeypatch.delenv(variable, raising=False)
+    assert main([*verb.format(tasks=tmp_path / "t.jsonl").split(), f"--{given}", "http://127.0.0.1:1"]) == 2
+    assert capsys.readouterr().err == f"CONFIGURATION ERROR: --{missing}: set it, or {variable}\n"
 
 
 class APIConnectionError(Exception):
