@@ -125,16 +125,18 @@ def test_it_goes_on_to_the_end(run_dir: Path) -> None:
     for line in lines:
         assert line.keys() >= METRIC_KEYS
         assert all(math.isfinite(line[key]) for key in METRIC_KEYS), line
-        assert line["data/groups"] == 4
         assert line["sync/canary_max_abs_logprob_diff"] < 1e-3
         assert line["data/unmatched_span_rate"] == 0.0, "also of groups that were generated before a kill"
+    groups = [line["data/groups"] for line in lines]
+    # After 5 s without an environment, the API gives out what there is.
+    assert sum(count != 4 for count in groups) <= 1, "a killed environment was long in coming back"
     trained = sum(line["data/trained_tokens"] for line in lines)
     state = json.loads((run_dir / "checkpoints" / f"global_step_{last}" / "atropos.json").read_text())
     assert state["moments"]["count"] == trained, "running statistics went on across every resume"
     summary = summary_of(run_dir)
     assert (summary["steps"], summary["policy_version"], summary["weights_synced"]) == (last, last, last - before + 1)
     assert summary["rewards"] == [line["reward/mean"] for line in lines], "of every run"
-    assert (summary["groups_used"], summary["sequences_trained"]) == (4 * last, 16 * last)
+    assert (summary["groups_used"], summary["sequences_trained"]) == (sum(groups), 4 * sum(groups))
     assert summary["tokens_trained"] == trained
     for name in ("trainer", "trajectory_api", "environment"):
         assert (run_dir / "logs" / f"{name}.log").stat().st_size > 0, name
