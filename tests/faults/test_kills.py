@@ -52,7 +52,7 @@ def assert_saved(run: TrainingRun, run_dir: Path, before: int) -> None:
     assert checkpointed_step(run_dir) == step
     if step % 5:  # otherwise it was saved in passing
         note = f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step}; the same command with "
-        assert note + "resume=auto goes on)" in run.stderr
+        assert note + f"run_dir={run_dir} resume=auto goes on)" in run.stderr
     assert "Traceback" not in run.stderr
 
 

@@ -101,7 +101,8 @@ def test_a_gateway_port_that_is_taken(tmp_path: Path, without_torch: dict[str, s
         holder.listen()
         port = holder.getsockname()[1]
         with TrainingRun([f"gateway.port={port}"], run_dir=tmp_path / "run", env=without_torch) as run:
-            run.must_end(1)
+            run.must_end(2)
+            assert "CONFIGURATION ERROR: gateway.port: inference gateway: cannot listen" in run.stderr
             assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in run.stderr
             assert "Set gateway.port to a free port" in run.stderr
             assert "Traceback" not in run.stderr

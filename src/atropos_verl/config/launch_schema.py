@@ -176,9 +176,7 @@ class LaunchConfig(Section):
 
 def describe_launch() -> list[Row]:
     """Every key of a launch as ``(dotted name, default, meaning)``; an environment's as ``environments.NAME.key``."""
-    rows = [row for row in describe(LaunchConfig) if row[0] not in ("environments", "agents")]
-    named = describe(EnvironmentConfig, "environments.NAME.") + describe(AgentConfig, "agents.NAME.")
-    return rows + describe(SuperviseConfig, "supervise.") + named
+    return describe(LaunchConfig) + describe(SuperviseConfig, "supervise.")
 
 
 def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:

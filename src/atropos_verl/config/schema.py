@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -553,7 +553,9 @@ def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str
         key = f"{prefix}{key}".rstrip(".")
         message = str(item["msg"]).removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            hint = did_you_mean(key, [name for name, *_ in describe(model, prefix)])
+            name_of = str(item["loc"][:2][-1])
+            known = [name.replace(".NAME.", f".{name_of}.") for name, *_ in describe(model, prefix)]
+            hint = did_you_mean(key, known)
             message = f"unknown key{hint} (--help lists all keys)"
         elif item["type"] != "value_error":
             message = f"{message}, got {item['input']!r}"
@@ -581,12 +583,15 @@ Row = tuple[str, Any, str]
 
 
 def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[Row]:
-    """Every key as ``(prefix + dotted name, default, meaning)``, in the order of the schema, for ``--help``."""
+    """Every key as ``(prefix + dotted name, default, meaning)``, in the order of the schema, for ``--help``; those of
+    each model in a mapping as ``mapping.NAME.key``."""
     rows: list[Row] = []
     for name, info in model.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             rows += describe(annotation, f"{prefix}{name}.")
+        elif get_origin(annotation) is dict and hasattr(of_each := get_args(annotation)[1], "model_fields"):
+            rows += describe(of_each, f"{prefix}{name}.NAME.")
         else:
             rows.append((f"{prefix}{name}", info.get_default(call_default_factory=True), info.description or ""))
     return rows

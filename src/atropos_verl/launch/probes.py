@@ -77,7 +77,7 @@ class Poller:
         """``/status``; None: does not answer now."""
         self.api_at = 0.0
         self.batch_at = 0.0
-        """Time at which the API was last seen to have handed out a batch."""
+        """Time at which the API was last seen to have handed out a batch, or the gateway to pause for its step."""
         self.gateway: Mapping[str, Any] | None = None
         """``/health``; None: does not answer now."""
         self.gateway_at = 0.0
@@ -140,7 +140,11 @@ class Poller:
         if not isinstance(health, dict):
             self.gateway = self.tokens_per_second = self.requests_per_second = None
             return
+        was_paused = self.gateway is not None and self.gateway.get("paused")
         self.gateway, self.gateway_at = health, time.monotonic()
+        # The step of a busy machine may begin while the API does not answer.
+        if self.generated_at and health.get("paused") and not was_paused:
+            self.batch_at = self.gateway_at
         text = request_json(f"{self._gateway_url}/metrics", token=self._gateway_key)
         self._count(_counters(text) if isinstance(text, str) else {})
         if not self.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:

@@ -534,7 +534,7 @@ class Supervisor:
         processes = {watched.name: watched.process for watched in self.services if watched.process is not None}
         logs = {name: self._read_log(process.spec.log_path) for name, process in processes.items()}
         errors = {watched.name: common_errors(logs.get(watched.name, "")) for watched in self._environments}
-        endings = {watched.name: watched.log_tail(1) for watched in self._environments}
+        endings = {watched.name: _last_words(watched.log_tail()) for watched in self._environments}
         of_trainer = "".join(map(self._read_log, self._trainer_logs))
         of_api = "" if self._api is None else logs.get(self._api.name, "")
         return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), endings)
@@ -608,6 +608,11 @@ def _stop(services: Sequence[WatchedService], grace: float = GRACE_SECONDS) -> N
 
 def _late(watched: WatchedService, what: str) -> str:
     return f"{watched.name} was not ready {watched.spec.startup_timeout:g} s after its start: {what}"
+
+
+def _last_words(log: str) -> str:
+    """The last line with a letter: a pretty-printed value may end in lone brackets."""
+    return next((line for line in reversed(log.splitlines()) if any(map(str.isalpha, line))), "")
 
 
 def _growth(count: int, before: int) -> int:

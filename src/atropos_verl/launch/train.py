@@ -239,7 +239,10 @@ def _train_locally(config: RunConfig) -> int:
     # environment that asks for something before is not refused: it waits in this socket.
     advice = "Set gateway.port to a free port, or to 0 to take any."
     with ExitStack() as stack:
-        listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
+        try:
+            listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
+        except ServiceError as error:
+            raise ConfigError(str(error), "gateway.port") from error
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
         text = json.dumps(config.public(), indent=2)

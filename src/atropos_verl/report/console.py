@@ -286,9 +286,10 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         known = {step: score for step, score in scores.items() if score is not None}
         best = max(known, key=lambda step: known[step], default=None)
         if best is not None:
+            steps = "step" if len(known) == 1 else "steps"
             curve = sparkline(list(known.values()), CURVE_WIDTH, ascii_only=ascii_only)
             label = "" if rows and rows[-1][0] == "held-out" else "held-out"
-            rows.append((label, f"{curve}  at {len(known)} steps, best {decimal(known[best])} at step {best}"))
+            rows.append((label, f"{curve}  at {len(known)} {steps}, best {decimal(known[best])} at step {best}"))
     lines = (
         ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),

@@ -128,7 +128,9 @@ def read_path(path: Path) -> list[FoundGroup]:
         files = [file for file in there if file.suffix in (".json", ".jsonl") and not _BESIDE_BATCH.match(file.name)]
         is_run = bool(of_run) or settings_of_run(path) is not None
         if not files or (is_run and not of_run):
-            why = "the run refused no group; of batches that a checkpoint covers it keeps as many as journal.keep says"
+            why = "no batch has come yet"
+            if (path / "metrics.jsonl").exists() or of_run == [path]:
+                why = "the run refused no group; of batches that a checkpoint covers it keeps what journal.keep says"
             raise ConfigError(f"{path}: {why if is_run else 'the directory holds no .json or .jsonl file'}")
         return [found for file in files for found in _of_directory(file, str(file.relative_to(path)))]
     except OSError as error:

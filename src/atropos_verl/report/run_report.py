@@ -16,7 +16,7 @@ from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.report.console import summary_rows
 from atropos_verl.report.format import count, decimal, duration, seconds
-from atropos_verl.report.trace_reader import TraceReader, read_steps
+from atropos_verl.report.trace_reader import TraceReader, read_steps, settings_of_run
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.step import held_out_score, reward_window
 from atropos_verl.training.trace import NAME
@@ -48,9 +48,12 @@ def load_run(run_dir: Path) -> RunData:
     try:
         steps = list(read_steps(path))
     except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}); is {run_dir} the run directory of a run?") from None
+        if path.exists() or settings_of_run(run_dir) is None:
+            text = f"cannot read {path} ({error.strerror}); is {run_dir} the run directory of a run?"
+            raise ConfigError(text) from None
+        steps = []
     if not steps:
-        raise ConfigError(f"{path} holds no step yet; the first one is written after the first optimiser step")
+        raise ConfigError(f"{run_dir}: no step is done yet")
     summary, problem = read_json(run_dir / "summary.json")
     if problem and (run_dir / "summary.json").exists():
         raise ConfigError(problem)
@@ -150,8 +153,10 @@ def show_survivors(reader: TraceReader, console: Console) -> None:
         say(f"{reader.run_dir}: no {NAME} here: the run is of an older version, or has fetched nothing yet")
         return
     found = reader.survivors()
+    under_way = found["ends"].pop("under_way", 0)
     ends = ", ".join(f"{name} {count(number)}" for name, number in sorted(found["ends"].items()))
-    say(f"rollouts of {reader.run_dir}: {count(found['begun'])} begun, {count(found['trained'])} trained ({ends})")
+    text = f"rollouts of {reader.run_dir}: {count(found['begun'])} begun, {count(found['trained'])} trained ({ends})"
+    say(text + (f"; under way, not counted: {count(under_way)}" if under_way else ""))
     table = _plain_table("by", "mean begun", "mean trained", "distance")
     for name, by in found["by"].items():
         table.add_row(name, *(decimal(by.get(key)) for key in ("begun_mean", "trained_mean", "distance")))

@@ -93,7 +93,7 @@ def test_the_words_of_the_command_line_reach_both_halves() -> None:
     [
         ("supervise.stal_after=3", "supervise.stal_after: unknown key; did you mean supervise.stall_after?"),
         ("optim.lrr=3", "optim.lrr: unknown key; did you mean optim.lr?"),
-        ("environments.demo.weigth=3", "environments.demo.weigth: unknown key"),
+        ("environments.demo.scrpt=3", "environments.demo.scrpt: unknown key; did you mean environments.demo.script?"),
         ("environments.demo.restart=maybe", "environments.demo.restart: Input should be 'always' or 'never'"),
         ("envs=[other]", "envs: no environment named other; there are: demo"),
         ("only=[gateway]", "only.0: Input should be 'api', 'trainer' or 'environments'"),

@@ -433,7 +433,7 @@ def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> N
     logs.mkdir()
     for name in ("environment", "api", "trainer"):
         (logs / f"{name}.log").write_text("2026-11-28 22:39:25,594 WARNING a.b: /x refused: old\n" * 700)
-    code = "print('2026-11-29 22:39:25,594 ERROR a.b: /x refused: new', flush=True)"
+    code = "print('2026-11-29 22:39:25,594 ERROR a.b: /x refused: new\\n]', flush=True)"
     services = [
         ServiceSpec(
             name=kind,
@@ -451,6 +451,7 @@ def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> N
     facts = supervisor._facts()
     assert facts.errors == {"environment": {"/x refused: new": 1}}
     assert (facts.api, facts.gateway) == (["/x refused: new"], [])
+    assert facts.endings["environment"].endswith("/x refused: new"), "not the lone bracket after it"
 
 
 def test_no_batch_is_missed_while_the_trainer_waits_for_an_evaluation(tmp_path: Path) -> None:

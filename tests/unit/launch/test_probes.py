@@ -81,6 +81,18 @@ def test_a_batch_that_was_handed_out_is_seen_before_its_step(monkeypatch: pytest
     assert seen == [False, False, False, False, True], "what happened while it did not answer is not known"
 
 
+def test_a_gateway_that_pauses_has_got_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symptom: a first step of 48 s was called a stall, since the API had not answered when its batch was taken."""
+    poller = Poller(RunConfig(), "http://g", generates=False)
+    seen = []
+    for paused in (True, False, True, True):
+        health = {"paused": paused, "policy_version": 0}
+        monkeypatch.setattr(probes, "request_json", lambda *_, answer=health, **__: answer)
+        poller._ask_gateway()
+        seen.append(poller.batch_at)
+    assert seen[:2] == [0.0, 0.0] and seen[2] == seen[3] > 0.0
+
+
 def test_a_strange_answer_does_not_end_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_INTERVAL", 0.01)
     poller = Poller(RunConfig.from_mapping({"atropos": {"api_url": "http://a"}}), None)

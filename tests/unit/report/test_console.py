@@ -118,10 +118,10 @@ def test_plain_summary(tmp_path: Path) -> None:
 
 def test_summary_of_a_run_without_rewards_says_what_there_is() -> None:
     console, out = piped()
-    scores = {"held_out_before": 0.5, "held_out_steps": {"5": 0.5, "10": 0.75, "15": None}}
+    scores = {"held_out_before": 0.5, "held_out_steps": {"10": 0.75, "15": None}}
     ProgressReporter(3, console).summary({"steps": 3, "rewards": [], "steps_without_data": 2, **scores})
     assert out.getvalue() == (
-        "training finished\n  held-out    0.500 → -\n              ▁█  at 2 steps, best 0.750 at step 10\n"
+        "training finished\n  held-out    0.500 → -\n              ▄  at 1 step, best 0.750 at step 10\n"
         "  steps       3\n  no data     steps 2\n"
     )
 

@@ -391,5 +391,8 @@ def test_a_run_directory_says_which_model_it_trains(tmp_path: Path, backend: str
 
 def test_a_run_without_a_batch_says_so(tmp_path: Path) -> None:
     write(tmp_path / "config.json", {"model": {"path": None}})
+    with pytest.raises(ConfigError, match="no batch has come yet"):
+        read_path(tmp_path)
+    write(tmp_path / "metrics.jsonl", {"step": 1})
     with pytest.raises(ConfigError, match="the run refused no group"):
         read_path(tmp_path)

@@ -62,7 +62,7 @@ def test_a_summary_of_fewer_steps_is_that_of_the_run_before_the_resume(tmp_path:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("metrics.jsonl", "", "holds no step yet"),
+        ("metrics.jsonl", "", "run: no step is done yet"),
         ("metrics.jsonl", "junk\n" + json.dumps(step(1, 0.5)) + "\n", "metrics.jsonl:1 is not JSON: 'junk'"),
         ("metrics.jsonl", "[1]\n" + json.dumps(step(1, 0.5)) + "\n", r"metrics.jsonl:1 is no step: '\[1\]'"),
         ("summary.json", "{", "cannot read .*summary.json"),
@@ -83,6 +83,9 @@ def test_a_directory_without_a_run_is_exit_code_2_on_one_line(
         f"CONFIGURATION ERROR: cannot read {tmp_path}/metrics.jsonl (No such file or directory); "
         f"is {tmp_path} the run directory of a run?\n"
     )
+    (tmp_path / "config.json").write_text('{"model": {}}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{tmp_path}: no step is done yet\n"
 
 
 def test_scores_stand_at_the_step_they_are_of(tmp_path: Path) -> None:

@@ -233,6 +233,10 @@ def test_survivors_shows_that_the_slow_and_the_unposted_are_not_trained(tmp_path
     report.run(argparse.Namespace(run_dirs=[tmp_path], survivors=True), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "7 begun, 2 trained (failed 1, given_up 2, stale 2, trained 2)" in shown and "0.667" in shown
+    (tmp_path / "summary.json").unlink()
+    report.run(argparse.Namespace(run_dirs=[tmp_path], survivors=True), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "6 begun, 2 trained (failed 1, given_up 1, stale 2, trained 2); under way, not counted: 1" in shown
     assert found["ends"] == {"trained": 2, "stale": 2, "given_up": 2, "failed": 1}
     length = found["by"]["length"]
     # 1, 1 trained; begun: 1, 1, 8, 8, 8, 8

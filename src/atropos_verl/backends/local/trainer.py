@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -46,6 +47,7 @@ from atropos_verl.training.step import (
     step_report,
 )
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
+from atropos_verl.verl_plugin import own_rank
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,8 @@ logger = logging.getLogger(__name__)
 
 _ONE_INTERRUPT_SECONDS = 1.0
 """Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
+
+_STOPPING = "stopping: the trainer ends its step and writes its checkpoint (interrupt again to end at once)\n"
 
 
 @contextmanager
@@ -76,7 +80,12 @@ def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if not first:
-            logger.info("%s: finishing the current step; interrupt again to stop at once", signal.Signals(number).name)
+            logger.info("%s: finishing the current step", signal.Signals(number).name)
+            if own_rank()[0] == 0:
+                # Standard error may be in the middle of a write, which refuses another one, or be gone.
+                with suppress(RuntimeError, OSError):
+                    sys.stderr.write(_STOPPING)
+                    sys.stderr.flush()
             first.append((number, time.monotonic()))
         elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
             restore()
@@ -498,7 +507,7 @@ class AtroposTrainer:
             self._collect_evaluation(wait=True)
         except BaseException as error:
             try:
-                self._save_what_was_trained(error)
+                self._save_what_was_trained(error, progress)
             finally:
                 source.stop(give_back=False)  # last: it waits for a request that an API which hangs may never answer
             raise
@@ -572,19 +581,21 @@ class AtroposTrainer:
         is_evaluated = config.eval.keep_best and config.evaluates_at(self.step)
         return self.step % config.save_freq == 0 or self.step == last or is_evaluated
 
-    def _save_what_was_trained(self, error: BaseException) -> None:
+    def _save_what_was_trained(self, error: BaseException, progress: Progress) -> None:
         unusable = isinstance(error, CheckpointError | TrainingDivergedError | WeightSyncError)
         saved_at = self._saved_at
         if self.config.save_freq <= 0 or self.step == saved_at or unusable:
             return
+        again = f"the same command with run_dir={self.run_dir} resume=auto"
         if self.updating:
             note = f"in the middle of an optimiser step: nothing after step {saved_at} is saved; the journal holds the "
-            note += "batches, resume=auto trains on them again"
+            note += f"batches, {again} trains on them again"
         else:
+            progress.phase(f"saving checkpoint {self.step}")
             try:
                 with held_interrupts(deliver=False):
                     directory = self.save_checkpoint()
-                note = f"steps up to {self.step} are saved in {directory}; the same command with resume=auto goes on"
+                note = f"steps up to {self.step} are saved in {directory}; {again} goes on"
             except CheckpointError as second:
                 note = f"and the trained steps since {saved_at} could not be saved: {second}"
         error.add_note(f"({note})")
