@@ -1,7 +1,7 @@
 """Draws reward and held-out scores of a run as an SVG file: ``python tools/run_curve.py RUN_DIR FILE.svg``."""
 
+import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +60,8 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    Path(sys.argv[2]).write_text(curve(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("file", type=Path, help="the SVG file to write")
+    options = parser.parse_args()
+    options.file.write_text(curve(options.run_dir))

@@ -57,20 +57,20 @@ _MAY_BE_ZERO = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.add_argument("--mode", choices=["compare", "sync", "overlap"], default="compare", help="what to simulate")
+    modes = ["compare", "sync", "overlap"]
+    parser.add_argument("--mode", choices=modes, default="compare", help="what to simulate (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, help=f"optimiser steps; None: {_STEPS}, with --replay as many as were recorded"
+        "--steps", type=int, help=f"optimiser steps (default: {_STEPS}; with --replay, as many as were recorded)"
     )
     parser.add_argument(
-        "--batch-size", type=int, help=f"sequences of a step; None: {_BATCH_SIZE}, or those of the recorded run"
+        "--batch-size", type=int, help=f"sequences of a step (default: {_BATCH_SIZE}; with --replay, the run's)"
     )
     for name, kind, default, text in _NUMBERS:
-        parser.add_argument(f"--{name}", type=kind, default=kind(default), help=text)
-    parser.add_argument("--train-gpus", type=int, help="of the GPUs, those that train in overlap mode; None: half")
-    parser.add_argument("--max-staleness", type=int, help="off_policy.max_staleness; None: no bound")
+        parser.add_argument(f"--{name}", type=kind, default=kind(default), help=f"{text} (default: %(default)s)")
+    parser.add_argument("--train-gpus", type=int, help="of the GPUs, those that train in overlap mode (default: half)")
+    parser.add_argument("--max-staleness", type=int, help="off_policy.max_staleness (default: no bound)")
     parser.add_argument(
-        "--max-batches-offpolicy", type=int, help="env.max_batches_offpolicy; None: 1 in sync, 2 in overlap"
+        "--max-batches-offpolicy", type=int, help="env.max_batches_offpolicy (default: 1 in sync, 2 in overlap)"
     )
     parser.add_argument(
         "--replay",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a sync run with the same environments, whose arrivals say how long generation and posting take",
     )
     parser.add_argument(
-        "--generation-latency", type=float, help="what --latency was in the run of --generation-from; None: the same"
+        "--generation-latency", type=float, help="--latency in the run of --generation-from (default: the same)"
     )
     parser.add_argument(
         "--arrivals",
