@@ -5,6 +5,7 @@ Precedence, weakest first: schema defaults, the YAML file, environment variables
 
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,6 +194,11 @@ def check_form(word: str, advice: str) -> str:
     return key_of(word)
 
 
+_SCRIPTS = ("main_atropos.py", "launch_atropos_verl.py")
+_OF_LAUNCH = """
+  --dry-run            print every command and stop
+
+  attach RUN_DIR       show a launch that goes on; with --once, one time"""
 _HELP = """\
 usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
 
@@ -201,7 +207,7 @@ usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
   -h, --help           this text
   --config-name NAME   {names}
   --config-dir DIR     another config directory
-  --cfg                print the composed configuration and stop
+  --cfg                print the composed configuration and stop{more}
 
 examples:
 {examples}
@@ -214,12 +220,15 @@ environment variables (over the file, under key=value; keys given so do not show
 
 
 def help_text(
-    script: str, about: str, examples: Sequence[str], keys: str, rows: Sequence[Row], values: Mapping[str, Any]
+    verb: str, about: str, examples: Sequence[str], keys: str, rows: Sequence[Row], values: Mapping[str, Any]
 ) -> str:
-    """The text of ``--help``: usage, examples of words for ``script``, every key with meaning and value."""
-    program, names = f"python recipe/atropos/{script}", ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    """The text of ``--help``: usage, examples of words for ``verb``, every key with meaning and value."""
+    is_script = Path(sys.argv[0]).name in _SCRIPTS
+    program = f"python {sys.argv[0]}" if is_script else f"atropos-verl {verb}"
+    names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
     shown = "\n".join(f"  {program} {words}" for words in examples)
     texts = {"about": about, "names": f"one of: {names}", "examples": shown, "keys": keys}
+    texts["more"] = _OF_LAUNCH if verb == "launch" else ""
     return _HELP.format(program=program, **texts) + help_rows(rows, values)
 
 
@@ -233,4 +242,4 @@ loopback ports: trajectory API, inference gateway, one environment. With it, onl
         "atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
         "env.script=path/to/my_env.py group_size=4 batch_size=32",
     )
-    return help_text("main_atropos.py", about, examples, "keys", describe(), values)
+    return help_text("train", about, examples, "keys", describe(), values)

@@ -254,7 +254,7 @@ def _closing(plan: LaunchPlan, code: int) -> str:
 def _attach(words: Sequence[str]) -> int:
     from atropos_verl.report.launch_view import attach
 
-    parser = argparse.ArgumentParser(prog="launch attach", description="Watch a launch from another terminal.")
+    parser = argparse.ArgumentParser(prog="atropos-verl launch attach", description="Watch a launch from another terminal.")
     parser.add_argument("run_dir", type=Path, help="its run directory")
     parser.add_argument("--once", action="store_true", help="show it once")
     options = parser.parse_args(list(words))
@@ -269,11 +269,11 @@ def _attach(words: Sequence[str]) -> int:
 
 def _help(values: Mapping[str, Any]) -> str:
     about = """\
-Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments. --dry-run prints
-the commands and stops; attach RUN_DIR [--once] shows a run that goes on. The trainer's keys: main_atropos.py --help."""
+Start and watch everything of a run: trajectory API, trainer with its inference gateway, environments. The
+trainer's keys: atropos-verl train --help."""
     examples = (
         "steps=100 environments.demo.copies=2 run_dir=runs/mine",
         "--config-name remote_api atropos.api_url=http://host:8000",
         "backend=ray trainer.total_training_steps=100",
     )
-    return help_text("launch_atropos_verl.py", about, examples, "keys of a launch", describe_launch(), values)
+    return help_text("launch", about, examples, "keys of a launch", describe_launch(), values)
