@@ -128,7 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("serve", "evaluate"), help="serve it to the trainer, or evaluate on its held-out tasks")
     add("environment", help=_FORMS)
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the ecosystem (docs/ecosystems.md); may be repeated")
+    setting = "a setting of the ecosystem (docs/ecosystems.md); may be repeated"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
     held_out = "last tasks that are evaluated and not trained, at most a fifth (default: %(default)s)"
     add("--held-out", type=int, default=32, help=held_out)
     add_runner_arguments(parser)

@@ -9,6 +9,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -17,7 +19,7 @@ import xxhash
 import yaml
 
 from atropos_verl import assets
-from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
+from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY, AgentConfig, EnvironmentConfig, LaunchConfig
 from atropos_verl.config.model_checks import NAMES_OF_TRANSFORMERS_5, check_tokenizer, read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
@@ -32,6 +34,7 @@ from atropos_verl.launch.environment_script import (
 )
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import write_atomic
+from atropos_verl.training.extensions import split_path
 
 CHILD_ENV: Mapping[str, str] = {
     "PYTHONUNBUFFERED": "1",  # logs are read while the process runs, and after it was killed
@@ -71,6 +74,8 @@ def plan_environments(
     services: list[ServiceSpec] = []
     for name, settings in chosen.items():
         section = "env" if of_training else f"environments.{name}"
+        if name in launch.agents:
+            _check_agent(launch.agents[name], settings, config.resolve_run_dir(), f"agents.{name}")
         program = program_of(section, settings)
         own = [] if name in launch.agents or settings.ecosystem is not None else notes_of(config, settings, program)
         python, run_dir = interpreter(settings.python, f"{section}.python"), config.resolve_run_dir()
@@ -83,6 +88,23 @@ def plan_environments(
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two processes would be called {twice[0]}; rename an environment", "environments")
     return services, warnings
+
+
+def _check_agent(agent: AgentConfig, settings: EnvironmentConfig, run_dir: Path, section: str) -> None:
+    """What can be known without its code being run. Raises ``ConfigError``: a file or a module that is not there."""
+    for key in ("tasks", "eval_tasks"):
+        if (file := getattr(agent, key)) is not None and not Path(file).expanduser().is_file():
+            raise ConfigError(f"there is no {Path(file).expanduser().absolute()}", f"{section}.{key}")
+    env = {**os.environ, **import_path(), **settings.env}
+    entries = [str(run_dir / entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    directory = env[LAUNCH_DIRECTORY]
+    for key in ("agent", "scorer"):
+        if (path := getattr(agent, key)) is None:
+            continue
+        name = split_path(f"{section}.{key}", path)[0].partition(".")[0]  # below it, finding would be importing
+        if agent.python is None and not (PathFinder.find_spec(name, [*entries, directory]) or find_spec(name)):
+            text = f"there is no module {name}; it is looked for in {directory} and on PYTHONPATH"
+            raise ConfigError(text, f"{section}.{key}")
 
 
 def environment_spec(

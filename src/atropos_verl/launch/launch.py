@@ -254,7 +254,9 @@ def _closing(plan: LaunchPlan, code: int) -> str:
 def _attach(words: Sequence[str]) -> int:
     from atropos_verl.report.launch_view import attach
 
-    parser = argparse.ArgumentParser(prog="atropos-verl launch attach", description="Watch a launch from another terminal.")
+    parser = argparse.ArgumentParser(
+        prog="atropos-verl launch attach", description="Watch a launch from another terminal."
+    )
     parser.add_argument("run_dir", type=Path, help="its run directory")
     parser.add_argument("--once", action="store_true", help="show it once")
     options = parser.parse_args(list(words))

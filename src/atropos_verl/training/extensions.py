@@ -52,14 +52,20 @@ def check_extensions(config: RunConfig, prefix: str = "") -> None:
             load_function(key, path, prefix)
 
 
+def split_path(key: str, path: str) -> tuple[str, str]:
+    """Module and function. Raises ``ConfigError``, which names ``key``."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{path!r} is not of the form package.module:function", key)
+    return module_name, name
+
+
 def load_function(key: str, path: str, prefix: str = "") -> Callable[..., Any]:
     """The function that ``path`` names. Raises ``ConfigError``, which names the key as ``prefix`` and ``key``, when it
     cannot be imported, is no function, or does not take the arguments of ``key``."""
     positional, keywords = _ARGUMENTS[key]
     key = prefix + key
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ConfigError(f"{path!r} is not of the form package.module:function", key)
+    module_name, name = split_path(key, path)
     directory = os.environ.setdefault(LAUNCH_DIRECTORY, str(Path.cwd()))
     if directory not in sys.path:
         sys.path.append(directory)

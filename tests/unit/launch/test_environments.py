@@ -378,6 +378,37 @@ def test_an_agent_is_an_environment_of_the_runner(tmp_path: Path, monkeypatch: p
             LaunchConfig.from_mapping(wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"agent": "spellr:solve"}, "agent: there is no module spellr; it is looked for in .* and on PYTHONPATH"),
+        ({"agent": "spellr"}, "agent: 'spellr' is not of the form package.module:function"),
+        ({"agent": None, "command": "true", "scorer": "spellr:score"}, "scorer: there is no module spellr"),
+        ({"tasks": "nope.jsonl"}, "tasks: there is no .*/nope.jsonl"),
+        ({"eval_tasks": "nope.jsonl"}, "eval_tasks: there is no .*/nope.jsonl"),
+    ],
+)
+def test_an_agents_module_and_files_are_looked_for_before_it_starts(
+    wrong: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for file in ("tasks.jsonl", "here.py", "elsewhere/there.py"):
+        (tmp_path / file).write_text("")
+    variables = {"env": {"PYTHONPATH": f"{tmp_path}/elsewhere"}}
+
+    def plan(**agent: Any) -> None:
+        values = {"agents": {"mine": agent}, "environments": {}}
+        config = RunConfig.from_mapping({"run_dir": f"{tmp_path}/run"})
+        plan_environments(config, LaunchConfig.from_mapping(values), own_api=True)
+
+    plan(agent="here:solve")
+    plan(agent="there:solve", **variables)
+    plan(agent="unknown:solve", python=sys.executable)  # what it finds is its own
+    with pytest.raises(ConfigError, match=rf"^agents\.mine\.{message}"):
+        plan(**{"agent": "here:solve", **variables, **wrong})
+
+
 def test_groups_of_one_sequence_are_warned_of_where_the_baseline_is_the_group() -> None:
     alone: dict[str, Any] = {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}}
     [warning] = plan(alone)[1]
