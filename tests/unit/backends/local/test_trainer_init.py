@@ -1,5 +1,6 @@
 """What a trainer that cannot be built leaves behind: nothing."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.backends.local import trainer
+from atropos_verl.backends.local.trainer import held_interrupts
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.storage import locked
 
@@ -32,3 +34,10 @@ def test_a_trainer_whose_sample_settings_fail_closes_its_parts_and_frees_the_run
     with locked(tmp_path / "lock", "another run"):  # while the traceback still holds the trainer
         assert caught.tb is not None
     assert closed == ["stack"]
+
+
+def test_an_interrupt_that_is_held_is_answered_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Symptom: Ctrl-C in a step of a large model had no visible effect for half a minute."""
+    with held_interrupts(deliver=False):
+        signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err.startswith("stopping: the trainer ends its step and writes its checkpoint")
