@@ -242,6 +242,8 @@ def _train_locally(config: RunConfig) -> int:
         try:
             listener = listen(config.gateway.host, config.gateway.port, "inference gateway", advice)
         except ServiceError as error:
+            if TOKEN_VARIABLE in os.environ:  # a launch, which has found it free: it is to start this trainer again
+                raise
             raise ConfigError(str(error), "gateway.port") from error
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
