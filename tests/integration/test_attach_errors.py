@@ -64,6 +64,7 @@ CONFIGURATION_ERRORS = {
     "no such checkpoint": (["resume=/nowhere"], "resume: /nowhere is not a checkpoint of this project"),
     "no such module": (["data.filter_path=nowhere:keep"], "data.filter_path: cannot import nowhere"),
     "no GPU": (["trainer.device=cuda"], "trainer.device: there is no GPU here (CUDA_VISIBLE_DEVICES='' leaves none)"),
+    "a file": (["run_dir=a-file"], "run_dir: {cwd}/a-file is a file"),
     "no directory": (["run_dir=/dev/null/run"], "run_dir: cannot write to /dev/null/run: Not a directory"),
 }
 
@@ -74,6 +75,8 @@ def test_a_wrong_setting_is_named_before_anything_starts(
 ) -> None:
     words, message = CONFIGURATION_ERRORS[case]
     without_torch["CUDA_VISIBLE_DEVICES"] = ""
+    (tmp_path / "a-file").touch()
+    message = message.format(cwd=tmp_path)
     with TrainingRun([f"run_dir={tmp_path}/run", *words], cwd=tmp_path, env=without_torch) as run:
         run.must_end(2)
         assert run.stderr.startswith(f"CONFIGURATION ERROR: {message}"), run.stderr

@@ -27,6 +27,18 @@ def test_version_and_help() -> None:
     assert re.search(r"^    inspect +show what the trainer", done.stdout, re.MULTILINE)
 
 
+def test_help_of_a_run_says_the_program_that_was_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: atropos-verl launch [") and "\n  --dry-run  " in shown
+    monkeypatch.setattr("sys.argv", ["recipe/atropos/main_atropos.py"])
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python recipe/atropos/main_atropos.py [") and "--dry-run" not in shown
+
+
 def test_no_command_is_an_error_that_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: atropos-verl" in capsys.readouterr().out

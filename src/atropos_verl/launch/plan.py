@@ -253,7 +253,13 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
     except StorageInUseError as error:
         raise ConfigError(str(error), "run_dir") from error
     except OSError as error:
-        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
+        raise unwritable(run_dir, error) from error
+
+
+def unwritable(run_dir: Path, error: OSError) -> ConfigError:
+    """Says why."""
+    text = f"cannot write to {run_dir}: {error.strerror or error}"
+    return ConfigError(f"{run_dir} is a file" if run_dir.is_file() else text, "run_dir")
 
 
 def prepare_run_dir(plan: LaunchPlan) -> None:
@@ -271,6 +277,6 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         if plan.evaluations:
             write_atomic(run_dir / _EVALUATIONS, EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {run_dir}: {error.strerror or error}", "run_dir") from error
+        raise unwritable(run_dir, error) from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:
         raise ConfigError(f"the disk of {run_dir} is full ({free} bytes free)", "run_dir")

@@ -30,7 +30,7 @@ from atropos_verl.launch.environments import direct, own_temporary, write_tokeni
 from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
 from atropos_verl.launch.launch import backend_of, command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
-from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, url_of
+from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, unwritable, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.process import ended_with_this_process
 from atropos_verl.launch.supervisor import Supervisor
@@ -365,7 +365,7 @@ def _prepare_run_dir(stack: ExitStack, config: RunConfig, name: str, settings: s
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / name, settings, private=True)
     except OSError as error:
-        raise ConfigError(f"cannot write to {run_dir}: {error.strerror}", "run_dir") from error
+        raise unwritable(run_dir, error) from error
     log_to_file(run_dir / "logs" / log)
     _quiet_libraries()
 
