@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(module.run(options))
         sys.stdout.flush()
     except ConfigError as error:
-        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        # A verb that only looks has no configuration: what it was shown is not there yet, or is something else.
+        starts = options.command in ("serve-api", "agents", "environments")
+        sys.stderr.write(f"{'CONFIGURATION ERROR: ' if starts else ''}{error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -263,7 +263,7 @@ def _attach(words: Sequence[str]) -> int:
     try:
         return attach(options.run_dir, once=options.once)
     except ConfigError as error:
-        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
         return 0

@@ -80,8 +80,7 @@ def test_a_directory_without_a_run_is_exit_code_2_on_one_line(
 ) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
-        f"CONFIGURATION ERROR: cannot read {tmp_path}/metrics.jsonl (No such file or directory); "
-        f"is {tmp_path} the run directory of a run?\n"
+        f"cannot read {tmp_path}/metrics.jsonl (No such file or directory); is {tmp_path} the run directory of a run?\n"
     )
     (tmp_path / "config.json").write_text('{"model": {}}')
     assert main(["report", str(tmp_path)]) == 2
