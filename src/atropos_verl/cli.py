@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except ConfigError as error:
         # A verb that only looks has no configuration: what it was shown is not there yet, or is something else.
-        starts = options.command in ("serve-api", "agents", "environments")
+        starts = words[0] in ("serve-api", "agents", "environments")
         sys.stderr.write(f"{'CONFIGURATION ERROR: ' if starts else ''}{error}\n")
         return 2
     except KeyboardInterrupt:
