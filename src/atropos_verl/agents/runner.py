@@ -300,13 +300,15 @@ class Runner:
             await asyncio.sleep(_STATUS_SECONDS)
         batch_size = (await asyncio.to_thread(api.info)).batch_size
         most = max(1, options.batches_ahead * batch_size // size)
+        share = math.ceil((options.share or 0.0) * batch_size / size)  # no batch is made without it
         logger.info("environment %d: at most %d groups of %d wait or are under way", env_id, most, size)
         fresh = (Group(uuid.uuid4().hex, task) for task in task_order(len(self.tasks), notes.begun))
         running = {asyncio.create_task(self._group(api, notes, group, env_id)) for group in notes.unfinished.values()}
         try:
             while True:
                 status = await asyncio.to_thread(api.env_status, env_id)
-                for group in itertools.islice(fresh, max(0, most - status.queue_size - len(running))):
+                room = max(most - status.queue_size, share - status.self_queue_size) - len(running)
+                for group in itertools.islice(fresh, max(0, room)):
                     notes.add(group=group.id, task=group.task)
                     running.add(asyncio.create_task(self._group(api, notes, notes.unfinished[group.id], env_id)))
                 pause = asyncio.create_task(asyncio.sleep(_STATUS_SECONDS))

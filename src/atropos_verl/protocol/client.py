@@ -59,6 +59,8 @@ class ApiStatus(NamedTuple):
     """Batches the API has formed, plus the ``starting_step`` of the registration."""
     queue_size: int
     """Groups that are in no batch yet."""
+    self_queue_size: int = 0
+    """Those of the environment that asked (``/status-env``)."""
 
 
 class ApiInfo(NamedTuple):
@@ -184,7 +186,7 @@ class AtroposClient:
     def env_status(self, env_id: int) -> ApiStatus:
         """What the API tells an environment: its queue in groups of that environment's size. The API hears of it."""
         call = self._call("GET", "/status-env", EnvIdentifier(env_id))
-        return ApiStatus(*self._integers(call, "current_step", "queue_size"))
+        return ApiStatus(*self._integers(call, "current_step", "queue_size", "self_queue_size"))
 
     def reset_data(self) -> None:
         """Destructive: the API forgets registrations, environments, queue and batches."""

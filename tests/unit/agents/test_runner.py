@@ -30,7 +30,7 @@ from atropos_verl.cli import main
 from atropos_verl.errors import AtroposTimeoutError, ConfigError
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
-from atropos_verl.protocol.wire import decode_batch, decode_group
+from atropos_verl.protocol.wire import decode_batch, decode_group, encode_group
 from atropos_verl.types import ScoredGroup
 
 
@@ -119,6 +119,24 @@ async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_want
     assert len({session["group"] for session in gateway.sessions.values()}) == len(gateway.sessions) // 2 == 2
     assert {session["task"] for session in gateway.sessions.values()} <= {"0", "1", "2"}
     assert not notes.unfinished
+
+
+async def test_its_least_share_is_made_although_others_have_filled_the_queue(
+    gateway: StubGateway, server: TrajectoryServer, tmp_path: Path
+) -> None:
+    api, client = registered(server), client_of(gateway)
+    other = EnvRegistration(max_token_length=32, group_size=2, desired_name="other", min_batch_allocation=0.25)
+    other_id = await asyncio.to_thread(api.register_env, other)
+    rows = [[1, 2], [1, 3]]
+    posted = [encode_group(tokens=rows, masks=rows, scores=[float(n), 0.0], env_id=other_id) for n in range(6)]
+    await asyncio.to_thread(api.post_scored_data_list, posted)
+
+    async def solve(task: str, session: AgentSession) -> float:
+        return float(await ask(session, client))
+
+    runner = runner_of(client, solve, "--env.min_batch_allocation", "0.5")
+    groups = await until(runner, api, Notes(tmp_path / "agent.jsonl"), 1)
+    assert sorted(group.env_id for group in groups) == [0, 1], "no batch is made without its share"
 
 
 async def test_an_api_that_drops_rollouts_gets_advantages_and_a_warning(
