@@ -21,7 +21,7 @@ class ConfigError(AtroposVerlError, ValueError):
 
 
 class AtroposAPIError(AtroposVerlError):
-    """The trajectory API did not do what was asked.
+    """The trajectory API did not do what was asked. ``str(error)`` tells the user what to check.
 
     ``reason`` is one line, true to the case; ``base_url`` is the API as the user configured it.
     """
@@ -32,24 +32,19 @@ class AtroposAPIError(AtroposVerlError):
         self.base_url = base_url
 
     def __str__(self) -> str:
-        return f"ATROPOS API ERROR: {self.reason}"
-
-
-class AtroposConnectionError(AtroposAPIError, ConnectionError):
-    """No connection: refused, host not found, TLS failure, unreachable, or reset while talking.
-
-    ``str(error)`` tells the user what to check."""
-
-    def __str__(self) -> str:
         if not self.base_url:
-            return super().__str__()
+            return f"ATROPOS API ERROR: {self.reason}"
         return (
-            f"{super().__str__()}\n\n"
+            f"ATROPOS API ERROR: {self.reason}\n\n"
             "Ensure that:\n"
             f"1. Atropos server is running on {self.base_url}\n"
             "2. The API endpoints are accessible\n"
             "3. Network connectivity is available"
         )
+
+
+class AtroposConnectionError(AtroposAPIError, ConnectionError):
+    """No connection: refused, host not found, TLS failure, unreachable, or reset while talking."""
 
 
 class AtroposTimeoutError(AtroposAPIError, TimeoutError):
@@ -63,6 +58,10 @@ class AtroposHTTPStatusError(AtroposAPIError):
         super().__init__(reason, base_url)
         self.status_code = status_code
         self.body = body
+
+    def __str__(self) -> str:
+        # The server runs and has read the request.
+        return f"ATROPOS API ERROR: {self.reason}" if self.status_code == 422 else super().__str__()
 
 
 class AtroposProtocolError(AtroposAPIError, ValueError):

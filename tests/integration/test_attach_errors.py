@@ -48,8 +48,7 @@ def test_a_broken_api_is_one_message_and_exit_code_1(
         words = [f"atropos.api_url={url}", "atropos.timeout=1"]
         with TrainingRun(words, run_dir=tmp_path / "run", env=without_torch) as run:
             run.must_end(1)
-            hints = _HINTS if fault == "refused" else "\n"
-            assert run.stderr == f"\nATROPOS API ERROR: {REASONS[fault]}{hints}".replace("{url}", url)
+            assert run.stderr == f"\nATROPOS API ERROR: {REASONS[fault]}{_HINTS}".replace("{url}", url)
             _, line = run.stdout.splitlines()  # the first says how to see the run
             assert line == f"contacting the trajectory API at {url} ..."
             # The traceback is for the log, not for the terminal.

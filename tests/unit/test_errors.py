@@ -57,7 +57,7 @@ def test_messages() -> None:
     assert str(errors.ConfigError("must be positive", "optim.lr")) == "optim.lr: must be positive"
     assert str(errors.ConfigError("nothing fits")) == "nothing fits"
     assert str(errors.AtroposAPIError("gone")) == "ATROPOS API ERROR: gone"
-    assert str(errors.AtroposHTTPStatusError(*HTTP_503.values())) == "ATROPOS API ERROR: HTTP 503"
+    assert str(errors.AtroposHTTPStatusError("HTTP 422", "http://a:1", 422)) == "ATROPOS API ERROR: HTTP 422"
     assert str(errors.AtroposConnectionError("gone", URL)) == (
         "ATROPOS API ERROR: gone\n\nEnsure that:\n1. Atropos server is running on http://localhost:9001\n"
         "2. The API endpoints are accessible\n3. Network connectivity is available"
