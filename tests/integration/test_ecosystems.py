@@ -112,7 +112,8 @@ def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -
     write = [f"{pythons['harbor']}/bin/python", str(SUPPORT / "harbor_parts.py"), str(tmp_path / "tasks")]
     subprocess.run(write, check=True)
     targets = {"verifiers": "offline_v1", "openenv": f"http://127.0.0.1:{port}", "harbor": str(tmp_path / "tasks")}
-    words = [*SMALL, "batch_size=16", "steps=20", "data.max_prompt_length=400", "max_response_length=40"]
+    words = [*SMALL, "batch_size=16", "steps=10000", "save_freq=-1"]
+    words += ["data.max_prompt_length=400", "max_response_length=40"]
     words += [f"envs=[{','.join(pythons)}]"]
     for name, (settings, weight) in {
         "verifiers": (["agent.runtime.type=subprocess"], 2),
@@ -126,21 +127,32 @@ def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -
     command = [f"{pythons['openenv']}/bin/python", str(SUPPORT / "guess_env.py"), str(port)]
     with subprocess.Popen(command) as server, LaunchRun(words, run_dir=tmp_path / "run", env=env) as run:
         try:
-            run.wait_for_trained(5)
+            run.wait_for_trained(20)
             run.kill_and_wait_for_restart("openenv")
-            run.must_end(0)
-            rows = [(entry["name"].removesuffix("_0"), entry["env_id"]) for entry in run.state()["api"]["environments"]]
+
+            def sequences() -> list[Counter[str]]:
+                """Trained ones of each step; the environment that was killed has two numbers."""
+                entries = run.state()["api"]["environments"]
+                names = {f"env/{entry['env_id']}/sequences": entry["name"].removesuffix("_0") for entry in entries}
+                steps = []
+                for line in run.metrics():
+                    steps.append(Counter[str]())
+                    for key, name in names.items():
+                        steps[-1][name] += int(line.get(key, 0))
+                return steps
+
+            killed = run.trained()
+            run.wait_until(lambda: sum(step["openenv"] for step in sequences()[killed:]) > 0, "openenv is back")
+            steps, lines = sequences(), run.metrics()
         finally:
             server.kill()
-    lines = run.metrics()
-    assert [line["step"] for line in lines] == [*range(1, 21)]
+    assert [line["step"] for line in lines] == [*range(1, len(lines) + 1)]
     assert all(line["data/unmatched_tokens"] == 0 for line in lines)
-    trained: Counter[str] = Counter()  # the one that was killed has two numbers
-    for name, number in rows:
-        trained[name] += sum(line.get(f"env/{number}/sequences", 0) for line in lines)
+    trained = sum(steps[:20], Counter[str]())
     assert trained.total() == 20 * 16
     for name, share in (("verifiers", 160), ("openenv", 80), ("harbor", 80)):
         assert abs(trained[name] - share) <= 4, trained
+    assert all(step["verifiers"] and step["harbor"] for step in steps), "the others go on"
 
 
 def answers(url: str) -> bool:
