@@ -113,7 +113,7 @@ def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -
     subprocess.run(write, check=True)
     targets = {"verifiers": "offline_v1", "openenv": f"http://127.0.0.1:{port}", "harbor": str(tmp_path / "tasks")}
     words = [*SMALL, "batch_size=16", "steps=10000", "save_freq=-1"]
-    words += ["data.max_prompt_length=400", "max_response_length=40"]
+    words += ["data.max_prompt_length=700", "max_response_length=40"]
     words += [f"envs=[{','.join(pythons)}]"]
     for name, (settings, weight) in {
         "verifiers": (["agent.runtime.type=subprocess"], 2),
