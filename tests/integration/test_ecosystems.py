@@ -130,7 +130,7 @@ def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -
 
             def sequences() -> list[Counter[str]]:
                 """Trained ones of each step since all three take part. The one that is killed has two numbers."""
-                entries = run.state().get("api", {}).get("environments", [])
+                entries = (run.state().get("api") or {}).get("environments", [])
                 names = {f"env/{entry['env_id']}/sequences": entry["name"].removesuffix("_0") for entry in entries}
                 steps = []
                 for line in run.metrics():
