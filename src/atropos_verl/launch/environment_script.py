@@ -97,10 +97,10 @@ def server_count(source: bytes) -> int | None:
     """
     try:
         tree = parse_script(source, Path("environment"))
-    except (SyntaxError, ValueError):
-        return None
-    functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION) and node.name == "config_init"]
-    if len(functions) != 1 or _CHANGES_LIST.search(ast.unparse(functions[0])):
+        functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION) and node.name == "config_init"]
+        if len(functions) != 1 or _CHANGES_LIST.search(ast.unparse(functions[0])):
+            return None
+    except (SyntaxError, ValueError, RecursionError):
         return None
     nodes, assigned = list(ast.walk(functions[0])), defaultdict[str, list[ast.expr | None]](list)
     for node in nodes:

@@ -207,6 +207,8 @@ class Env(BaseEnv):
         ("servers = [APIServerConfig()]; servers.append(other)", "config, servers", None),
         ("servers = [APIServerConfig()]; servers += [other]", "config, servers", None),
         ("if big: return config, [APIServerConfig(), APIServerConfig()]", "config, [APIServerConfig()]", None),
+        ("text = " + " + ".join(["'a'"] * 900), "config, [APIServerConfig()]", None),  # too deep to be written again
+        ("text = " + " + ".join(["'a'"] * 3000), "config, [APIServerConfig()]", None),  # too deep to be read
     ],
 )
 def test_the_servers_of_a_script_are_counted(before: str, value: str, count: int | None) -> None:
