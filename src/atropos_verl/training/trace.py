@@ -332,7 +332,7 @@ class TraceWriter:
             if self._is_over or (weight and self._waiting > _MOST_WAITING):
                 return
             self._waiting += weight
-            if self._waiting > _MOST_WAITING:
+            if weight and self._waiting > _MOST_WAITING:
                 logger.warning("%s lacks a part of what happens now: the disk is too slow for it", self.path)
         self._jobs.put((time.time(), weight, job))
 
