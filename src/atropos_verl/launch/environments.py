@@ -5,7 +5,6 @@ How keys are handed over: docs/internals.md.
 
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -128,6 +127,7 @@ def environment_spec(
             raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
     process = name if copy == 1 else f"{name}-{copy}"
     program = program_of(section, settings)
+    short = Path(program[-1]).stem if settings.module is None else settings.module.rpartition(".")[2]
     tokenizer = str(readable_tokenizer(config))
     ours = {
         "--env.group_size": str(settings.group_size or config.group_size),
@@ -135,7 +135,7 @@ def environment_spec(
         "--env.tokenizer_name": tokenizer,
         "--env.use_wandb": "false",
         # Without a name /register-env is refused with 422; this one is how the API tells the processes apart.
-        _NAME_OPTION: re.split(r"[./]", program[-1].removesuffix(".py"))[-1] if of_training else process,
+        _NAME_OPTION: short if of_training else process,
     }
     server = {
         "base_url": f"{config.gateway.advertise_url}{EVALUATION_PATH if evaluation else ''}/v1",

@@ -330,6 +330,14 @@ def test_the_one_environment_of_training_may_be_a_module(tmp_path: Path, monkeyp
         RunConfig.from_mapping({"env": {"module": "a.b", "script": "x.py"}})
 
 
+def test_the_one_environment_of_training_registers_under_the_whole_name_of_its_script(tmp_path: Path) -> None:
+    (tmp_path / "words.v2.py").write_text("Env.cli()")
+    env = {"script": str(tmp_path / "words.v2.py")}
+    config = RunConfig.from_mapping({"env": env, "atropos": {"api_url": "http://a:8000"}})
+    (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
+    assert spec.registers_as == "words.v2"
+
+
 def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(MODEL, own)
