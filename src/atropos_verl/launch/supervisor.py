@@ -531,7 +531,8 @@ class Supervisor:
         }
 
     def _facts(self) -> LogFacts:
-        processes = {watched.name: watched.process for watched in self.services if watched.process is not None}
+        others = [watched for watched in self.services if watched is not self._trainer]
+        processes = {watched.name: watched.process for watched in others if watched.process is not None}
         logs = {name: self._read_log(process.spec.log_path) for name, process in processes.items()}
         errors = {watched.name: common_errors(logs.get(watched.name, "")) for watched in self._environments}
         endings = {watched.name: _last_words(watched.log_tail()) for watched in self._environments}
