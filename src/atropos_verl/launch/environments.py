@@ -71,13 +71,14 @@ def plan_environments(
     found = check_tokenizer(Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser())
     warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
     services: list[ServiceSpec] = []
+    run_dir = config.resolve_run_dir()
     for name, settings in chosen.items():
         section = "env" if of_training else f"environments.{name}"
         if name in launch.agents:
-            _check_agent(launch.agents[name], settings, config.resolve_run_dir(), f"agents.{name}")
+            _check_agent(launch.agents[name], settings, run_dir, f"agents.{name}")
         program = program_of(section, settings)
         own = [] if name in launch.agents or settings.ecosystem is not None else notes_of(config, settings, program)
-        python, run_dir = interpreter(settings.python, f"{section}.python"), config.resolve_run_dir()
+        python = interpreter(settings.python, f"{section}.python")
         check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
         warnings += [f"environments.{name}: {note}" for note in own]
         for copy in range(1, settings.copies + 1):
