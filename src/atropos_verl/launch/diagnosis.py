@@ -139,14 +139,10 @@ def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, str]:
         return "the gateway is paused: the trainer is in a step or a weight sync that does not end", trainer
     if rates.get("tokens_per_second"):
         had = f" after {since['served']} answers" if since.get("served") else ""
-        text = f"the policy is being sampled, but {who} sends no group{had}: rollouts are long, scoring is slow, or "
-        todo = (
-            "wait, or see its log. Many drop a group without a word when its answers are cut off (max_response_length, "
-        )
-        todo += (
-            "--env.max_token_length), are not in their form, or have equal scores: take easier tasks or another model"
-        )
-        return f"{text}it drops its groups", todo
+        text = f"the policy is being sampled, but {who} sends no group{had}: rollouts are long, scoring is slow, or"
+        todo = "wait, or see its log. Many drop a group without a word when its answers are cut off"
+        todo += " (max_response_length, --env.max_token_length), are not in their form, or have equal scores: take"
+        return f"{text} it drops its groups", f"{todo} easier tasks or another model"
     if gateway.get("in_flight"):
         had = f"{who} had {since['served']} answers and sends no group; " if since.get("served") else ""
         text = "no token is generated: the inference engine hangs"
