@@ -42,7 +42,7 @@ _HEADER = re.compile(
 _ROLES = {"inst": "user", "/inst": "assistant", "model": "assistant"}
 _SURVIVAL_BINS = 20
 _LIVE_SECONDS = 10.0
-"""A launcher writes its state twice a second."""
+"""A launcher writes its state five times a second."""
 _VERSIONS_UNDER_WAY = 8
 """A request of older weights than these, before the newest that were trained on, will not come any more."""
 
