@@ -153,7 +153,6 @@ def _compose(
 ) -> dict[str, Any]:
     """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
     rows = [*describe(), *describe_launch(), ("environments",), ("agents",)] if is_launch else describe()
     known = [name for name, *_ in rows]
@@ -177,9 +176,15 @@ def _compose(
         of_launch = {**defaults, **LaunchConfig().model_dump(mode="json"), "environments": {}}
         ConfigStore.instance().store(name=_SCHEMAS[1], node=of_launch)
     with composition_errors(config_name):
-        composed = compose_with_hydra(config_dir or SHIPPED, config_name, words)
-        plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)
-    return plain
+        return plain(compose_with_hydra(config_dir or SHIPPED, config_name, words))
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Every value of a composed configuration."""
+    from omegaconf import OmegaConf
+
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
+    return values
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from atropos_verl.config.composition import (
     composition_errors,
     help_text,
     key_of,
+    plain,
     with_key_for_network,
 )
 from atropos_verl.config.model_checks import defaults_for
@@ -112,16 +113,8 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
     return config
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """Every value of a composed configuration."""
-    from omegaconf import OmegaConf
-
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
-    return values
-
-
 def public(config: Any) -> dict[str, Any]:
-    """The same, keys and tokens left out, as ``RunConfig.public``."""
+    """Every value of a composed configuration, keys and tokens left out, as ``RunConfig.public``."""
     values = copy.deepcopy(config) if isinstance(config, dict) else plain(config)
     block = values["atropos"]
     hide_secrets(block, block.get("gateway") or {}, block.get("env") or {})

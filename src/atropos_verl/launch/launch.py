@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atropos_verl.config.composition import SHIPPED, as_yaml, gateway_key, help_text, key_of, load_launch
+from atropos_verl.config.composition import SHIPPED, as_yaml, gateway_key, help_text, key_of, load_launch, plain
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig, hide_secrets
-from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, plain, public, read_run
+from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import is_loopback
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
