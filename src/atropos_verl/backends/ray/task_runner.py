@@ -94,6 +94,7 @@ class AtroposTaskRunner:
         llm_client = trainer.get_llm_client()
         self._start_services(llm_client)
         self.log = StepLog(self.cluster.run_dir, trainer.global_steps)
+        self.reader = TraceReader(self.cluster.run_dir)
         trainer.on_report = self._report
         trainer.on_stop = lambda: self.flag("stop") is not None
         trainer.on_evaluate = self._evaluate
@@ -202,4 +203,4 @@ class AtroposTaskRunner:
         self.log.append(report)
         self.put("step", report)
         if (tracking := getattr(self.trainer, "logger", None)) is not None:
-            send_rollouts(tracking, TraceReader(self.cluster.run_dir), report.step)
+            send_rollouts(tracking, self.reader, report.step)
