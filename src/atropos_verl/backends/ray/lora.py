@@ -13,9 +13,10 @@ import torch
 from atropos_verl.errors import WeightSyncError
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "bias", "alpha_pattern", "rank_pattern", "target_parameters")
+_PATTERNS = ("alpha_pattern", "rank_pattern", "target_parameters", "modules_to_save")
+_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "bias", *_PATTERNS)
 """peft settings that, where they are set, change the merged weights in ways not implemented here."""
-SETTINGS = (*_UNSUPPORTED, "modules_to_save", "lora_alpha", "use_rslora")
+SETTINGS = (*_UNSUPPORTED, "lora_alpha", "use_rslora")
 """What ``LoraMerger`` reads of an adapter's config. The rest may hold objects of peft's own classes."""
 
 
@@ -44,7 +45,7 @@ class LoraMerger:
         Computed in float32 and rounded once to the engine's dtype. Raises ``WeightSyncError``, which names the setting
         or the weight.
         """
-        for key in (*_UNSUPPORTED, "modules_to_save"):
+        for key in _UNSUPPORTED:
             if (value := peft_config.get(key)) and value != "none":
                 raise WeightSyncError(
                     f"the adapter's {key}={value!r} is not supported by the 'transformers' replica; set "
@@ -58,7 +59,8 @@ class LoraMerger:
             weight = () if parameter is None else tuple(parameter.shape)
             shapes = {half: tuple(factor.shape) for half, factor in factors.items()}
             rank = shapes.get("A", (0,))[0]
-            if parameter is None or shapes != {"A": (rank, weight[-1]), "B": (weight[0], rank)}:
+            fits = len(weight) == 2 and shapes == {"A": (rank, weight[1]), "B": (weight[0], rank)}
+            if parameter is None or not fits:
                 raise WeightSyncError(
                     f"the adapter's factors {shapes} do not fit {name!r} of the engine: {weight or None}"
                 )

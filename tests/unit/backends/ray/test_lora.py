@@ -79,3 +79,11 @@ def test_settings_and_adapters_that_do_not_fit_are_refused_by_name(settings: Any
     _, adapter, config = _adapted(0, **settings)
     with pytest.raises(WeightSyncError, match=named):
         list(LoraMerger(_parameters(tiny_causal_lm())).merge(change(adapter).items(), config))
+
+
+def test_an_adapter_of_a_weight_that_is_no_matrix_is_refused_by_name() -> None:
+    adapter = {"base_model.model.experts.lora_A.weight": torch.ones(2, 5)}
+    adapter["base_model.model.experts.lora_B.weight"] = torch.ones(4, 2)
+    for shape in ((4, 4, 5), (4, 3, 5)):
+        with pytest.raises(WeightSyncError, match=r"do not fit 'experts\.weight' of the engine: \(4, "):
+            list(LoraMerger({"experts.weight": torch.zeros(shape)}).merge(adapter.items(), {}))
