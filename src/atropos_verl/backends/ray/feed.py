@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -78,11 +78,6 @@ class _Collected(NamedTuple):
     member: Member
     samples: list[TrainingSample]
     advantages: list[SequenceAdvantage]
-
-    def has(self, sample: TrainingSample) -> bool:
-        """True when the next sample is of this group, and not of the same one that was sent twice."""
-        is_next = not self.samples or self.samples[-1].sequence_index < sample.sequence_index
-        return is_next and sample.group_id == self.member.group.group_id
 
 
 def _rollouts(found: Sequence[_Collected]) -> int:
@@ -314,15 +309,14 @@ class TrajectoryFeed:
         self.source.trace.collected(places, groups, matches, applied, report)
         refused = list(report.quarantined)
         left_out = {group.group_id for group in (*(found.group for found in refused), *report.filtered)}
-        rest = deque(zip(report.samples, advantages, strict=True))  # in the order of the groups
+        rows: defaultdict[str, list[tuple[TrainingSample, SequenceAdvantage]]] = defaultdict(list)
+        for sample, advantage in zip(report.samples, advantages, strict=True):
+            rows[sample.group_id].append((sample, advantage))
         for group, place in zip(applied.groups, applied.kept, strict=True):
             if group.group_id in left_out:
                 continue
-            one = _Collected(members[place], [], [])
-            while rest and one.has(rest[0][0]):
-                sample, advantage = rest.popleft()
-                one.samples.append(sample)
-                one.advantages.append(advantage)
+            own = rows[group.group_id]
+            one = _Collected(members[place], [sample for sample, _ in own], [advantage for _, advantage in own])
             reason = self._refuses(one.samples)
             if not any(sample.loss_mask.any() for sample in one.samples):
                 # verl has no step without rows, so a slot needs groups that have something to train on.
