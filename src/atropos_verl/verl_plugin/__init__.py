@@ -32,9 +32,10 @@ def own_rank() -> tuple[int, int]:
     number = {}
     for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name) or default
-        if not text.lstrip("-").isdecimal():
-            raise ConfigError(f"{name}={text!r} is not a number; {rank_remedy()}")
-        number[name] = int(text)
+        try:
+            number[name] = int(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text!r} is not a number; {rank_remedy()}") from None
     world_size = number.pop("WORLD_SIZE")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if world_size > 1 and missing:

@@ -358,6 +358,7 @@ def test_a_sequence_longer_than_a_micro_batch_is_refused_by_key(model_path: Path
         ({"RANK": "1"}, "RANK=1 is none of the 1 ranks that WORLD_SIZE means"),
         ({"LOCAL_RANK": "3", "WORLD_SIZE": "1"}, "LOCAL_RANK=3 is none of the 1 ranks"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
+        ({"RANK": "--1"}, "RANK='--1' is not a number"),
         ({"WORLD_SIZE": "0"}, "RANK=0 is none of the 0 ranks"),
     ],
 )
