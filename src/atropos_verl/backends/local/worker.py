@@ -444,12 +444,14 @@ def _verl_prints_to_log() -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     # Held here: print() only borrows sys.stdout, and a log handler may change it meanwhile (pytest's live log does).
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-        # One warning for each engine whose package is not installed; none of them is asked for.
-        warnings.filterwarnings("ignore", message=".* engine is not available")
-        yield
-    if text := printed.getvalue().strip():
-        logger.info("verl: %s", text)
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            # One warning for each engine whose package is not installed; none of them is asked for.
+            warnings.filterwarnings("ignore", message=".* engine is not available")
+            yield
+    finally:
+        if text := printed.getvalue().strip():
+            logger.info("verl: %s", text)
 
 
 class LossFunction:

@@ -237,6 +237,14 @@ def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
         assert writer() is not None
 
 
+def test_what_verl_printed_before_it_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(ZeroDivisionError), _verl_prints_to_log():
+        print("loading shard 3")  # noqa: T201
+        print(1 // 0)  # noqa: T201
+    assert caplog.messages == ["verl: loading shard 3"]
+
+
 def _of_length(length: int) -> TrainingSample:
     zeros = np.zeros(length)
     return TrainingSample(token_ids=zeros.astype(np.int64), loss_mask=zeros.astype(bool), advantages=zeros)
