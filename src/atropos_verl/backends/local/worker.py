@@ -136,23 +136,20 @@ class PolicyWorker:
                     pass
 
     def _to_the_end(self, items: Iterator[Any]) -> Iterator[Any]:
-        self._left = items
-        try:
-            for item in items:  # noqa: UP028 - "yield from" would close them with this
-                yield item
-            self._is_inside = False
-        except Exception:
+        for item in items:
+            self._left = items  # not while they are made: what ends that, ends them
+            yield item
             self._left = None
-            raise
+        self._is_inside = False
 
     def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
         """Raises ``RuntimeError`` after a call that did not come to its end: nobody would hear it, for hours."""
         if self.world_size > 1:
-            if self._is_inside and self._left is None:
+            left, self._left = self._left, None
+            if self._is_inside and left is None:
                 raise RuntimeError(f"{name}: an earlier call was not finished, so the other ranks cannot be reached")
-            for _ in self._left or ():  # whoever took them gave up
+            for _ in left or ():  # whoever took them gave up
                 pass
-            self._left = None
             torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))
 
     # ------------------------------------------------------------------ calls of rank 0

@@ -437,3 +437,26 @@ def test_other_ranks_are_asked_nothing_after_a_call_that_did_not_come_to_its_end
         worker.save_checkpoint(Path("there"), 1)
     worker.close()
     assert asked == ["named_tensors", "named_tensors", "train"]
+
+
+@pytest.mark.parametrize("gives_up_first", [False, True])
+def test_other_ranks_are_asked_nothing_after_a_gather_that_ctrl_c_ended(
+    gives_up_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what is left of it is gathered for nobody, before the next call."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told, **_: asked.append(told[0][0]))
+
+    def gather() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(1)
+        raise KeyboardInterrupt
+
+    worker = PolicyWorker.__new__(PolicyWorker)
+    engine = SimpleNamespace(get_per_tensor_param=lambda: (gather(), None))
+    vars(worker).update(rank=0, world_size=2, _closed=False, _worker=SimpleNamespace(engine=engine), config=None)
+    tensors = worker.named_tensors()
+    next(tensors)
+    with pytest.raises(KeyboardInterrupt):
+        worker.save_checkpoint(Path("there"), 1) if gives_up_first else next(tensors)
+    worker.close()
+    assert asked == ["named_tensors"]
