@@ -65,12 +65,12 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
 
         async def play(reset: Mapping[str, Any], session: AgentSession) -> Reward:
             if is_url:
-                client, action_schema = GenericEnvClient(base_url=target), schema
+                client = GenericEnvClient(base_url=target)
             else:
                 client = await GenericEnvClient.from_env(target, use_docker=settings.get("use_docker", False))
-                action_schema = await schema_of(client._base_url.replace("ws", "http", 1))
             rewards: list[float] = []
             async with client:
+                action_schema = schema if is_url else await schema_of(client._base_url.replace("ws", "http", 1))
                 if action_schema.get("title") in ("Action", "CallToolAction", "ListToolsAction"):
                     listed = await client.step({"type": "list_tools"})
                     form = {"type": "call_tool", "tool_name": "NAME", "arguments": {}}
