@@ -94,7 +94,10 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"{word}: {parent} is {inner!r} already", "--set")
         if not equals or not last:
             raise ConfigError(f"{word!r} is not KEY=VALUE", "--set")
-        inner[last] = yaml.safe_load(text)
+        try:
+            inner[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{word!r} is not KEY=VALUE with a value in YAML: {error}", "--set") from error
     return settings
 
 

@@ -31,6 +31,7 @@ def test_settings_are_nested_and_the_last_wins() -> None:
         (["=3"], "'=3' is not KEY=VALUE"),
         (["agent.=3"], "'agent.=3' is not KEY=VALUE"),
         (["agent=1", "agent.max_turns=3"], "agent is 1 already"),
+        (["rewards=[1"], r"'rewards=\[1' is not KEY=VALUE with a value in YAML"),
     ],
 )
 def test_what_is_no_setting_is_refused(words: list[str], told: str) -> None:
