@@ -474,9 +474,9 @@ class RecordStore:
                 while job is not None:
                     (reads if callable(job[0]) else group).append(job)
                     if job[0] is None:
-                        raise queue.Empty
+                        break
                     job = self._jobs.get_nowait()
-                closing = True
+                closing = job is None
             try:
                 self._process(group)
                 for read, done in reads:

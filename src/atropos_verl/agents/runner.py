@@ -332,14 +332,15 @@ class Runner:
 
         missing = (self.rollout(group.id, group.task, noted) for _ in range(size - len(earlier)))
         rollouts = [found for found in [*earlier, *await asyncio.gather(*missing)] if found is not None]
-        self._failed_groups = self._failed_groups + 1 if len(rollouts) < min(2, size) else 0
-        if self._failed_groups:
+        if len(rollouts) < min(2, size):
+            self._failed_groups += 1
             notes.add(group=group.id, over="failed")
             logger.error("task %d gave %d of %d rollouts: it is left out", group.task, len(rollouts), size)
             if self._failed_groups >= _FAILED_GROUPS:
                 text = f"the agent failed in {self._failed_groups} groups in a row, at last with {self._last_failure}"
                 raise AgentError(text)
             return
+        self._failed_groups = 0
         holds = "rollouts" in api.features
         if not holds and any(len(found["rows"]) > 1 for found in rollouts) and self._lines.is_new(_UPSTREAM):
             logger.warning(_UPSTREAM)
