@@ -53,8 +53,12 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
             return JSONResponse({"error": {"message": f"no session {name}"}}, 400)
         session = sessions[name]
         headers = {"Authorization": f"Bearer {session.api_key}"}
-        async with httpx.AsyncClient(timeout=None, verify=trust, headers=headers) as http:
-            answer = await http.post(f"{session.base_url}/{request.path_params['path']}", json=body)
+        try:
+            async with httpx.AsyncClient(timeout=None, verify=trust, headers=headers) as http:
+                answer = await http.post(f"{session.base_url}/{request.path_params['path']}", json=body)
+        except httpx.TransportError as error:
+            failed[name] = 503
+            return JSONResponse({"error": {"message": f"the gateway: {type(error).__name__} {error}"}}, 503)
         if answer.status_code >= 400:
             failed[name] = answer.status_code
         return Response(answer.content, answer.status_code, media_type="application/json")
