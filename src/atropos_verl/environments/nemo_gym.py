@@ -63,8 +63,8 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
             failed[name] = answer.status_code
         return Response(answer.content, answer.status_code, media_type="application/json")
 
-    routes = [Route("/v1/{path:path}", forward, methods=["POST"]), Route("/health", lambda _: Response())]
-    policy = ServerThread(Starlette(routes=routes), service="policy", advice="", host="127.0.0.1", port=0)
+    app = Starlette(routes=[Route("/v1/{path:path}", forward, methods=["POST"])])
+    policy = ServerThread(app, service="policy", advice="", host="127.0.0.1", port=0)
     with policy:
         own = {"policy_base_url": f"{policy.url}/v1", "policy_api_key": "none", "policy_model_name": "policy"}
         async with _started(target, {**settings, **own}) as agents:
