@@ -22,6 +22,7 @@ from atropos_verl.agents.client import AgentSession, Reward
 from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, program, run_tasks
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import ConfigError
+from atropos_verl.training.extensions import search_launch_directory
 
 ECOSYSTEMS = {
     "verifiers": ("verifiers", "0.4", "TASKSET"),
@@ -76,7 +77,7 @@ def adapter_of(named: str) -> tuple[Open, str]:
             f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)",
             "environment",
         )
-    sys.path.append(str(launch_directory()))  # tasksets of the user's own
+    search_launch_directory()  # tasksets of the user's own
     module = importlib.import_module(f"atropos_verl.environments.{prefix.replace('-', '_')}")
     return module.open_environment, target
 

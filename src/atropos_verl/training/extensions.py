@@ -60,15 +60,21 @@ def split_path(key: str, path: str) -> tuple[str, str]:
     return module_name, name
 
 
+def search_launch_directory() -> str:
+    """The directory of the launch: modules of the user are found there from now on."""
+    directory = os.environ.setdefault(LAUNCH_DIRECTORY, str(Path.cwd()))
+    if directory not in sys.path:
+        sys.path.append(directory)
+    return directory
+
+
 def load_function(key: str, path: str, prefix: str = "") -> Callable[..., Any]:
     """The function that ``path`` names. Raises ``ConfigError``, which names the key as ``prefix`` and ``key``, when it
     cannot be imported, is no function, or does not take the arguments of ``key``."""
     positional, keywords = _ARGUMENTS[key]
     key = prefix + key
     module_name, name = split_path(key, path)
-    directory = os.environ.setdefault(LAUNCH_DIRECTORY, str(Path.cwd()))
-    if directory not in sys.path:
-        sys.path.append(directory)
+    directory = search_launch_directory()
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
