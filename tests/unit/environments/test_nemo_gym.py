@@ -65,6 +65,6 @@ async def test_requests_reach_the_session_and_a_gateway_that_is_gone_is_no_fault
         assert (reward.value, reward.info) == (2.5, {"metrics": {"letters": 3}})
         assert asked == [("Bearer K", {"input": "x", "metadata": {}})]
         session.base_url = f"http://127.0.0.1:{free_port()}/s/a/v1"
-        with pytest.raises(PlayError, match="500 .*the policy failed") as failure:
+        with pytest.raises(PlayError, match=r"500 .*the policy failed") as failure:
             await environment.play(TASK, session)
         assert is_infrastructure(failure.value)

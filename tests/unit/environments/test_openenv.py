@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import httpx
 import pytest
@@ -14,7 +14,7 @@ from support.trajectory_server import free_port
 class Client:
     """Of a package's server, which was started and answers nothing."""
 
-    made: "list[Client]" = []
+    made: ClassVar[list["Client"]] = []
 
     def __init__(self) -> None:
         self._base_url, self.is_closed = f"ws://127.0.0.1:{free_port()}", False
