@@ -283,7 +283,9 @@ class Ledger:
             self._orders = orders
             _note_branches(self._spans.values(), self._resumes)
             self._counts.restored_spans, self._counts.evicted_spans = len(self._spans), 0
-            self._changes = [change for change in self._changes if change[2] is None]  # the rest is what was read
+            # The rest is as it was read, also a prompt that was forgotten and came again.
+            forgotten = (change for change in self._changes if change[2] is None)
+            self._changes = [change for change in forgotten if change[0] != "prompts" or change[1] not in self._prompts]
             self._write()
             return len(self._spans)
 

@@ -215,6 +215,19 @@ def test_what_is_forgotten_is_deleted_on_disk(tmp_path: Path) -> None:
             assert len(again) == held
 
 
+def test_a_prompt_that_less_room_drops_and_takes_in_again_stays_on_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its row was deleted, and the next process took the file for damaged."""
+    with process(tmp_path, None) as before:
+        for prompt in (PROMPT, [4, 4], PROMPT):
+            before.record(prompt, [wrote([1, 2], 0)])
+    for _ in range(2):
+        with process(tmp_path, max_bytes=2500) as after:
+            assert [record.order for record in after.newest(9)] == [3]
+    assert caplog.messages == []
+
+
 def test_a_new_run_takes_nothing_in(tmp_path: Path) -> None:
     with process(tmp_path, None) as ledger:
         ledger.record(PROMPT, [wrote([1, 2], 3)])
