@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
+
 from atropos_verl.errors import ServiceError
 from atropos_verl.launch import orphan_reaper
 from atropos_verl.storage import write_atomic
@@ -186,7 +188,9 @@ class ManagedProcess:
         """The leader has, and no descendant is left."""
         if self._process is None or self._process.returncode is not None:
             return True
-        return self._leader_has_ended() and not orphan_reaper.carriers(self._token)
+        if not self._leader_has_ended() or orphan_reaper.carriers(self._token):
+            return False
+        return not _members(self._process.pid)  # those whose variables are their own carry no token
 
     def _reap(self) -> None:
         """Kill what is left, then collect the exit status: in this order, the group's id cannot have been reused."""
@@ -302,3 +306,15 @@ def read_tail(path: Path, start: int = 0) -> str:
             return log.read().decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def _members(pgid: int) -> list[int]:
+    """Living processes of a group; zombies do not count, nobody can end them but their parent."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.Error):
+            continue
+    return found

@@ -184,6 +184,18 @@ def test_sigterm_leaves_time_to_clean_up(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_a_descendant_with_variables_of_its_own_has_time_to_clean_up(tmp_path: Path) -> None:
+    (tmp_path / "own.sh").write_text(
+        "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo $$ >descendant; while true; do sleep 0.05; done"
+    )
+    process = started(tmp_path, 'env -i PATH="$PATH" sh own.sh & wait')
+    descendant = read_pid(tmp_path / "descendant")
+    assert os.getpgid(descendant) == process.pid != descendant
+    process.stop(grace=PATIENCE)
+    assert (tmp_path / "state").read_text() == "saved\n"
+    assert not alive(descendant)
+
+
 def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) -> None:
     process = ended(tmp_path, "sleep 1000 & echo $! >grandchild; exit 5")
     grandchild = read_pid(tmp_path / "grandchild")
