@@ -1,8 +1,8 @@
 """The index of rollouts: what writing it costs a run, and how long a look into it takes at size.
 
-    python benchmarks/bench_trace.py [--steps 60] [--sequences 100000] [key=value ...]
+    python benchmarks/bench_trace.py [--steps 85] [--sequences 100000] [--config-name NAME] [key=value ...]
 
-The first part trains the demo (with the settings given) and notes ten steps, not the next ten, and so on: the
+The first part trains the demo (or the configuration named, with the settings given) and notes ten steps, not the next ten, and so on: the
 processor time of a step with and without, and what the writing thread takes of it. The second part writes that many
 sequences of 64 to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of
 the writing thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
@@ -77,7 +77,7 @@ BLOCK = 5
 WRITERS: list[InBlocks] = []
 
 
-def overhead(words: list[str], steps: int) -> None:
+def overhead(words: list[str], steps: int, config_name: str) -> None:
     from atropos_verl.launch import train
     from atropos_verl.training import batch_source
 
@@ -85,7 +85,7 @@ def overhead(words: list[str], steps: int) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as name:
         fixed = [f"run_dir={name}/run", f"steps={steps}", "eval.before=false", "eval.after=false", "save_freq=-1"]
-        if train.main([*fixed, *words], config_name="atropos") != 0:
+        if train.main([*fixed, *words], config_name=config_name) != 0:
             raise SystemExit("the run failed")
     [writer] = WRITERS
     # Without the first block, which has the start of the run, and the first of each: writing of the one before.
@@ -108,9 +108,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=85, help="of the run, 0: no run")
     parser.add_argument("--sequences", type=int, default=100_000, help="of the index, 0: none")
+    parser.add_argument("--config-name", default="atropos", help="of the run")
     options, words = parser.parse_known_args()
     if options.steps:
-        overhead(words, options.steps)
+        overhead(words, options.steps, options.config_name)
     if options.sequences:
         looks_at_size(options.sequences)
 
