@@ -1,11 +1,12 @@
 """The index of rollouts: what writing it costs a run, and how long a look into it takes at size.
 
-    python benchmarks/bench_trace.py [--steps 85] [--sequences 100000] [--config-name NAME] [key=value ...]
+    python benchmarks/bench_trace.py [--steps 85] [--sequences 100000] [key=value ...]
 
-The first part trains the demo (or the configuration named, with the settings given) and notes ten steps, not the next ten, and so on: the
-processor time of a step with and without, and what the writing thread takes of it. The second part writes that many
-sequences of 64 to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints the processor time of
-the writing thread for each, and the medians of opening a random sequence and of each filter (20 looks each, in turn).
+The first part trains the demo (or what ``--config-name`` names, with the settings given) and notes ten steps, not the
+next ten, and so on: the processor time of a step with and without, and what the writing thread takes of it. The second
+part writes that many sequences of 64 to 256 tokens with the writer of a run, in batches of 16 groups of 8, and prints
+the processor time of the writing thread for each, and the medians of opening a random sequence and of each filter (20
+looks each, in turn).
 """
 
 import argparse
