@@ -1,7 +1,8 @@
 """``kill -9`` under 32 concurrent sessions: no turn is lost, no retry samples again, and each group is posted once.
 
 ``ATROPOS_SESSION_KILLS`` sets the number of kills of a gateway (4; the bar is 50), ``ATROPOS_RUN_KILLS`` that of a
-whole run with an environment of agents, which is resumed each time (0: it is left out).
+whole run with an environment of agents, which is resumed each time, and ``ATROPOS_RAY_KILLS`` that of the process that
+has the gateway of a launch on Ray, after which the launcher starts the trainer again (0: they are left out).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from support.runs import REPOSITORY, SMALL, LaunchRun
+from support.runs import LIMIT, REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("ATROPOS_SESSION_KILLS", "4"))
 RUN_KILLS = int(os.environ.get("ATROPOS_RUN_KILLS", "0"))
+RAY_KILLS = int(os.environ.get("ATROPOS_RAY_KILLS", "0"))
 SESSIONS, TURNS = 32, 6
 WAIT = 60.0
 """Seconds within which a request must get through once the gateway is left alone."""
@@ -155,50 +158,95 @@ def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -
     assert drill.counts["sessions"] >= SESSIONS and drill.counts["retries"] > KILLS
 
 
-@pytest.mark.skipif(not RUN_KILLS, reason="set ATROPOS_RUN_KILLS")
-@pytest.mark.timeout(3600)
-def test_a_killed_run_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
+def with_agents(directory: Path, words: Sequence[str], block: str) -> tuple[LaunchRun, Drill]:
+    """A launch whose one environment are agents that spell, and agents of the drill at its gateway. ``block``: before
+    the keys of the gateway."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    tasks = tmp_path / "words.jsonl"
+    tasks = directory / "words.jsonl"
     tasks.write_text(
         "".join(f"{json.dumps(word)}\n" for word in ("sun", "moon", "star", "sky", "tree", "rain", "wind"))
     )
-    words = [*SMALL, "steps=10000", "save_freq=1", "data.max_prompt_length=900", "max_response_length=120"]
-    words += [
-        f"gateway.port={port}",
-        "gateway.api_key=K",
-        "envs=[speller]",
-        "journal.keep=100",
-        "agents.speller.concurrency=32",
-    ]
-    words += ["agents.speller.agent=speller:solve", f"agents.speller.tasks={tasks}"]
+    words = [*words, "data.max_prompt_length=900", "envs=[speller]", "supervise.backoff=0.2"]
+    words += [f"{block}gateway.port={port}", f"{block}gateway.api_key=K", f"{block}journal.keep=100"]
+    words += ["agents.speller.concurrency=32", "agents.speller.agent=speller:solve", f"agents.speller.tasks={tasks}"]
     path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "examples" / "agents")])
-    drill = Drill(
-        f"http://127.0.0.1:{port}", AutoTokenizer.from_pretrained(str(demo_model_path())), wait=240.0, max_tokens=8
-    )
-    run = LaunchRun(words, run_dir=tmp_path / "run", env={"PYTHONPATH": path})
-    drill.start()
-    rng = random.Random(0)
-    try:
-        for kill in range(RUN_KILLS):
-            with run:  # its end is a kill -9 of all its processes
-                drill.work(rng)
-                if kill % 5 == 4:
-                    run.wait_for_more(1)
-            logger.info("kill %d: %s, %d steps", kill + 1, dict(drill.counts), run.trained())
-        with run:
-            drill.end()
-            run.wait_for_more(2)
-    finally:
-        drill.stop.set()
+    tokenizer = AutoTokenizer.from_pretrained(str(demo_model_path()))
+    run = LaunchRun(words, run_dir=directory / "run", env={"PYTHONPATH": path})
+    return run, Drill(f"http://127.0.0.1:{port}", tokenizer, wait=LIMIT, max_tokens=8)
+
+
+def kill_at_work(run: LaunchRun, drill: Drill, rng: random.Random, number: int, kill: Callable[[], None]) -> None:
+    drill.work(rng)
+    if number % 5 == 4:
+        run.wait_for_more(1)
+    kill()
+    logger.info("kill %d: %s, %d steps", number + 1, dict(drill.counts), run.trained())
+
+
+def check_run(run: LaunchRun, drill: Drill) -> None:
+    """After its end: steps of four groups, each group of agents posted once."""
+    assert run.run_dir is not None
     assert drill.counts["sessions"] >= SESSIONS
     assert [line["step"] for line in run.metrics()] == [*range(1, run.trained() + 1)]
-    notes = [json.loads(line) for line in (tmp_path / "run" / "agents" / "speller.jsonl").read_text().splitlines()]
+    notes = [json.loads(line) for line in (run.run_dir / "agents" / "speller.jsonl").read_text().splitlines()]
     over = Counter(note["group"] for note in notes if "over" in note)
-    store = Store(ServerSettings(data_dir=tmp_path / "run" / "api"))
+    store = Store(ServerSettings(data_dir=run.run_dir / "api"))
     try:
         assert store.totals["groups"] == len(set(store.keys)) >= run.trained() * 4
         assert set(over) <= set(store.keys) and set(over.values()) == {1}
     finally:
         store.close()
+
+
+@pytest.mark.skipif(not RUN_KILLS, reason="set ATROPOS_RUN_KILLS")
+@pytest.mark.timeout(3600)
+def test_a_killed_run_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
+    run, drill = with_agents(tmp_path, [*SMALL, "steps=10000", "save_freq=1", "max_response_length=120"], "")
+    drill.start()
+    rng = random.Random(0)
+    try:
+        for number in range(RUN_KILLS):
+            with run:  # its end is a kill -9 of all its processes
+                kill_at_work(run, drill, rng, number, lambda: None)
+        with run:
+            drill.end()
+            run.wait_for_more(2)
+    finally:
+        drill.stop.set()
+    check_run(run, drill)
+
+
+ON_RAY = (
+    "backend=ray",
+    "trainer.total_training_steps=10000",
+    "trainer.save_freq=1",
+    "data.train_batch_size=4",
+    "data.max_response_length=120",
+    "actor_rollout_ref.rollout.n=4",
+    "atropos.eval.before=false",
+    "atropos.eval.after=false",
+    # Groups that a kill has made old count as well.
+    "atropos.off_policy.max_staleness=null",
+    "supervise.healthy_after=1",
+)
+
+
+@pytest.mark.skipif(not RAY_KILLS, reason="set ATROPOS_RAY_KILLS")
+@pytest.mark.timeout(7200)
+def test_a_killed_task_runner_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
+    """It has gateway and trainer, and its end is that of its Ray: replicas, workers and what is under way in them."""
+    run, drill = with_agents(tmp_path, ON_RAY, "atropos.")
+    drill.start()
+    rng = random.Random(0)
+    try:
+        with run:
+            for number in range(RAY_KILLS):
+                kill_at_work(run, drill, rng, number, lambda: run.kill_actor("AtroposTaskRunner"))
+            drill.end()
+            run.wait_for_more(2)
+            assert run.service("trainer")["restarts"] == RAY_KILLS
+            assert run.service("speller")["restarts"] == run.service("trajectory_api")["restarts"] == 0
+    finally:
+        drill.stop.set()
+    check_run(run, drill)

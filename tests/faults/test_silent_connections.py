@@ -1,10 +1,10 @@
 """Clients that connect and say nothing: the server has fewer file descriptors than they have connections."""
 
-import contextlib
 import os
 import resource
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,7 +23,7 @@ SILENT = 2000
 def many_files() -> Iterator[None]:
     """This process may hold its end of the connections."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(before[1], 2 * SILENT)), before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(before[1], 3 * SILENT)), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -34,7 +34,7 @@ def test_the_api_goes_on_beside_2000_silent_connections_at_1024_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:
     monkeypatch.setattr(ServerProcess, "prefix", ("sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"))
-    with contextlib.ExitStack() as stack, ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data")) as server:
+    with ExitStack() as stack, ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data")) as server:
         client = stack.enter_context(AtroposClient(server.url, timeout=60.0, retry_attempts=100))
         client.register(TrainerRegistration(**registration(4)))
         for number in range(SILENT):
@@ -55,20 +55,18 @@ _1024_FILES = (
 
 @pytest.mark.skipif(not os.environ.get("ATROPOS_VERL_SILENT_RUN"), reason="a whole run: ATROPOS_VERL_SILENT_RUN=1")
 @pytest.mark.usefixtures("many_files")
-def test_a_run_goes_on_beside_2000_silent_connections_at_1024_files(tmp_path: Path) -> None:
-    """A thousand at the gateway, a thousand at the API."""
+def test_a_run_goes_on_beside_silent_connections_at_1024_files(tmp_path: Path) -> None:
+    """2000 at its gateway, 2000 at its API."""
     words = ["steps=12", "save_freq=6"]
-    with (
-        contextlib.ExitStack() as stack,
-        TrainingRun(words, run_dir=tmp_path / "run", launcher=("-c", _1024_FILES)) as run,
-    ):
+    with TrainingRun(words, run_dir=tmp_path / "run", launcher=("-c", _1024_FILES)) as run, ExitStack() as stack:
         run.wait_for_step(1)
         [file] = (tmp_path / "run" / "launch").glob("environment*.yaml")
         told = yaml.safe_load(file.read_text())
         for url in (told["openai"][0]["base_url"], told["env"]["rollout_server_url"]):
-            for _ in range(SILENT // 2):
+            for _ in range(SILENT):
                 place = ("127.0.0.1", urlsplit(url).port)
                 stack.enter_context(socket.create_connection(place, timeout=60.0))
+        beside = run.trained()
         run.must_end(0)
-        assert run.trained() == 12
+        assert beside + 3 <= run.trained() == 12
         assert sum(path.stat().st_size for path in (tmp_path / "run" / "logs").iterdir()) < 500_000

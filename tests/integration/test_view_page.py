@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from support.runs import SMALL, TrainingRun
+from support.sessions import OracleEngine, open_session, session_gateway
+from support.tiny_model import build_tiny_tokenizer
 from support.traced_run import SCRIPT, write_run
 
 SEQUENCE = 1 << 32
@@ -145,6 +147,40 @@ def test_hostile_content_is_text_at_every_size_and_in_every_scheme(browser: Any,
                         page.evaluate(Path(axe).read_text())
                         found = page.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes[0].html]))")
                         assert found == [], (place, scheme, width)
+
+
+NESTED = """function nested(list) {
+  return [...list.children].map(item => [item.firstChild.textContent.split(",")[0],
+    ...[...item.querySelectorAll(":scope > ul")].flatMap(nested)]);
+}"""
+
+
+def test_a_sessions_turns_are_a_tree(browser: Any, tmp_path: Path) -> None:
+    run_dir, tokenizer = write_run(tmp_path / "run", steps=2), build_tiny_tokenizer()
+    with session_gateway(run_dir / "gateway", OracleEngine(), tokenizer) as client:
+        session = open_session(client, task=SCRIPT)
+        key = {"authorization": f"Bearer {session['api_key']}"}
+
+        def ask(*messages: dict[str, str]) -> list[dict[str, str]]:
+            asked = [*messages, {"role": "user", "content": "more"}]
+            body = {"model": "m", "messages": asked, "max_tokens": 5}
+            return [*asked, client.post("/v1/chat/completions", json=body, headers=key).json()["choices"][0]["message"]]
+
+        first = ask()
+        for hint in ("a", "b"):
+            branch = ask(*first, {"role": "user", "content": hint})
+        ask(*branch)
+        ask({"role": "system", "content": "another"})
+        client.post(f"/sessions/{session['id']}/reward", json={"reward": 0.25})
+    with serving(tmp_path) as (url, _), opened(browser) as page:
+        page.goto(f"{url}#session?run=run&id={session['id']}")
+        tree = page.locator("ul.tree").first
+        tree.wait_for()
+        branches = [["turn 1"], ["turn 2"], ["turn 3"]]  # what continues the last of them stands below it
+        assert tree.evaluate(NESTED) == [["turn 0", *branches], ["turn 4"]]
+        assert "turn 3, row 1" in tree.inner_text() and "5 sampled, version 0, length" in tree.inner_text()
+        said = page.locator("main").inner_text()
+        assert SCRIPT in said and "finished" in said and "0.25" in said
 
 
 def test_the_page_goes_on_after_the_view_was_restarted(browser: Any, tmp_path: Path) -> None:

@@ -139,16 +139,17 @@ class Client:
         sent = body and {name: value for name, value in body.items() if value is not None}
         end = time.monotonic() + self._patience
         for attempt in itertools.count():
+            failure = None
             try:
                 answer = await self._http.request(method, path, json=sent, headers=headers)
                 status, text = answer.status_code, answer.text[:500]
                 if status != 429 and status < 500:
                     break
             except httpx.TransportError as error:
-                status, text = 0, f"{type(error).__name__} {error}"
+                status, text, failure = 0, f"{type(error).__name__} {error}", error
             wait = min(0.2 * 1.5**attempt, _LONGEST_WAIT)
             if time.monotonic() + wait >= end:
-                raise SessionError(f"{method} {self._http.base_url}{path}: {text}", status)
+                raise SessionError(f"{method} {self._http.base_url}{path}: {text}", status) from failure
             await asyncio.sleep(wait)
         if status >= 400:
             raise SessionError(f"{method} {path}: {status} {text}", status)

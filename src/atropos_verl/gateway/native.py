@@ -14,7 +14,9 @@ from atropos_verl.gateway.fields import ApiError, Fields, Sampling, parse_sampli
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
 
-_MAX_TOKENS_NAMES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+_VLLM_BOUNDS = ("max_tokens", "max_new_tokens", "max_completion_tokens")
+_SGLANG_BOUNDS = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names of the largest number of new tokens; each dialect's own wins."""
 _VLLM_DEFAULT_TOKENS = 16
 """``SamplingParams.max_tokens`` of vLLM when absent."""
 _SGLANG_DEFAULT_TOKENS = 128
@@ -40,7 +42,7 @@ def generate(service: GatewayService, fields: Fields) -> Answer:
 
 
 def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
-    sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
+    sampling = parse_sampling(fields, max_tokens_names=_VLLM_BOUNDS, max_tokens_default=_VLLM_DEFAULT_TOKENS)
     fields.require_neutral({"stream": (False,)})
     fields.ignore("detokenize")  # false would only leave the text out
     with_logprobs = "logprobs" in fields
@@ -115,7 +117,7 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
 
 def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     params = fields.child("sampling_params")
-    sampling = parse_sampling(params, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_SGLANG_DEFAULT_TOKENS)
+    sampling = parse_sampling(params, max_tokens_names=_SGLANG_BOUNDS, max_tokens_default=_SGLANG_DEFAULT_TOKENS)
     fields.require_neutral({"stream": (False,), "return_hidden_states": (False,), "top_logprobs_num": (0,)})
     fields.require_neutral({"token_ids_logprob": ([],), "image_data": ([],), "input_embeds": (), "lora_path": ()})
     with_logprobs = fields.get("return_logprob", False)
@@ -191,7 +193,7 @@ def generate_trl(service: GatewayService, fields: Fields) -> Answer:
     if "prompts" not in fields:
         message = "missing; this is trl's dialect (/generate/ with a slash). vLLM's and SGLang's are at /generate"
         raise fields.error("prompts", message)
-    sampling = parse_sampling(fields, max_tokens_names=_MAX_TOKENS_NAMES, max_tokens_default=_VLLM_DEFAULT_TOKENS)
+    sampling = parse_sampling(fields, max_tokens_names=_VLLM_BOUNDS, max_tokens_default=_VLLM_DEFAULT_TOKENS)
     fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
     fields.ignore("model")
     prompts, _ = service.codec.prompts(fields, "prompts", ids=False)

@@ -125,8 +125,8 @@ class BatchSource:
         self._check: Check = lambda: None
         self._attend: Check = lambda: None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
-        self._limit = config.atropos.rollout_timeout
-        """Seconds that the next batch may take."""
+        self._has_delivered = False
+        """A batch came from the API while this process trained."""
         self._is_explained = False
         self._queue_watch: tuple[threading.Thread, threading.Event] | None = None
         """The thread that tells the throttle of the API's queue, and what ends it."""
@@ -187,7 +187,7 @@ class BatchSource:
         """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
 
         ``check`` is called while waiting, and raises when a process of the run has died; ``attend`` is called in the
-        thread of ``take`` while that waits. ``starts_environment``: this run started the environment, so the first
+        thread of ``take`` while that waits. ``starts_environment``: this run started the environment, so its first
         batch may take ``env.startup_timeout``, and what keeps it is diagnosed by who watches the environment.
         ``prepare``: prefetch one batch, and call this for it in the source's thread.
         """
@@ -195,8 +195,6 @@ class BatchSource:
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"
             self._rescored = load_rescoring(self.config.reward.path, self._provenance.decode)
-        if starts_environment:
-            self._limit = self.config.env.startup_timeout
         self._prepare, self._stopped = prepare, False
         if self._throttle is not None and self._queue_watch is None:
             self._throttle.active = True
@@ -256,15 +254,15 @@ class BatchSource:
             AtroposTimeoutError: none came within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
             AtroposAPIError: the API failed, or lost more than five batches in a row.
         """
-        deadline = time.monotonic() + self._limit
+        is_starting = self._is_explained and not self._has_delivered
+        limit = self.config.env.startup_timeout if is_starting else self.config.atropos.rollout_timeout
+        deadline = time.monotonic() + limit
         lost = 0
         gone_since: float | None = None
         while True:
             remaining = deadline - time.monotonic()
             try:
-                data = self.fetch(min(self.config.batch_max_wait_time, max(remaining, 0.1)), check)
-                self._limit = self.config.atropos.rollout_timeout
-                return data
+                return self.fetch(min(self.config.batch_max_wait_time, max(remaining, 0.1)), check)
             except AtroposTimeoutError as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -307,6 +305,7 @@ class BatchSource:
                 self.batches.trained(first.entry, self._step)
                 self.done()
         held = self.batches.fetch(max_wait_time, should_stop, {"after_step": self._step})
+        self._has_delivered = True
         self._count_fetched()
         return self._decode(held)
 

@@ -369,3 +369,10 @@ def test_which_failures_say_nothing_of_the_agent() -> None:
         assert is_infrastructure(caused(error))
     for error in (ValueError(), TimeoutError(), SessionError("x", 409), KeyError("status")):
         assert not is_infrastructure(error)
+
+
+async def test_a_gateway_that_stays_away_says_nothing_of_the_agent() -> None:
+    async with Client("http://127.0.0.1:9", patience=0.0) as client:
+        with pytest.raises(SessionError, match="POST") as failure:
+            await client.ask("POST", "/sessions")
+    assert is_infrastructure(failure.value)

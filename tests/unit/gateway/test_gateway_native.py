@@ -49,10 +49,11 @@ def test_vllm_parameters_and_prompt_forms(client: httpx.Client, engine: FakeEngi
         answer = generate(client, prompt=prompt, stop=["q"], **same)
         assert answer["prompt"] == "ab" and "logprobs" not in answer and "prompt_logprobs" not in answer
     generate(client, prompt_token_ids=[64, 65], max_new_tokens=4)
+    generate(client, prompt_token_ids=[64, 65], max_new_tokens=4, max_tokens=3)  # vLLM's own name is max_tokens
     for sent in engine.requests[:4]:
         rest = {"max_tokens": 16, "stop": ("q",), "request_id": sent.request_id, **same}
         assert sent == GenerationRequest(prompt_token_ids=(64, 65), **rest)  # type: ignore[arg-type]
-    assert engine.requests[4].max_tokens == 4
+    assert [sent.max_tokens for sent in engine.requests[4:]] == [4, 3]
 
 
 def test_sglang_answer(client: httpx.Client, engine: FakeEngine) -> None:
@@ -60,7 +61,7 @@ def test_sglang_answer(client: httpx.Client, engine: FakeEngine) -> None:
     answer = generate(
         client,
         input_ids=[64, 65],
-        sampling_params={"max_new_tokens": 2, "temperature": 0.5, "top_k": 1 << 30},
+        sampling_params={"max_new_tokens": 2, "max_tokens": 9, "temperature": 0.5, "top_k": 1 << 30},
         return_logprob=True,
         return_text_in_logprobs=False,
     )

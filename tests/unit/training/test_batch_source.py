@@ -157,20 +157,41 @@ def test_an_api_that_restarts_is_awaited_where_it_keeps_what_it_leases(tmp_path:
         assert api.count("/batch") == (4 if leased else 1)
 
 
+@contextmanager
+def patient_source(api: FaultServer, directory: Path, limit: str) -> Iterator[BatchSource]:
+    """Its ``limit`` is short, the other long."""
+    patience: dict[str, Any] = {"startup_timeout": 600.0, "rollout_timeout": 600.0, limit: 0.01}
+    atropos = {"api_url": api.url, "rollout_timeout": patience["rollout_timeout"]}
+    config = _config(None, atropos=atropos, env={"startup_timeout": patience["startup_timeout"]})
+    with closing(BatchSource(config, directory)) as source:
+        yield source
+
+
 @pytest.mark.parametrize(("starts_environment", "limit"), [(True, "startup_timeout"), (False, "rollout_timeout")])
 def test_the_first_batch_has_the_time_of_an_environment_that_starts(
     tmp_path: Path, starts_environment: bool, limit: str
 ) -> None:
-    patience: dict[str, Any] = {"startup_timeout": 600.0, "rollout_timeout": 600.0, limit: 0.01}
-    with api_of([]) as api:
-        atropos = {"api_url": api.url, "rollout_timeout": patience["rollout_timeout"]}
-        config = _config(None, atropos=atropos, env={"startup_timeout": patience["startup_timeout"]})
-        with closing(BatchSource(config, tmp_path)) as source:
-            attached(source)
-            source.start(None, starts_environment=starts_environment)
-            with pytest.raises(AtroposTimeoutError):
-                source.take(more=True)
-            source.stop(give_back=False)
+    with api_of([]) as api, patient_source(api, tmp_path, limit) as source:
+        source.journal.record(BODY)
+        source.resume(0)
+        attached(source)
+        source.start(None, starts_environment=starts_environment)
+        assert ids(source.take(more=True)) == ids(BODY), "of before a restart: nothing of the environment's"
+        with pytest.raises(AtroposTimeoutError):
+            source.take(more=True)
+        source.stop(give_back=False)
+
+
+def test_an_environment_that_delivered_is_not_starting_when_training_begins_again(tmp_path: Path) -> None:
+    with api_of([BODY]) as api, patient_source(api, tmp_path, "rollout_timeout") as source:
+        attached(source)
+        source.start(None, starts_environment=True)
+        assert ids(source.take(more=True)) == ids(BODY)
+        source.stop(give_back=False)
+        source.start(None, starts_environment=True)
+        with pytest.raises(AtroposTimeoutError):
+            source.take(more=True)
+        source.stop(give_back=False)
 
 
 def test_a_batch_of_nothing_but_stale_groups_is_over_without_a_step(tmp_path: Path) -> None:
