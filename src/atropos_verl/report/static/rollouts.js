@@ -125,7 +125,7 @@ export async function showSession(main, place, runs, told, signal) {
   for (const turn of session.tree || []) children.set(turn.parent ?? null, [...(children.get(turn.parent ?? null) || []), turn]);
   const numbers = new Set((session.tree || []).map(turn => turn.turn));
   const roots = (session.tree || []).filter(turn => !numbers.has(turn.parent));
-  const line = turn => `turn ${turn.turn}, row ${turn.lineage}: ${number(turn.prompt_tokens)} tokens of prompt, ${number(turn.completion_tokens)} sampled, version ${turn.versions.join(" to ") || "-"}, ${brief(turn.finish_reason) || "-"}${turn.received ? "" : ", not received"}`;
+  const line = turn => `turn ${turn.turn}, row ${turn.lineage}: ${number(turn.prompt_tokens)} tokens of prompt, ${number(turn.completion_tokens)} sampled, version ${[...new Set(turn.versions)].join(" to ") || "-"}, ${brief(turn.finish_reason) || "-"}${turn.received ? "" : ", not received"}`;
   const box = el("ul", {class: "tree"}), stack = roots.map(turn => [turn, box]);
   while (stack.length) {  // no recursion: a session may have thousands of turns, one below the other
     const [turn, into] = stack.shift(), own = children.get(turn.turn) || [], item = el("li", {}, line(turn));
