@@ -1,7 +1,7 @@
 """Tokens per second: the embedded engine against ``model.generate`` in static batches of the same requests.
 
     python benchmarks/bench_generation.py [--sequences 64] [--repeats 5] [--manager]
-                                          [--vllm PYTHON] [--model smollm2-135m] [--dtype bfloat16]
+                                          [--vllm PYTHON] [--model smollm2-135m] [--dtype bfloat16] [--profile]
 
 Two loads: all completions equally long, and lengths that vary tenfold (a static batch runs until its longest is done;
 the engine fills the slot with the next sequence). Both sides sample at temperature 1 from the same random Qwen2 of
@@ -11,6 +11,8 @@ interpreter given, a process of its own that is asked in turn; it samples with l
 ``--model`` takes a real model, and compares the engine with vLLM alone: groups of eight that share a prompt, lengths
 that vary tenfold, long prompts, and conversations whose prompts grow. Each repeat has prompts of its own. Prints JSON:
 median tokens/s of each side and the ratios. Counted are the tokens asked for.
+``--profile`` compares nothing: it prints what a prefill and a decode step of each load spend their time on, and the
+weights and cached keys and values that the step reads a second, beside what ``tensor.sum()`` reads.
 """
 
 import os
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--model", help="smollm2-135m, or a directory; default: a random one of a million parameters")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM (CPU build) installed")
+    parser.add_argument("--profile", action="store_true", help="where the engine's time goes, instead")
     options = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
@@ -77,6 +80,9 @@ def main() -> None:
     }
     if not options.model:
         loads = {"equal_lengths": lambda: equal_load(rows, prompt, tokens), "lengths_varying_10x": varied}
+    if options.profile:
+        print(json.dumps({name: profile(model, load()[0][:rows]) for name, load in loads.items()}, indent=2))
+        return
     from support.tiny_model import build_tiny_tokenizer
 
     from atropos_verl.engine.embedded import TransformersEngine
@@ -229,6 +235,72 @@ def measure(make: Callable[[], Load], sides: dict[str, Callable[[Load], None]], 
     del by_processor["engine_over_engine"]
     figures = {"processor_seconds": processor, "by_processor_seconds": by_processor}
     return {"tokens": tokens, "tokens_per_second": medians, **ratios, **figures}
+
+
+_KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
+
+
+def profile(model: Any, requests: list[tuple[tuple[int, ...], int]], steps: int = 8) -> dict[str, Any]:
+    """A prefill and decode steps of ``requests`` together, in this thread: milliseconds, and shares of them."""
+    from atropos_verl.engine import scheduler
+    from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket
+    from atropos_verl.engine.runner import ModelRunner
+    from atropos_verl.types import GenerationRequest
+
+    model = copy.deepcopy(model)
+    runner, sampled = ModelRunner(model, max_context_len=1024), scheduler.sample
+    limits = EngineLimits(max_context_len=1024, vocab_size=runner.vocab_size, eos_token_ids=frozenset())
+
+    def sample(*arguments: Any) -> Any:
+        with torch.profiler.record_function("sampling"):
+            return sampled(*arguments)
+
+    def run(batch: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+        asked = [GenerationRequest(prompt_token_ids=prompt, max_tokens=4 * steps) for prompt, _ in requests]
+        newcomers = [sequence for request in asked for sequence in Ticket(request, limits).sequences]
+        yield "prefill", lambda: batch.prefill(newcomers, 0)
+        yield "decode", lambda: [batch.decode(0) for _ in range(steps)]
+
+    scheduler.sample = sample
+    found: dict[str, Any] = {}
+    try:
+        for watched in (False, False, True):  # the first warms up
+            runner.cache.clear()
+            batch = scheduler.ContinuousBatch(runner, len(requests), EngineStats())
+            for name, phase in run(batch):
+                started = time.perf_counter()
+                if watched:
+                    with torch.profiler.profile() as profiler:
+                        phase()
+                    found[name]["shares"] = _shares(profiler.key_averages())
+                else:
+                    phase()
+                    seconds = time.perf_counter() - started
+                    found[name] = {"milliseconds": 1e3 * seconds / (1 if name == "prefill" else steps)}
+    finally:
+        scheduler.sample = sampled
+    context, whole = sum(len(prompt) for prompt, _ in requests) + len(requests) * (1 + steps / 2), torch.ones(2**28)
+    kept = sum(buffer.shape[1] * buffer.shape[3] * buffer.element_size() for buffer in runner.cache._buffers)
+    read = (sum(parameter.nbytes for parameter in model.parameters()) + kept * context) / 1e9
+    started = time.perf_counter()
+    for _ in range(4):
+        whole.sum()
+    memory = 4 * whole.nbytes / 1e9 / (time.perf_counter() - started)
+    rate = read / found["decode"]["milliseconds"] * 1e3
+    return found | {"rows": len(requests), "GB read": read, "GB/s": rate, "GB/s of memory": memory}
+
+
+def _shares(averages: Any) -> dict[str, float]:
+    """Of the time of all operators; what Python does between them is in none of it."""
+    times = {entry.key: entry.self_cpu_time_total for entry in averages}
+    whole = {entry.key: entry.cpu_time_total for entry in averages}
+    total = sum(times.values())
+    kinds = {kind: sum(times.get(name, 0.0) for name in names) / total for kind, names in _KINDS.items()}
+    kinds["sampling"] = whole.get("sampling", 0.0) / total
+    return {**kinds, "other": 1 - sum(kinds.values())}
 
 
 if __name__ == "__main__":

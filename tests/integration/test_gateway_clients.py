@@ -14,7 +14,7 @@ from support.atropos_clients import HI, HI_PROMPT, managed_server, server_manage
 from support.fake_engine import FakeEngine, logprob_of, text_reply
 from support.serving import eventually, serving
 
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 
 KEY = "integration-key"
 EOS = 258

@@ -22,7 +22,7 @@ from support.serving import eventually, serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import UNKNOWN_VERSION

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.types import Generation, GenerationRequest
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer

@@ -116,27 +116,17 @@ def rollout() -> dict[str, dict[str, int]]:
     """The embedded engine: prefill, prefill behind a stored prefix, decode, logprobs of a prompt."""
     from atropos_verl.engine.requests import EngineLimits, Ticket
     from atropos_verl.types import GenerationRequest
-    from support.engines import build_tiny_tokenizer
 
     model, found = tiny_causal_lm(), dict[str, dict[str, int]]()
     with Lookalike():
         runner = ModelRunner(on_device(model), max_context_len=100)
     batch = ContinuousBatch(runner, 8, EngineStats())
-    tokenizer = build_tiny_tokenizer()
     limits = EngineLimits(max_context_len=100, vocab_size=VOCABULARY, eos_token_ids=frozenset({258}))
 
     def sequences(*prompts: tuple[int, ...]) -> list[Any]:
         settings: dict[str, Any] = {"n": 2, "max_tokens": 9, "temperature": 0.7, "top_k": 50, "ignore_eos": True}
         tickets = [
-            Ticket(
-                GenerationRequest(prompt_token_ids=prompt, **settings),
-                None,
-                seed=number,
-                matcher=None,
-                limits=limits,
-                tokenizer=tokenizer,
-                pieces={},
-            )
+            Ticket(GenerationRequest(prompt_token_ids=prompt, **settings), limits, seed=number)
             for number, prompt in enumerate(prompts)
         ]
         return [sequence for ticket in tickets for sequence in ticket.sequences]
@@ -146,7 +136,7 @@ def rollout() -> dict[str, dict[str, int]]:
         "prefill behind a stored prefix": lambda: batch.prefill(sequences((*range(40), 7, 8)), 0),
         "decode": lambda: batch.decode(0),
         "decode, the same rows": lambda: batch.decode(0),
-        "logprobs": lambda: runner.logprobs([1, 2, 3, 4], 0.7),
+        "logprobs": lambda: runner.logprobs([1, 2, 3, 4]),
     }
     for name, step in steps.items():
         with Lookalike() as mode:

@@ -3,9 +3,9 @@
 One thread owns the model. ``gate`` is the trainer's: paused, requests keep their tokens and nothing runs. Whoever uses
 the model from outside (weight updates, memory, logprobs) pauses the engine's own gate for that long.
 
-A step that raises costs no request: all sequences go back to the queue, the engine is rebuilt and goes on from their
-tokens, with fewer of them at first. Weights that give other logprobs than after the last update are waited for. What
-fails again and again, alone, gets the error; when that is everything, the engine is given up.
+A step that raises costs no request: all sequences go back to the queue, and the engine goes on from their tokens with
+fewer of them at first. Weights that give other logprobs than after the last update are waited for. What fails again
+and again, alone, gets the error; when that is everything, the engine is given up (docs/internals.md).
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,20 +28,20 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from atropos_verl.engine.constraints import Grammars
-from atropos_verl.engine.gate import RequestGate
 from atropos_verl.engine.kv_cache import PrefixIndex
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.engine.requests import (
     EngineLimits,
     EngineStats,
     OnDelta,
     RunningSequence,
+    StopStrings,
     Ticket,
     eos_token_ids,
     validate,
 )
 from atropos_verl.engine.runner import ModelRunner, context_len
-from atropos_verl.engine.sampling import effective_temperature
+from atropos_verl.engine.sampling import Grammars
 from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
 from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError, WeightSyncError
@@ -55,6 +56,8 @@ _TURN = 16
 """Sequences of a client request that are queued together; then it is the others' turn."""
 _TURN_ROUNDS = 32
 """Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
+_ROOM_ROUNDS = 4
+"""Rounds after which one more sequence may run, after a failure."""
 _BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
 """Failed steps in a row after which a sequence that ran alone is to blame (if a known request works), and after which
 the engine is given up."""
@@ -75,8 +78,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         max_running: KV slots: sequences decoded together (after a failure fewer, for a while). More sequences wait. The
             KV cache grows with the longest sequence, at most to ``max_running * max_context_len`` positions.
         max_context_len: prompt plus completion in tokens; None: the model's ``max_position_embeddings``.
-        num_threads: ``torch.set_num_threads`` in the engine's thread; None: unchanged. (torch keeps one number for
-            threads that are yet to start, so it can reach them as well.)
+        num_threads: of torch, in the engine's thread (and in threads that are yet to start); None: unchanged.
         release_weights: ``release_memory_occupation`` also frees the weights, not only the KV cache.
         keep_kv: ``swap_weights`` keeps the KV of running sequences, and what is stored until the next swap; otherwise
             sequences are prefilled again before their next token, as after ``update_weights_from_tensor``.
@@ -113,9 +115,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
         self._staged: ModelRunner | None = None
         self.vocab_size = self._runner.vocab_size
-        self._limits = EngineLimits(
-            max_context_len=self.max_context_len, vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids
-        )
+        sizes = {"max_context_len": self.max_context_len, "vocab_size": self.vocab_size}
+        self._limits = EngineLimits(**sizes, eos_token_ids=self.eos_token_ids)
         self._grammars = Grammars(tokenizer, self.vocab_size, self.eos_token_ids)
         self._random = random.Random(seed)
         self._pieces: dict[int, str] = {}  # text of single tokens, shared by all stop-string checks
@@ -138,8 +139,6 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         self._failed_steps = self._rounds = 0
         self._sound = True
         """As far as known tokens showed after the last failure."""
-        self._pace = 1
-        """Rounds after which one more sequence may run, after a failure."""
         step = -(-self.vocab_size // min(_PROOF_TOKENS, self.max_context_len))
         self._proof_tokens = list(range(0, self.vocab_size, step))
         self._proof: list[float] | None = None
@@ -158,15 +157,12 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Self:
-        """Load model and tokenizer from a Hugging Face directory. ``settings``: of the constructor; ``dtype`` None: the
-        checkpoint's."""
+        """Load a Hugging Face directory. ``settings``: of the constructor; ``dtype`` None: the checkpoint's."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-        form = {"dtype": "auto" if dtype is None else dtype, "attn_implementation": "sdpa"}
-        model = AutoModelForCausalLM.from_pretrained(str(path), trust_remote_code=trust_remote_code, **form)
-        return cls(model, tokenizer, **settings)
+        form = {"dtype": dtype or "auto", "attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+        model = AutoModelForCausalLM.from_pretrained(str(path), **form)
+        return cls(model, tokenizer or AutoTokenizer.from_pretrained(str(path)), **settings)
 
     @property
     def weights_ready(self) -> bool:
@@ -176,25 +172,19 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
     def stats(self) -> EngineStats:
         """Counters since the start, and what it holds now."""
         with self._condition:
-            return replace(
-                self._counts,
-                running=len(self._batch.running),
-                waiting=len(self._waiting),
-                kv_bytes=self._runner.cache.nbytes,
-                weight_bytes=self._runner.weights.nbytes,
-            )
+            sizes = {"kv_bytes": self._runner.cache.nbytes, "weight_bytes": self._runner.weights.nbytes}
+            return replace(self._counts, running=len(self._batch.running), waiting=len(self._waiting), **sizes)
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
-        """See ``GenerationEngine``. One that ``abort`` ended returns what it had, finish "abort"; one that fails again
-        and again gets ``EngineError``."""
+        """See ``GenerationEngine``. One that ``abort`` ended returns what it had; one that fails again and again gets
+        ``EngineError``."""
         validate(request, self._limits)
         matcher = await asyncio.to_thread(self._grammars.matcher, request) if request.constraint else None
-        ticket = self._submit(request, matcher=matcher)
+        ticket = self._submit(request, None, matcher)
         try:
             return await asyncio.wrap_future(ticket.future)
-        except asyncio.CancelledError:
+        finally:
             self._cancel([ticket])
-            raise
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """See ``GenerationEngine``. A bad request raises here; generation starts when the first delta is asked for."""
@@ -226,26 +216,24 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         for request in requests:
             validate(request, self._limits)
         deadline = time.monotonic() + timeout
-        matchers = [self._grammars.matcher(request) if request.constraint else None for request in requests]
-        submitted = [self._submit(request, None, matcher) for request, matcher in zip(requests, matchers, strict=True)]
+        matchers = [self._grammars.matcher(request) for request in requests]
+        tickets = [self._submit(request, None, matcher) for request, matcher in zip(requests, matchers, strict=True)]
         try:
-            return [self._wait_for(ticket, deadline) for ticket in submitted]
+            for ticket in tickets:
+                while not ticket.future.done() and (left := deadline - time.monotonic()) > 0:
+                    wait([ticket.future], min(left, _ATTEND_SECONDS))
+                    if self.attend is not None and not ticket.future.done():
+                        self.attend()
+                ticket.future.result(timeout=0)
+            return [ticket.future.result() for ticket in tickets]
         except TimeoutError as error:
-            done = sum(ticket.future.done() for ticket in submitted)
+            done = sum(ticket.future.done() for ticket in tickets)
             raise TimeoutError(
-                f"generate: {done} of {len(submitted)} requests were done after {timeout:g} s "
+                f"generate: {done} of {len(tickets)} requests were done after {timeout:g} s "
                 f"(gate {self.gate.state.value}, weights {'ready' if self.weights_ready else 'not ready'})"
             ) from error
         finally:
-            self._cancel(submitted)
-
-    def _wait_for(self, ticket: Ticket, deadline: float) -> list[Generation]:
-        while (remaining := max(0.0, deadline - time.monotonic())) > _ATTEND_SECONDS:
-            with contextlib.suppress(TimeoutError):
-                return ticket.future.result(_ATTEND_SECONDS)
-            if self.attend is not None:
-                self.attend()
-        return ticket.future.result(remaining)
+            self._cancel(tickets)
 
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
@@ -263,8 +251,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         with self._condition:
             self.check_alive()
             seed = request.seed if request.seed is not None else self._random.getrandbits(64)
-            shared: dict[str, Any] = {"limits": self._limits, "tokenizer": self.tokenizer, "pieces": self._pieces}
-            ticket = Ticket(request, on_delta, seed=seed, matcher=matcher, **shared)
+            stops = StopStrings(self.tokenizer, request.stop, self._pieces) if request.stop else None
+            ticket = Ticket(request, self._limits, stops, seed, on_delta, matcher)
             for sequence in ticket.sequences:
                 sequence.turn, sequence.ordinal = self._turn + sequence.place // _TURN, next(self._arrivals)
                 heapq.heappush(self._waiting, sequence)
@@ -285,21 +273,17 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
 
     # -- weights, memory, logprobs: at a token boundary, in the caller's thread --------------------------------------
 
-    def compute_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
-        """[T-1] logprobs of tokens 1..T-1 of a sequence given those before; temperature 0 counts as 1. Works while
-        paused.
+    def compute_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """[T-1] logprobs, at temperature 1, of tokens 1..T-1 of a sequence given those before. Works while paused.
 
-        Raises ``GenerationRequestError``: an id outside the vocabulary, too long, a bad temperature; ``EngineError``:
-        no usable weights.
+        Raises ``GenerationRequestError``: an id outside the vocabulary, too long; ``EngineError``: no usable weights.
         """
         if len(token_ids) > self.max_context_len:
             raise GenerationRequestError(
                 f"token_ids has {len(token_ids)} tokens; the context holds {self.max_context_len}", "token_ids"
             )
-        if not 0.0 <= temperature < float("inf"):
-            raise GenerationRequestError(f"temperature must be 0 or more, not {temperature!r}", "temperature")
         with self._exclusive("compute_logprobs", with_weights=True):
-            return self._runner.logprobs(token_ids, effective_temperature(temperature))
+            return self._runner.logprobs(token_ids)
 
     def update_weights_from_tensor(
         self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int | None = None
@@ -317,7 +301,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
 
     def _serve(self, policy_version: int | None) -> None:
         self.policy_version = self.policy_version + 1 if policy_version is None else policy_version
-        self._proof = self._runner.logprobs(self._proof_tokens, 1.0)
+        self._proof = self._runner.logprobs(self._proof_tokens)
 
     def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """``update_weights_from_tensor`` into a second buffer while generation goes on. The buffer (as much memory as
@@ -329,19 +313,19 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             self._staged = staged
         return self._staged.weights.update(named_tensors)
 
-    def compute_staged_logprobs(self, token_ids: Sequence[int], temperature: float = 1.0) -> list[float]:
+    def compute_staged_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """``compute_logprobs`` under the staged weights, while generation goes on. Raises ``EngineError`` when none are
         staged."""
         if self._staged is None or not self._staged.weights.ready:
-            what = "weights" if self._staged is None else "complete weights"
-            raise EngineError(f"no {what} are staged: call stage_weights_from_tensor() first")
-        return self._staged.logprobs(token_ids, effective_temperature(temperature))
+            raise EngineError("no complete weights are staged: call stage_weights_from_tensor() first")
+        return self._staged.logprobs(token_ids)
 
     def swap_weights(self, policy_version: int | None = None) -> None:
         """Generate from the staged weights from the next token on; nothing is copied. Raises ``WeightSyncError`` when
         no complete weights are staged; nothing is changed then."""
-        if self._staged is None:
-            raise WeightSyncError("no weights are staged: call stage_weights_from_tensor() first")
+        if self._staged is None or not self._staged.weights.ready:
+            what = "an update is missing, failed half-way, or was swapped in already"
+            raise WeightSyncError(f"no complete weights are staged: {what}")
         with self._exclusive("swap_weights"):
             self._runner.weights.exchange(self._staged.weights)
             if self._keep_kv:
@@ -364,7 +348,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         """Give back all memory but that of the weights. For a weight update that failed: it can then be tried again."""
         self._staged = None
         with self._exclusive("rebuild"):
-            self._evict()
+            self._requeue(self._batch.evict())
             self._clear()
 
     def release_memory_occupation(self) -> None:
@@ -396,14 +380,12 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             raise TimeoutError(f"{what}: waited {_WAIT_TIMEOUT:g} s for another caller that uses the model")
         try:
             self.check_alive()
-            try:
-                self._boundary.pause(_WAIT_TIMEOUT)
-                if with_weights and not self.weights_ready:
-                    raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
-                yield
-            finally:
-                self._boundary.resume()
+            self._boundary.pause(_WAIT_TIMEOUT)
+            if with_weights and not self.weights_ready:
+                raise EngineError("the engine has no usable weights: call update_weights_from_tensor() first")
+            yield
         finally:
+            self._boundary.resume()
             self._exclusive_lock.release()
             with self._condition:
                 self._condition.notify_all()  # what the loop waits for may have changed
@@ -425,10 +407,9 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         still runs after ``timeout`` seconds."""
         atexit.unregister(self.close)
         self._fail_all(EngineStoppedError("the engine was closed"))
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                raise TimeoutError(f"the engine's thread did not end within {timeout:g} s: a step is still running")
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the engine's thread did not end within {timeout:g} s: a step is still running")
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -456,12 +437,17 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
                 with self._condition:
                     self._condition.wait_for(self._has_work, timeout=5.0)
                 with self.gate.step(timeout=1.0, stop=self._interrupted) as may_run, self._boundary.step(1.0) as free:
-                    if free and self._stopped is None:
-                        self._guarded_step(may_run)
+                    try:
+                        if free and self._stopped is None:
+                            self._drop_aborted()
+                            if may_run and self.weights_ready:
+                                self._step()
+                    except BaseException as error:  # noqa: BLE001 - a thread that ends helps nobody
+                        self._recover(error)
         except BaseException as error:
             logger.error("the engine's thread ended", exc_info=error)
             if not isinstance(stopped := error, EngineStoppedError):
-                stopped = EngineStoppedError(f"the engine cannot be rebuilt: {_named(error)}")
+                stopped = EngineStoppedError(f"the engine cannot go on: {_named(error)}")
                 stopped.__cause__ = error
             self._fail_all(stopped)
         finally:
@@ -473,19 +459,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
     def _has_work(self) -> bool:
         return self._interrupted() or (self.weights_ready and bool(self._batch.running or self._waiting))
 
-    def _guarded_step(self, may_run: bool) -> None:
-        """One iteration, and what to do when it fails."""
-        try:
-            self._drop_aborted()
-            if may_run and self.weights_ready and self._step():
-                self._failed_steps = 0
-                if self._rounds % self._pace == 0:
-                    self._batch.room = min(self._batch.room + 1, self._max_running)
-        except BaseException as error:  # noqa: BLE001 - the thread's boundary: a thread that ends helps nobody
-            self._recover(error)
-
-    def _step(self) -> bool:
-        """Let newcomers in, then one token for everyone. True when that shows that the engine works."""
+    def _step(self) -> None:
+        """Let newcomers in, then one token for everyone."""
         self._rounds += 1
         with self._condition:
             if self._rounds % _TURN_ROUNDS == 0 and self._waiting and not self._batch.free_slots:
@@ -495,10 +470,13 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             self._turn = max([self._turn, *(sequence.turn for sequence in newcomers)])
         if newcomers:
             self._finish(self._batch.prefill(newcomers, self.policy_version))
-        if self._batch.running:
+        decodes = bool(self._batch.running)
+        if decodes:
             self._finish(self._batch.decode(self.policy_version))
-            return True
-        return bool(newcomers) and self._sound
+        if decodes or (newcomers and self._sound):  # that shows that the engine works
+            self._failed_steps = 0
+            if self._rounds % _ROOM_ROUNDS == 0:
+                self._batch.room = min(self._batch.room + 1, self._max_running)
 
     def _make_room(self) -> None:
         """The first sequences of requests that wait take the slots of the last ones of requests for more than fit."""
@@ -525,11 +503,9 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         if not self._aborting:
             return
         with self._condition:
-            aborting, self._aborting = self._aborting, set()
-            for ticket in aborting:
-                if ticket in self._tickets:
-                    self._tickets.remove(ticket)
-                    self._counts.aborted += ticket.abort()
+            aborting, self._aborting = self._aborting & self._tickets, set()
+            self._tickets -= aborting
+            self._counts.aborted += sum(ticket.abort() for ticket in aborting)
             self._requeue()
         self._batch.remove([sequence for sequence in self._batch.running if sequence.finish_reason is not None])
 
@@ -554,61 +530,44 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
                 self._counts.failed += victims[0].ticket.fail(reason)
         self._requeue(back)
         self._batch.room = max(1, len(back) // 2) if self._failed_steps < _BLAME_AFTER - 1 else 1
-        self._pace = _TURN_ROUNDS if "memory" in _named(error).lower() else 1
         self._counts.rebuilds += 1
 
     def _clear(self) -> None:
-        """A new runner, cache and batch; the memory of those before is given back."""
-        weights = self._runner.weights
+        """A new batch, and the memory of keys, values and what is stored of them is given back."""
         self._runner.cache.clear()
-        if weights.resident:  # a store learns the shapes from the model
-            self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
-            self._runner.weights.ready = weights.ready
         self._batch = ContinuousBatch(self._runner, self._max_running, self._counts)
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _try_request(self) -> None:
-        """All that a request goes through, with known tokens: prefill, decode, sampling."""
-        prompt = tuple(self._proof_tokens[:-1])
-        request = GenerationRequest(prompt_token_ids=prompt, max_tokens=2, ignore_eos=True)
-        ticket = Ticket(request, None, limits=self._limits, tokenizer=self.tokenizer, seed=0, pieces=self._pieces)
-        batch = ContinuousBatch(self._runner, 1, EngineStats())
-        batch.prefill(ticket.sequences, self.policy_version)
-        if batch.running:
-            batch.decode(self.policy_version)
-        batch.evict()
-
     def _is_sound(self) -> bool:
         """Whether known tokens have the logprobs that they had at first, and a request for more of them works. If not,
-        a new model waits for the trainer's weights. Raises ``EngineStoppedError`` when nobody gives them again."""
+        the weights are not used until the trainer gives them again. Raises ``EngineStoppedError`` when nobody does."""
         if not self.weights_ready:
             return False
         try:
-            now = self._runner.logprobs(self._proof_tokens, 1.0)
+            now = self._runner.logprobs(self._proof_tokens)
             if np.isfinite(now).all():  # NaN weights are a request's error: those that follow may be good
                 self._try_request()
             if self._proof is None or np.allclose(now, self._proof, rtol=0, atol=_PROOF_NATS, equal_nan=True):
                 return True
             reason, is_damaged = "they give other logprobs than before", True
-        except BaseException as error:  # noqa: BLE001 - whatever it is, a new model may not have it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, other weights may not have it
             reason, is_damaged = _named(error), False
-        if self.attend is None:
-            if is_damaged:
-                what = f"its weights of version {self.policy_version} are damaged: {reason}"
-                raise EngineStoppedError(f"the engine cannot be rebuilt: {what}")
-            return False
-        logger.warning("the engine's model is damaged (%s): a new one waits for the newest weights", reason)
-        before, config = self.model, copy.deepcopy(self.model.config)
-        self._runner.weights.release()
-        if config._attn_implementation != "eager":
-            config._attn_implementation = "sdpa"
-        self.model = type(before)(config).to(device=before.device, dtype=before.dtype)
-        self.model.load_state_dict(self._runner.weights.buffers, strict=False)
-        self._runner = ModelRunner(self.model, max_context_len=self.max_context_len)
-        self._runner.weights.ready = False
-        self._clear()
+        if self.attend is not None:
+            logger.warning("the engine's weights are damaged (%s) and wait for the newest ones", reason)
+            self._runner.weights.ready = False
+        elif is_damaged:
+            what = f"its weights of version {self.policy_version} are damaged: {reason}"
+            raise EngineStoppedError(f"the engine cannot go on: {what}")
         return False
+
+    def _try_request(self) -> None:
+        """All that a request goes through, with known tokens: prefill, decode, sampling."""
+        request = GenerationRequest(prompt_token_ids=tuple(self._proof_tokens[:-1]), max_tokens=2, ignore_eos=True)
+        batch = ContinuousBatch(self._runner, 1, EngineStats())
+        batch.prefill(Ticket(request, self._limits).sequences, self.policy_version)
+        if batch.running:
+            batch.decode(self.policy_version)
 
 
 def _named(error: BaseException) -> str:

@@ -1,8 +1,7 @@
 """The key/value cache in slots, what is stored of earlier sequences, and attention of new tokens over the slots.
 
-Row ``r`` of every buffer belongs to the sequence in slot ``r``. Buffers, one pair per layer: ``[rows, kv_heads,
-capacity, head_dim]``. The rows in use are always ``0 .. n-1``, so a decode step reads a view, ``buffer[:n, :,
-:width]``.
+Row ``r`` of every buffer, [rows, kv_heads, capacity, head_dim], a pair per layer, belongs to the sequence in slot
+``r``. The rows in use are always ``0 .. n-1``, so a decode step reads a view, ``buffer[:n, :, :width]``.
 
 Keys and values of prompts, and of sequences that leave their slot, are copied to a store of blocks, where the next
 sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them.
@@ -43,9 +42,8 @@ class PrefixIndex:
         self._blocks: OrderedDict[tuple[int, tuple[int, ...]], tuple[int, int]] = OrderedDict()
         """Serial number, block number."""
         self._free: list[int] = []
-        self._serial = 0
-        self.generation = 0
-        """How often ``age`` was called."""
+        self._serial = self.generation = 0
+        """``generation``: how often ``age`` was called."""
         self.generations: dict[int, int] = {}
         """Of the oldest weights that went into a block."""
 
@@ -113,20 +111,17 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[])
         self._buffers: list[torch.Tensor] = []
         """Keys of layer 0, its values, keys of layer 1, …"""
-        self._rows = 0
-        self._capacity = 0
+        self._rows = self._capacity = 0
         self.prefixes = PrefixIndex()
         self._generations: dict[int, int] = {}
         """Of each slot, as of the blocks of the index."""
         self._store: list[torch.Tensor] = []
         """As ``_buffers``: [kv_heads, positions, head_dim], the positions of one block after another."""
         self._unused = 0
-        # Of the forward under way:
+        # Of the forward under way, which of the new keys and values go where in the buffers:
         self._source: tuple[Any, ...] = ()
         self._target: tuple[Any, ...] = ()
-        """Which of the new keys and values go where in the buffers."""
-        self._slots, self._width = slice(0), 0
-        self._is_prefill = False
+        self._slots, self._width, self._is_prefill = slice(0), 0, False
 
     @property
     def nbytes(self) -> int:
@@ -138,9 +133,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         if rows > self._rows:
             self._rows = max(rows, min(2 * self._rows, 64 + self._rows))
         if tokens > self._capacity:
-            grown = max(tokens, self._capacity + self._capacity // 2)
-            rounded = -(-grown // _CAPACITY_STEP) * _CAPACITY_STEP
-            self._capacity = max(tokens, min(rounded, max_tokens))
+            grown = max(tokens + _CAPACITY_STEP, self._capacity + self._capacity // 2)
+            self._capacity = max(tokens, min(grown, max_tokens))
         for number, old in enumerate(self._buffers):
             if old.shape[0] < self._rows or old.shape[2] < self._capacity:
                 # One at a time, so that only one is held twice.
@@ -281,10 +275,8 @@ def slot_attention(
     """
     rows, heads, queries, _ = query.shape
     if queries != 1 and attention_mask is None:
-        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
+        rest = {"attention_mask": None, "dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, **rest)  # type: ignore[no-any-return]
     kv_heads, length = key.shape[1:3]
     grouped = query.reshape(rows, kv_heads, heads // kv_heads * queries, query.shape[3])
     if attention_mask is not None and (queries != 1 or attention_mask.shape[1] != 1):

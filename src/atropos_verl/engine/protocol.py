@@ -1,12 +1,19 @@
-"""``GenerationEngine``: what generates for the gateway; ``PinnedEngine``: the one that held-out evaluations ask."""
+"""What the gateway needs of an engine: ``GenerationEngine`` generates, ``RequestGate`` holds requests and steps back
+while weights are swapped, and ``PinnedEngine`` is the engine that held-out evaluations ask."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from enum import Enum
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.errors import EngineError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 if TYPE_CHECKING:
@@ -37,6 +44,160 @@ class GenerationEngine(Protocol):
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """The same, token by token. Closing the iterator frees the slots."""
+
+
+class GateState(Enum):
+    OPEN = "open"
+    PAUSING = "pausing"
+    DRAINING = "draining"
+    PAUSED = "paused"
+
+
+class RequestGate:
+    """Counts requests and steps, and holds them back while weights are swapped. For any thread and event loop.
+
+    New requests are admitted when OPEN; new steps when OPEN or DRAINING. ``pause``, ``drain`` and ``resume`` are
+    idempotent and not counted: one ``resume`` opens the gate however often it was paused. ``pause`` and ``drain`` raise
+    ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError`` naming what still runs; the
+    gate then stays shut. docs/internals.md draws the states.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._changed = _pending()
+        """Ends at the next change of the state: what waits in event loops."""
+        self._steps = 0
+        self._shut_since: float | None = None
+        self._shut_seconds = 0.0
+        self.state = GateState.OPEN
+        self.in_flight = 0
+        """Requests inside ``request()`` now; those still waiting for admission are not counted."""
+        self.waiting = 0
+        """Requests that wait for admission now."""
+
+    @property
+    def is_open(self) -> bool:
+        """True when new requests and new steps pass."""
+        return self.state is GateState.OPEN
+
+    @property
+    def paused_seconds(self) -> float:
+        """Seconds this gate was not open, in all, the present pause included."""
+        with self._condition:
+            running = 0.0 if self._shut_since is None else time.monotonic() - self._shut_since
+            return self._shut_seconds + running
+
+    def pause(self, timeout: float = 60.0) -> None:
+        """Hold new steps and requests back, and return once no step is running: a token boundary.
+
+        Requests in flight are not waited for; they stay where they are until ``resume``. ``timeout``: seconds.
+        """
+        with self._condition:
+            if self.state is not GateState.PAUSED:
+                self._shut(GateState.PAUSING, timeout)
+
+    def drain(self, timeout: float = 600.0) -> None:
+        """Hold new requests back, and return once none is left in flight; then it is paused. ``timeout``: seconds."""
+        with self._condition:
+            if self.state is not GateState.PAUSED or self.in_flight:
+                self._shut(GateState.DRAINING, timeout)
+
+    def _shut(self, state: GateState, timeout: float) -> None:
+        """Change to ``state``, and to PAUSED once nothing runs that it waits for. The condition is held."""
+        is_drain = state is GateState.DRAINING
+
+        def done() -> bool:
+            return self._steps == 0 and not (is_drain and self.in_flight)
+
+        self._change(state)
+        if self._shut_since is None:
+            self._shut_since = time.monotonic()
+        self._condition.wait_for(lambda: self.state is not state or done(), timeout)
+        verb = "drain" if is_drain else "pause"
+        if self.state is state and done():
+            self.state = GateState.PAUSED
+        elif self.state is state:
+            raise TimeoutError(
+                f"{verb}: waited {timeout:g} s; {self._steps} steps running, {self.in_flight} requests in flight. "
+                "The gate stays shut until resume(); check that the engine's thread is alive"
+            )
+        elif self.state is not GateState.PAUSED:  # PAUSED: another thread's call got there first
+            raise EngineError(f"{verb}: another thread changed the gate to {self.state.value} meanwhile")
+
+    def resume(self) -> None:
+        """Open the gate; everything that waits goes on."""
+        with self._condition:
+            if self._shut_since is not None:
+                self._shut_seconds += time.monotonic() - self._shut_since
+                self._shut_since = None
+            self._change(GateState.OPEN)
+
+    def _change(self, state: GateState) -> None:
+        self.state = state
+        self._condition.notify_all()
+        changed, self._changed = self._changed, _pending()
+        changed.set_result(None)
+
+    def wake(self) -> None:
+        """Make every ``step`` that waits look at its ``stop`` predicate again."""
+        with self._condition:
+            self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def step(self, timeout: float = 60.0, stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Run one engine step inside this block. Waits while paused, at most ``timeout`` seconds. Yields False, and the
+        body must not touch the model, when it timed out, or ``stop()``, asked again after ``wake``, became true."""
+        allowed = (GateState.OPEN, GateState.DRAINING)
+        with self._condition:
+            self._condition.wait_for(lambda: self.state in allowed or stop(), timeout)
+            entered = self.state in allowed
+            self._steps += entered
+        try:
+            yield entered
+        finally:
+            with self._condition:
+                self._steps -= entered
+                self._condition.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def request(self, timeout: float = 1200.0) -> AsyncIterator[None]:  # noqa: ASYNC109 - its error says more
+        """Count one request in flight. While the gate is shut the request waits; it does not fail because of a pause.
+
+        Raises ``TimeoutError`` when the gate stayed shut for ``timeout`` seconds (default: that of Atropos clients).
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._condition:
+                if self.is_open:
+                    self.in_flight += 1
+                    break
+                changed = asyncio.wrap_future(self._changed)
+                self.waiting += 1
+            try:
+                # Not asyncio.timeout: a cancellation from outside must stay a CancelledError.
+                done, _ = await asyncio.wait({changed}, timeout=max(0.0, deadline - time.monotonic()))
+            finally:
+                changed.cancel()  # the future that all share goes on
+                with self._condition:
+                    self.waiting -= 1
+            if not done and time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"request was not admitted within {timeout:g} s: the gate is {self.state.value} with "
+                    f"{self.in_flight} requests in flight; check whether the weight sync hangs"
+                )
+        try:
+            yield
+        finally:
+            with self._condition:
+                self.in_flight -= 1
+                self._condition.notify_all()
+
+
+def _pending() -> Future[None]:
+    """A future that cancelling those who wait for it does not cancel."""
+    future: Future[None] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class PinnedEngine:

@@ -42,15 +42,13 @@ class EngineLimits:
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine started, and what it holds now.
-
-    ``running`` and ``waiting`` count sequences, in a KV slot and without one. ``requests`` counts those accepted:
-    ``finished`` with all their completions, cancelled (``aborted``), or ended with an error (``failed``).
-    """
+    """Counters since the engine started, and what it holds now."""
 
     running: int = 0
     waiting: int = 0
+    """Sequences in a KV slot, and without one."""
     requests: int = 0
+    """Accepted; of them ``finished`` with all completions, ``aborted`` by the caller, ``failed`` with an error."""
     finished: int = 0
     aborted: int = 0
     failed: int = 0
@@ -60,21 +58,19 @@ class EngineStats:
     """Tokens of contexts that were not prefilled because their keys and values were stored."""
     generated_tokens: int = 0
     evictions: int = 0
-    """Sequences that lost their KV (to new weights, released memory, a failure or another request) and were prefilled
-    again."""
+    """Sequences that lost their KV (to new weights, a failure, another request) and were prefilled again."""
     rebuilds: int = 0
-    """Failures after which the engine was rebuilt."""
+    """Failures after which the engine began anew."""
     kv_bytes: int = 0
     weight_bytes: int = 0
 
 
 class StopStrings:
-    """Finds stop strings in the text of generated tokens, looking only at the tail that can hold one.
+    """Finds stop strings in the text of generated tokens. ``pieces``: texts of single tokens, kept by the caller.
 
     A stop string of m UTF-8 bytes is spelled by at most m tokens; a few more are decoded, since decoding may start in
     the middle of a character. Most tokens are not decoded in context: one can only complete a stop string whose last
     character it holds (or may hold: broken UTF-8, and whitespace, which some tokenizers strip from a token alone).
-    ``pieces``: texts of single tokens, kept by the caller.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], pieces: dict[int, str]) -> None:
@@ -85,12 +81,10 @@ class StopStrings:
 
     def completed_by(self, tokens: list[int]) -> bool:
         """True when the text of ``tokens`` holds a stop string, given that without the last token it did not."""
-        last = tokens[-1]
-        if not self._always:
-            if last not in self._pieces:
-                self._pieces[last] = self._decode([last])
-            if self._last_characters.isdisjoint(self._pieces[last]):
-                return False
+        if (last := tokens[-1]) not in self._pieces:
+            self._pieces[last] = self._decode([last])
+        if not self._always and self._last_characters.isdisjoint(self._pieces[last]):
+            return False
         text = self._decode(tokens[-self.window :])
         return any(stop in text for stop in self._stops)
 
@@ -179,23 +173,20 @@ class Ticket:
     def __init__(
         self,
         request: GenerationRequest,
-        on_delta: OnDelta | None,
-        *,
         limits: EngineLimits,
-        tokenizer: Any,
-        seed: int,
-        pieces: dict[int, str],
+        stops: StopStrings | None = None,
+        seed: int = 0,
+        on_delta: OnDelta | None = None,
         matcher: Any = None,
     ) -> None:
         # Contexts are looked up by value, so they must be tuples whatever the caller used.
         self.request = request = dataclasses.replace(request, prompt_token_ids=tuple(request.prompt_token_ids))
-        self.on_delta = on_delta
+        self.stops, self.on_delta = stops, on_delta
         self.future: Future[list[Generation]] = Future()
         self.future.set_running_or_notify_cancel()  # so a cancelled asyncio task cannot cancel it
         self.prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
         self.max_new_tokens = limits.new_tokens(request)
         self.stop_token_ids = limits.stop_token_ids(request)
-        self.stops = StopStrings(tokenizer, request.stop, pieces) if request.stop else None
         self.sequences = [
             RunningSequence(self, index, stream_key(seed, index), matcher=matcher and matcher.deep_copy())
             for index in range(request.n)
@@ -223,10 +214,10 @@ class Ticket:
 
     def abort(self) -> bool:
         """End every unfinished sequence with "abort" and hand over what there is. True when this call ended it."""
-        for sequence in (sequence for sequence in self.sequences if sequence.finish_reason is None):
-            sequence.finish_reason = "abort"
-            if self.on_delta is not None:
+        for sequence in self.sequences:
+            if sequence.finish_reason is None and self.on_delta is not None:
                 self.on_delta(GenerationDelta(index=sequence.index, token_ids=(), logprobs=(), finish_reason="abort"))
+            sequence.finish_reason = sequence.finish_reason or "abort"
         return self.resolve_if_done()
 
     def fail(self, error: BaseException) -> bool:
@@ -248,13 +239,10 @@ def eos_token_ids(*holders: Any) -> frozenset[int]:
 
 def validate(request: GenerationRequest, limits: EngineLimits) -> None:
     """Raise ``GenerationRequestError`` naming the parameter, its value and the limit."""
-    prompt = request.prompt_token_ids
-    if len(prompt) >= limits.max_context_len:
-        raise GenerationRequestError(
-            f"the prompt has {len(prompt)} tokens; the context holds {limits.max_context_len} tokens, prompt and "
-            "completion together: shorten the prompt or raise inference.max_context_len",
-            "prompt_token_ids",
-        )
+    prompt, room = request.prompt_token_ids, limits.max_context_len
+    if len(prompt) >= room:
+        text = f"the prompt has {len(prompt)} tokens; the context holds {room} tokens, prompt and completion together"
+        raise GenerationRequestError(f"{text}: shorten it or raise inference.max_context_len", "prompt_token_ids")
     check_tokens("prompt_token_ids", prompt, limits.vocab_size)
     strings = not isinstance(request.stop, str) and all(isinstance(s, str) and s for s in request.stop)
     alternatives = 0 if request.prompt_logprobs is None else request.prompt_logprobs

@@ -23,17 +23,13 @@ _LOGITS_BYTES = 256 * 2**20
 
 
 def context_len(config: Any, wanted: int | None) -> int:
-    """Prompt plus completion in tokens, at most: ``wanted``, and what the model can.
-
-    Raises ``EngineError`` when that is no room, and for an architecture whose cache the slots cannot hold.
-    Sliding-window layers are exact as long as the context is no longer than the window.
-    """
+    """Prompt plus completion in tokens, at most: ``wanted``, and what the model can. Raises ``EngineError`` when that
+    is no room, and for an architecture whose cache the slots cannot hold."""
     text = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
-    if wanted is None and positions is None:
+    bounds = [size for size in (wanted, getattr(text, "max_position_embeddings", None)) if size is not None]
+    if not bounds:
         raise EngineError(f"{config.model_type} names no max_position_embeddings: give max_context_len")
-    context = int(min(value for value in (wanted, positions) if value is not None))
-    if context < 2:
+    if (context := int(min(bounds))) < 2:
         raise EngineError(f"max_context_len is {context}: it must hold a prompt token and a new one")
     kinds = set(getattr(text, "layer_types", None) or ())
     others = sorted(kinds - {"full_attention", "sliding_attention"})
@@ -43,10 +39,8 @@ def context_len(config: Any, wanted: int | None) -> int:
     window = getattr(text, "sliding_window", None)
     slides = "sliding_attention" in kinds or (not kinds and getattr(text, "use_sliding_window", True))
     if window is not None and slides and context > window:
-        raise EngineError(
-            f"{config.model_type} attends within a sliding window of {window} tokens; the embedded engine is exact up "
-            f"to that: set inference.max_context_len <= {window} (it is {context})"
-        )
+        what = f"{config.model_type} attends within a sliding window of {window} tokens; the engine is exact up to that"
+        raise EngineError(f"{what}: set inference.max_context_len <= {window} (it is {context})")
     return context
 
 
@@ -86,10 +80,9 @@ class ModelRunner:
         lengths = [len(prompt) for prompt in prompts]
         self.cache.reserve(base + rows, max(lengths) + 1, self.max_context_len)
         starts = self.cache.load(base, found or [()] * len(prompts))
-        counts = [length - start for length, start in zip(lengths, starts, strict=True)]
-        ids = torch.zeros((len(prompts), max(counts)), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : counts[row]] = torch.tensor(prompt[starts[row] :])
+        new = [torch.tensor(prompt[start:]) for prompt, start in zip(prompts, starts, strict=True)]
+        counts = [len(part) for part in new]
+        ids = torch.nn.utils.rnn.pad_sequence(new, batch_first=True)
         # Only the last position of each prompt needs logits: `last` are the distinct ones, `pick` the one of each row.
         last, pick = torch.tensor(counts).sub_(1).unique(return_inverse=True)  # type: ignore[no-untyped-call]
         positions, mask = torch.arange(max(counts)).expand(len(prompts), -1), None
@@ -117,9 +110,9 @@ class ModelRunner:
         return self._forward(torch.tensor(tokens).unsqueeze(-1), positions, mask, 1)[:, -1]
 
     @torch.inference_mode()
-    def logprobs(self, token_ids: Sequence[int], temperature: float) -> list[float]:
-        """Logprobs of tokens 1 .. T-1 of one sequence under ``temperature`` (already > 0)."""
-        rows = self.prompt_logprobs(token_ids, 0, temperature)
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Logprobs of tokens 1 .. T-1 of one sequence at temperature 1."""
+        rows = self.prompt_logprobs(token_ids, 0, 1.0)
         return [row[token] for row, token in zip(rows, token_ids, strict=True) if row is not None]
 
     @torch.inference_mode()
@@ -155,15 +148,14 @@ class ModelRunner:
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, keep: int | torch.Tensor
     ) -> torch.Tensor:
-        out = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=ids.to(self.device),
             attention_mask=mask,
             position_ids=positions.to(self.device),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep.to(self.device) if isinstance(keep, torch.Tensor) else keep,
-        )
-        logits: torch.Tensor = out.logits
+        ).logits
         return logits
 
 

@@ -5,17 +5,23 @@ Shapes: ``B`` rows, ``F`` rows with a filter (top-k, top-p, min-p), ``V`` vocabu
 A token is drawn by inverting the cumulative distribution at one uniform number per row, ``mix(key + (t + 1) * GAMMA)``
 with the finaliser and increment of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 2014): a seeded request draws the same tokens whatever else is running, after an eviction, and in any batch.
+
+Constrained decoding: llguidance says which tokens a grammar allows next; the others are masked.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from atropos_verl.errors import GenerationRequestError
+from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import GREEDY_BELOW, GenerationRequest
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -102,10 +108,9 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Draw one token per row from ``logits`` [B, V]. ``positions`` [B]: numbers of its stream that each row has used.
 
-    Returns:
-        ``tokens`` [B] int64 and ``logprobs`` [B] float32: ``log_softmax(logits / temperature)`` of the token over the
-        full vocabulary, before any filter; greedy rows at temperature 1. Then the best ``rows.alternatives`` (K):
-        their logprobs [B, K] float32 and ids [B, K], best first.
+    Returns tokens [B] int64, their logprobs [B] float32 (``log_softmax(logits / temperature)`` over the full
+    vocabulary, before any filter; greedy rows at temperature 1), and logprobs and ids [B, K] of the best
+    ``rows.alternatives`` (K).
     """
     logits = logits.float()
     if rows.temperature is not None:
@@ -160,3 +165,59 @@ def _draw_filtered(logprobs: torch.Tensor, draws: torch.Tensor, rows: SamplingRo
     drop[:, 0] = False
     chosen = _invert(probs.masked_fill(drop, 0.0).cumsum(dim=-1), draws)
     return ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+class Grammars:
+    """Makes matchers for the grammars of requests. Safe to call from several threads; the first one takes seconds."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos_ids = tokenizer, vocab_size, eos_token_ids
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+
+    def matcher(self, request: GenerationRequest) -> Any:
+        """An ``LLMatcher`` at the beginning of ``request.constraint``; None without one. Raises
+        ``GenerationRequestError`` naming the client's field for a grammar that cannot be enforced."""
+        if (constraint := request.constraint) is None:
+            return None
+        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+        if not self._eos_ids:
+            raise GenerationRequestError("the model names no end-of-sequence token, which a constraint needs to end")
+        with self._lock:
+            if self._vocabulary is None:
+                vocabulary = _Vocabulary(self._tokenizer, self._vocab_size, self._eos_ids)
+                self._vocabulary = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=sorted(self._eos_ids))
+        matcher = LLMatcher(self._vocabulary, constraint.grammar, log_level=0)
+        if matcher.is_error():
+            reason = matcher.get_error().partition("\n")[0][:300]
+            raise GenerationRequestError(f"{constraint.param}: it cannot be enforced: {reason}", constraint.param)
+        return matcher
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance takes it, by the bytes of its tokens: of some decoders it would guess them wrong."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        texts, known = TokenTexts(tokenizer), min(len(tokenizer), vocab_size)
+        self.tokens = [texts[token_id][1] for token_id in range(known)] + [b""] * (vocab_size - known)
+        self.eos_token_id = min(eos_token_ids)
+        special = {*eos_token_ids, *tokenizer.get_added_vocab().values()}
+        self.special_token_ids = sorted(special & set(range(vocab_size)))
+        self._texts = texts
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._texts.encode(text.decode(errors="replace"))
+
+
+def masked(logits: torch.Tensor, matchers: Sequence[Any]) -> torch.Tensor:
+    """``logits`` [B, V] with minus infinity where the row's matcher does not allow the token; None allows all."""
+    if all(matcher is None for matcher in matchers):
+        return logits
+    allowed = torch.ones(logits.shape, dtype=torch.bool)
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            allowed[row] = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8) != 0
+    return logits.masked_fill(~allowed.to(logits.device), float("-inf"))

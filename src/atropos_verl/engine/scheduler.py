@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from atropos_verl.engine.constraints import masked
 from atropos_verl.engine.kv_cache import BLOCK, WORTH_STORING
 from atropos_verl.engine.requests import EngineStats, RunningSequence
 from atropos_verl.engine.runner import ModelRunner
-from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample
+from atropos_verl.engine.sampling import SamplingRows, effective_temperature, masked, sample
 from atropos_verl.errors import EngineError
 
 
@@ -21,14 +20,11 @@ def take_prefill(
     max_logits: int,
     find: Callable[[tuple[int, ...]], Sequence[int]],
 ) -> list[RunningSequence]:
-    """Take the sequences of one prefill from the queue, a heap. A context that is in it already costs nothing.
+    """Take the sequences of one prefill, ``slots`` at most, from the queue, a heap. A context that is in it already
+    costs nothing. One that has a prefix in common with another, and it is not stored yet, waits for that: one step.
 
-    One that has a prefix in common with another, and it is not stored yet, waits until it is: for one step.
-
-    Args:
-        slots: sequences at most. max_tokens: distinct contexts times the longest of what is to be computed, at most; a
-        longer one goes alone. max_logits: distinct contexts times distinct lengths (positions whose logits a padded
-        prefill computes), at most. find: the blocks that are stored of the beginning of a context.
+    Bounds of what a padded prefill computes: ``max_tokens`` of distinct contexts times the longest (a longer one goes
+    alone), ``max_logits`` of contexts times distinct lengths. ``find``: the blocks that hold a context's beginning.
     """
     taken, later = list[RunningSequence](), list[RunningSequence]()
     contexts, beginnings, lengths = set[tuple[int, ...]](), set[tuple[int, ...]](), set[int]()
@@ -52,11 +48,8 @@ def take_prefill(
 
 
 class ContinuousBatch:
-    """The sequences that hold a KV slot, decoded together. It counts its tokens in ``counts``.
-
-    Between steps slot ``r`` belongs to ``running[r]``, and holds all tokens of that sequence but the last one, which
-    the next decode step feeds in.
-    """
+    """The sequences that hold a KV slot, decoded together. It counts its tokens in ``counts``. Between steps slot ``r``
+    holds all tokens of ``running[r]`` but the last one, which the next decode step feeds in."""
 
     def __init__(self, runner: ModelRunner, max_running: int, counts: EngineStats) -> None:
         self._runner, self._counts = runner, counts
@@ -90,11 +83,8 @@ class ContinuousBatch:
         logits = self._runner.prefill(list(prompts), base, len(newcomers), found)
         cache.store([(base + row, prompt) for row, prompt in enumerate(prompts)])
         if len(newcomers) > len(prompts):
-            cache.copy_rows(
-                [base + picks[row] for row in order[len(prompts) :]],
-                list(range(base + len(prompts), base + len(newcomers))),
-                max(map(len, prompts)),
-            )
+            sources = [base + picks[row] for row in order[len(prompts) :]]
+            cache.copy_rows(sources, range(base + len(prompts), base + len(newcomers)), max(map(len, prompts)))
             logits = logits[torch.tensor([picks[row] for row in order], device=logits.device)]
         reused = sum(map(len, found)) * BLOCK
         self._counts.prompt_tokens += sum(map(len, prompts)) - reused
@@ -106,9 +96,7 @@ class ContinuousBatch:
     def decode(self, policy_version: int) -> list[RunningSequence]:
         """One more token for every running sequence; returns those that ended."""
         running = self.participants = self.running
-        logits = self._runner.decode(
-            [sequence.tokens[-1] for sequence in running], [sequence.context_len - 1 for sequence in running]
-        )
+        logits = self._runner.decode([one.tokens[-1] for one in running], [one.context_len - 1 for one in running])
         if self._rows is None:
             self._rows = self._build_rows(running)
         return self._sample_and_push(running, logits, self._rows, policy_version)
@@ -135,12 +123,8 @@ class ContinuousBatch:
         self.running = kept
 
     def _build_rows(self, sequences: Sequence[RunningSequence]) -> SamplingRows:
-        return SamplingRows.build(
-            [sequence.ticket.request for sequence in sequences],
-            [sequence.key for sequence in sequences],
-            self._runner.vocab_size,
-            self._runner.device,
-        )
+        requests, keys = [one.ticket.request for one in sequences], [one.key for one in sequences]
+        return SamplingRows.build(requests, keys, self._runner.vocab_size, self._runner.device)
 
     def _sample_and_push(
         self, sequences: Sequence[RunningSequence], logits: torch.Tensor, rows: SamplingRows, policy_version: int
@@ -156,8 +140,7 @@ class ContinuousBatch:
         done: list[RunningSequence] = []
         for sequence, token, logprob, others in zip(sequences, token_list, logprob_list, alternatives, strict=True):
             if logprob != logprob:
-                what = f"the weights of policy version {policy_version} hold NaN or infinity"
-                raise EngineError(f"logits are not finite: {what}")
+                raise EngineError(f"the weights of policy version {policy_version} hold NaN or infinity")
             if sequence.push(int(token), logprob, policy_version, others):
                 done.append(sequence)
         self._counts.generated_tokens += len(sequences)

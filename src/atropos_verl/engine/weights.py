@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 
@@ -20,11 +20,10 @@ _PACKED_FOR = 32
 
 
 class PackedLinear(torch.nn.Linear):
-    """A linear layer on a CPU that multiplies with a copy of its weight in oneDNN's layout.
+    """A linear layer on a CPU that multiplies with a copy of its weight in oneDNN's layout: docs/performance.md.
 
-    torch gives float32 products to MKL, which takes up to 2.8 times as long on processors that are not Intel's, and
-    packs bfloat16 weights anew in every call (``benchmarks/bench_linear.py``). The copy, as large as the weight, is
-    made by the first call after the weight has changed. With gradients it is an ordinary layer.
+    The copy, as large as the weight, is made by the first call after the weight has changed. With gradients it is an
+    ordinary layer.
     """
 
     _packed: torch.Tensor | None = None
@@ -82,13 +81,9 @@ class WeightStore:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._packed = pack_linear_layers(model)
-        self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        known = {id(parameter) for parameter in self._parameters.values()}
-        self.buffers: dict[str, torch.Tensor] = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in known
-        }
+        state = model.state_dict(keep_vars=True)
+        self._tensors: dict[str, torch.Tensor] = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        """Parameters, and persistent buffers."""
         # Of a tied parameter the first name stands for it in messages.
         self._unique = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in self._unique.items()}
@@ -104,23 +99,16 @@ class WeightStore:
         """Copy new values into every parameter; returns bytes copied.
 
         Every parameter must be given, a tied one under any or all of its names; persistent buffers may be. Values are
-        cast to the engine's dtype and device. A list, tuple or mapping is checked as a whole before anything is
-        copied; an iterator (which may gather one tensor at a time) is checked tensor by tensor. Raises
-        ``WeightSyncError``: released, or naming a tensor that is unknown, given twice, of another shape, or missing.
+        cast to the engine's dtype and device. Raises ``WeightSyncError``: released, or naming a tensor that is unknown,
+        given twice, of another shape, or missing.
         """
         if not self.resident:
             raise WeightSyncError("the weights' memory is released: call resume_memory_occupation() first")
-        if isinstance(named_tensors, Mapping):
-            named_tensors = list(named_tensors.items())
-        if isinstance(named_tensors, (list, tuple)):
-            names: set[str] = set()
-            for name, tensor in named_tensors:
-                self._check(name, tensor, names)
-            self._check_complete(names)
-        copied, given, tensors = 0, set[str](), iter(named_tensors)
+        pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
+        copied, given, tensors = 0, dict[str, torch.Tensor](), iter(pairs)
         try:
             for name, tensor in tensors:
-                target = self._check(name, tensor, given)
+                target = given[name] = self._target(name, tensor, given)
                 self.ready = False
                 with torch.inference_mode(False), torch.no_grad():
                     target.copy_(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
@@ -129,21 +117,20 @@ class WeightStore:
             for _ in tensors:  # each may be gathered from several ranks, which all take part
                 pass
             raise
-        self._check_complete(given)
+        covered = {id(target) for target in given.values()}
+        if missing := [name for name, parameter in self._unique.items() if id(parameter) not in covered]:
+            what = f"{len(missing)} of {len(self._unique)} tensors are missing, first {missing[0]!r}"
+            raise WeightSyncError(f"weight update: {what}")
         self.ready = True
         return copied
 
     def exchange(self, other: WeightStore) -> None:
         """Change values with another store of the same model, which is not ready afterwards. Nothing is copied:
-        storages change hands. Raises ``WeightSyncError``: ``other`` is not complete, or this one is released."""
-        if not (self.resident and other.ready):
-            raise WeightSyncError(
-                "weights cannot be swapped: an update failed half-way, is missing, or was swapped in already"
-            )
+        storages change hands."""
         packed = [layer.packed() for layer in other._packed]
+        distinct = ({id(tensor): tensor for tensor in store._tensors.values()} for store in (self, other))
         with torch.inference_mode(False), torch.no_grad():
-            tensors = (store._unique | store.buffers for store in (self, other))
-            for mine, theirs in zip(*(part.values() for part in tensors), strict=True):
+            for mine, theirs in zip(*(part.values() for part in distinct), strict=True):
                 mine.data, theirs.data = theirs.data, mine.data
         for layer, idle, copy in zip(self._packed, other._packed, packed, strict=True):
             layer.take(copy)
@@ -169,11 +156,10 @@ class WeightStore:
             for name, parameter in self._unique.items():
                 parameter.data = torch.empty(shapes[name], dtype=parameter.dtype, device=parameter.device)
 
-    def _check(self, name: str, tensor: torch.Tensor, given: set[str]) -> torch.Tensor:
-        parameter = self._parameters.get(name)
-        target = parameter if parameter is not None else self.buffers.get(name)
+    def _target(self, name: str, tensor: torch.Tensor, given: Container[str]) -> torch.Tensor:
+        target = self._tensors.get(name)
         if target is None:
-            near = difflib.get_close_matches(name, [*self._parameters, *self.buffers], n=1)
+            near = difflib.get_close_matches(name, self._tensors, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise WeightSyncError(f"weight update: the engine's model has no tensor {name!r}{hint}")
         if name in given:
@@ -183,13 +169,4 @@ class WeightStore:
                 f"weight update: {name!r} has shape {tuple(tensor.shape)}, the engine's model {tuple(target.shape)}; "
                 "trainer and engine must load the same model, and sharded tensors must be gathered first"
             )
-        given.add(name)
         return target
-
-    def _check_complete(self, given: set[str]) -> None:
-        covered = {id(self._parameters[name]) for name in given if name in self._parameters}
-        missing = [name for name, parameter in self._unique.items() if id(parameter) not in covered]
-        if missing:
-            raise WeightSyncError(
-                f"weight update: {len(missing)} of {len(self._unique)} tensors are missing, first {missing[0]!r}"
-            )

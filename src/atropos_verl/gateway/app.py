@@ -22,8 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.protocol import GenerationEngine, PinnedEngine
+from atropos_verl.engine.protocol import GenerationEngine, PinnedEngine, RequestGate
 from atropos_verl.engine.requests import eos_token_ids
 from atropos_verl.gateway.anthropic import count_tokens, messages
 from atropos_verl.gateway.fields import ApiError, Fields, parse_body, to_api_error

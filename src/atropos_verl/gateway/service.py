@@ -18,8 +18,7 @@ from prometheus_client import Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.protocol import GenerationEngine
+from atropos_verl.engine.protocol import GenerationEngine, RequestGate
 from atropos_verl.errors import EngineError
 from atropos_verl.gateway.chat import ChatTurn, Message
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling

@@ -45,7 +45,8 @@ logger = logging.getLogger(__name__)
 leave_no_lock_files()
 keep_optimiser_settings()
 
-ATTENTION = "atropos_packed_sdpa"
+ATTENTION = {"sdpa": "atropos_packed_sdpa", "flex_attention": "atropos_packed_flex"}
+"""``model.attn_implementation``: what a model that takes packed rows has in its place."""
 _PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
 """Sequences, two of which share a prefix."""
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -441,7 +442,8 @@ def what_hinders_packing(config: Any) -> str:
         return f"it has layers of {', '.join(others)}"
     if window is not None and getattr(config, "use_sliding_window", True):
         return f"its attention has a window of {window} tokens"
-    return "" if config._attn_implementation == "sdpa" else f"its attention is {config._attn_implementation}, not sdpa"
+    ours, own = " or ".join(ATTENTION), config._attn_implementation
+    return "" if own in ATTENTION else f"its attention is {own}, not {ours}"
 
 
 def install_packed_attention(model: Any) -> bool:
@@ -450,10 +452,12 @@ def install_packed_attention(model: Any) -> bool:
 
     if not hasattr(model, "set_attn_implementation") or what_hinders_packing(model.config):
         return False
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _mask)
-    model.set_attn_implementation(ATTENTION)
-    return bool(model.config._attn_implementation == ATTENTION)
+    for name, function in zip(ATTENTION.values(), (_attention, functools.partial(_attention, flex=True)), strict=True):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, _mask)
+    name = ATTENTION[model.config._attn_implementation]
+    model.set_attn_implementation(name)
+    return bool(model.config._attn_implementation == name)
 
 
 def packs_exactly(model: Any, device: torch.device, *, share: bool) -> bool:
@@ -488,17 +492,22 @@ def _attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     packed_row: PrefixForest | None = None,
+    flex: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function; query [B, heads, T, D], key and value [B, kv heads, T, D] → [B, T, heads, D].
 
-    Without the layout of a packed row (B = 1): transformers' ``sdpa``.
+    Without the layout of a packed row (B = 1): transformers' ``sdpa``. ``flex``: one call for the whole row.
     """
+    from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     if packed_row is None:
         rest = (attention_mask, dropout, scaling, is_causal)
         return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)  # type: ignore[no-any-return]
+    if flex:
+        mask = packed_row.block_mask(query.device)
+        return flex_attention_forward(module, query, key, value, mask, scaling, dropout=dropout)[0], None
     groups = query.shape[1] // key.shape[1]
     # Repeated once for the whole row: sdpa's own way to share heads has no fast kernel on a CPU.
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)

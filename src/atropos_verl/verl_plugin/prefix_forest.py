@@ -9,7 +9,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ IntArray = npt.NDArray[np.int64]
 DENSE_TOKENS = 256
 """Subtrees of up to this many tokens take one call of attention with a mask: many small calls cost more (measured on
 a CPU: 64 to 512 made no difference above 5 %)."""
+FLEX_BLOCK = 128
 
 
 @dataclass(slots=True)
@@ -42,6 +43,9 @@ class PrefixForest:
     place: IntArray
     """[N] where in the row each token is."""
     calls: list[AttentionCall]
+    ends: IntArray
+    """[U] each token is seen by itself and all that follow it in the row, up to this one."""
+    _blocks: Any = None
 
     def to(self, device: torch.device) -> Self:
         """Moves the masks there."""
@@ -49,16 +53,30 @@ class PrefixForest:
             call.mask = None if call.mask is None else call.mask.to(device)
         return self
 
+    def block_mask(self, device: torch.device) -> Any:
+        """What ``calls`` say as a ``BlockMask`` of flex attention, which blocks of queries see which of keys."""
+        if self._blocks is None:
+            from torch.nn.attention.flex_attention import BlockMask
 
-@dataclass(slots=True)
-class _Node:
-    start: int
-    """First token in the row."""
-    length: int
-    parent: int
-    """Its number; -1: none."""
-    size: int = 0
-    """Tokens of the node and of everything below it."""
+            ends = torch.from_numpy(self.ends).to(device)
+            count = -(-len(ends) // FLEX_BLOCK)
+            padded = torch.nn.functional.pad(ends, (0, count * FLEX_BLOCK - len(ends))).view(count, FLEX_BLOCK)
+            keys = torch.arange(count, device=device) * FLEX_BLOCK
+            queries = keys[:, None]
+            whole = (keys < queries) & (padded.amin(1) >= queries + FLEX_BLOCK)
+            part = (keys == queries) | (keys < queries) & (padded.amax(1) > queries) & ~whole
+            ordered = [
+                each[None, None].int()
+                for seen in (part, whole)
+                for each in (seen.sum(1), seen.int().argsort(1, descending=True, stable=True))
+            ]
+            self._blocks = BlockMask.from_kv_blocks(
+                *ordered,
+                BLOCK_SIZE=FLEX_BLOCK,
+                mask_mod=lambda batch, head, query, key: _sees(query, key, ends),
+                seq_lengths=(len(ends), len(ends)),
+            )
+        return self._blocks
 
 
 def sort_by_prefix(sequences: Sequence[IntArray]) -> tuple[list[int], list[int]]:
@@ -109,72 +127,53 @@ def joined(lengths: Sequence[int]) -> PrefixForest:
     """The row of sequences end to end, in their order; nothing is shared."""
     ends = np.cumsum([0, *lengths]).tolist()
     whole = np.arange(ends[-1])
-    return PrefixForest(whole, whole, [AttentionCall(start, end, []) for start, end in itertools.pairwise(ends)])
+    calls = [AttentionCall(start, end, []) for start, end in itertools.pairwise(ends)]
+    return PrefixForest(whole, whole, calls, np.repeat(ends[1:], lengths))
 
 
 def build_forest(sequences: Sequence[IntArray]) -> PrefixForest:
     """The packed row of ``sequences``, each [T] token ids with positions 0 … T-1."""
-    order, shared = sort_by_prefix(sequences)
-    starts = np.cumsum([0, *(len(ids) for ids in sequences)])
-    place = np.empty(int(starts[-1]), dtype=np.int64)
-    first = [place[:0]]
-    nodes: list[_Node] = []
-    used = 0
-    # (low, high, depth, parent): the sequences order[low:high] share `depth` tokens, which are in the row already.
-    # Last in, first out: what is below a node is complete before its next sibling begins, so it is one stretch.
-    waiting = [(0, len(order), 0, -1)] if order else []
-    while waiting:
-        low, high, depth, parent = waiting.pop()
-        common = min(shared[low + 1 : high], default=len(sequences[order[low]]))
-        if common > depth:
-            node = _Node(used, common - depth, parent)
-            used += node.length
-            first.append(np.arange(starts[order[low]] + depth, starts[order[low]] + common))
-            for at in order[low:high]:
-                place[starts[at] + depth : starts[at] + common] = np.arange(node.start, used)
-            depth, parent = common, len(nodes)
-            nodes.append(node)
-        if high - low > 1:
-            borders = [low, *(at for at in range(low + 1, high) if shared[at] == common), high]
-            waiting += [(a, b, depth, parent) for a, b in reversed(list(itertools.pairwise(borders)))]
-    for node in reversed(nodes):  # children come after their parents
-        node.size += node.length
-        if node.parent >= 0:
-            nodes[node.parent].size += node.size
-    return PrefixForest(np.concatenate(first), place, _attention_calls(nodes))
+    starts = np.cumsum([0, *map(len, sequences)])
+    first, place, ends = np.empty((3, starts[-1]), dtype=np.int64)
+    path, used = place[:0], 0
+    """Where in the row the tokens of the sequence at hand are, and how many are in it. Neighbours share most: what is
+    new of each sequence follows what is above it, depth first."""
+    for number, shared in zip(*sort_by_prefix(sequences), strict=True):
+        ends[path[shared:]] = used
+        new = np.arange(len(sequences[number]) - shared)
+        first[used + new] = starts[number] + shared + new
+        path = np.concatenate([path[:shared], used + new])
+        place[starts[number] : starts[number + 1]] = path
+        used += len(new)
+    ends[path] = used
+    return PrefixForest(first[:used], place, _attention_calls(ends[:used]), ends[:used])
 
 
-def _attention_calls(nodes: list[_Node]) -> list[AttentionCall]:
+def _attention_calls(ends: IntArray) -> list[AttentionCall]:
+    borders = np.append(np.flatnonzero(np.diff(ends)) + 1, len(ends))
+    """Where one run of tokens without a branch ends."""
     calls: list[AttentionCall] = []
-    chains: dict[int, list[int]] = {-1: []}
-    """Node → the calls that hold a sequence down to the end of that node, where the node has a call of its own."""
-    number = 0
-    while number < len(nodes):
-        node, following = nodes[number], number + 1
-        end = node.start + node.length
-        if node.size <= DENSE_TOKENS:  # all of it, and its next siblings as long as they fit
-            end = node.start + node.size
-            for other in nodes[number + 1 :]:
-                if other.start >= end:
-                    if other.parent != node.parent or other.start + other.size > node.start + DENSE_TOKENS:
-                        break
-                    end = other.start + other.size
-                following += 1
+    above: list[int] = []
+    start = 0
+    while start < len(ends):
+        above = [number for number in above if start < ends[calls[number].start]]
+        run, end = int(borders[np.searchsorted(borders, start, "right")]), int(ends[start])
+        if is_dense := end - start <= DENSE_TOKENS:  # all of it, and its next siblings as long as they fit
+            parent = ends[calls[above[-1]].start] if above else len(ends)
+            while end < parent and ends[end] - start <= DENSE_TOKENS:
+                end = int(ends[end])
         else:
-            chains[number] = [*chains[node.parent], len(calls)]
-        block = nodes[number:following]
-        mask = None if len(block) == 1 else _mask(block, number, node.start, end)
-        calls.append(AttentionCall(node.start, end, chains[node.parent], mask))
-        number = following
+            end = run
+        mask = (
+            None if end == run else torch.from_numpy(_sees(np.arange(start, end)[:, None], np.arange(start, end), ends))
+        )
+        calls.append(AttentionCall(start, end, above, mask))
+        if not is_dense:
+            above = [*above, len(calls) - 1]
+        start = end
     return calls
 
 
-def _mask(block: list[_Node], number: int, start: int, end: int) -> torch.Tensor:
-    """[end - start, end - start] bool; ``number`` is that of the first node in ``block``."""
-    inside = np.zeros((end - start, end - start), dtype=np.bool_)
-    for node in block:
-        rows = slice(node.start - start, node.start - start + node.length)
-        if node.parent >= number:  # what its parent's last token sees, it sees too
-            inside[rows] = inside[block[node.parent - number].start + block[node.parent - number].length - 1 - start]
-        inside[rows, rows] |= np.tri(node.length, dtype=np.bool_)
-    return torch.from_numpy(inside)
+def _sees(query: Any, key: Any, ends: Any) -> Any:
+    """Whether a token attends to another, by their places in the row."""
+    return (key <= query) & (query < ends[key])

@@ -22,6 +22,7 @@ from support.engines import (
 )
 from support.tiny_model import build_tiny_tokenizer
 
+from atropos_verl.engine import runner
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.errors import EngineError, GenerationRequestError
@@ -42,27 +43,20 @@ def test_greedy_tokens_and_logprobs_equal_plain_forwards_for_ragged_prompts(fami
         assert list(answer.token_ids) == greedy_oracle(model, prompt, 24)
         assert answer.finish_reason == "length"
         check_logprobs(model, prompt, answer)
-        generated = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=None,
-        )
-        assert generated[0, len(prompt) :].tolist() == list(answer.token_ids)
 
 
-def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary() -> None:
+def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(9)
+    [long] = prompts(100)
     with engine_of(copy.deepcopy(model)) as engine:
         for settings in ({"temperature": 0.7}, {"temperature": 1.6, "top_p": 0.5}, {"top_k": 3, "min_p": 0.2}):
             answer = one(engine, prompt, max_tokens=30, ignore_eos=True, seed=3, **settings)
             check_logprobs(model, prompt, answer, settings.get("temperature", 1.0))
-        tokens = prompt + answer.token_ids
-        assert engine.compute_logprobs(tokens, 1.6) == pytest.approx(logprob_oracle(model, tokens, 1.6), abs=1e-5)
-        assert engine.compute_logprobs(tokens, 0.0) == pytest.approx(logprob_oracle(model, tokens, 1.0), abs=1e-5)
-        assert engine.compute_logprobs(tokens[:1]) == []
+        assert engine.compute_logprobs(prompt[:1]) == []
+        for _ in range(2):
+            assert engine.compute_logprobs(long) == pytest.approx(logprob_oracle(model, long), abs=1e-5)
+            monkeypatch.setattr(runner, "_LOGITS_BYTES", 4 * 259 * 17)  # chunks of 17 positions
 
 
 def test_bfloat16_logprobs_agree_with_a_bfloat16_forward() -> None:
@@ -103,8 +97,8 @@ def test_n_completions_share_one_prefill_and_a_prompt_may_be_a_list() -> None:
         assert engine.stats().prompt_tokens == 40
         assert engine.stats().generated_tokens == 16
         engine.generate([request(second, n=8, max_tokens=2, ignore_eos=True)] * 2)
-        # two requests: one prefill when both arrived before the step, two when the first was already admitted
-        assert engine.stats().prompt_tokens in (80, 120)
+        # both in one prefill; or the first was admitted already, and its blocks are used
+        assert engine.stats().prompt_tokens in (80, 84)
         from_list = one(engine, list(third), n=1, max_tokens=5, seed=1)  # type: ignore[arg-type]
         assert from_list == one(engine, third, max_tokens=5, seed=1)
 
@@ -163,15 +157,9 @@ def test_stop_strings_are_found_across_token_borders_and_their_tokens_kept(
         assert engine.tokenizer.decode(list(answer.token_ids)) == kept
         assert answer.finish_reason == "stop"
         assert len(answer.token_ids) == len(kept.encode())
-        free = one(engine, (0,), max_tokens=len(text.encode()), **GREEDY, stop=("nowhere",))
+        # "0" is the prompt, which is no place for a stop string
+        free = one(engine, (48,), max_tokens=len(text.encode()), **GREEDY, stop=("nowhere", "0" + text[0]))
         assert (engine.tokenizer.decode(list(free.token_ids)), free.finish_reason) == (text, "length")
-
-
-def test_the_prompt_is_no_place_for_a_stop_string() -> None:
-    with engine_of(scripted_model("bc" * 20)) as engine:
-        prompt = tuple(TOKENIZER.encode("a", add_special_tokens=False))
-        answer = one(engine, prompt, max_tokens=6, **GREEDY, stop=("ab",))
-    assert (len(answer.token_ids), answer.finish_reason) == (6, "length")
 
 
 def test_context_limit_ends_a_sequence_with_length() -> None:
@@ -207,16 +195,6 @@ def test_prompt_logprobs_hold_the_token_and_the_best_alternatives() -> None:
         assert engine.stats().reused_tokens == 2 * 36
 
 
-def test_long_sequences_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atropos_verl.engine import runner
-
-    model = tiny_causal_lm()
-    [tokens] = prompts(100)
-    monkeypatch.setattr(runner, "_LOGITS_BYTES", 4 * 259 * 17)  # chunks of 17 positions
-    with engine_of(copy.deepcopy(model)) as engine:
-        assert engine.compute_logprobs(tokens, 0.9) == pytest.approx(logprob_oracle(model, tokens, 0.9), abs=1e-5)
-
-
 async def test_stream_yields_the_same_tokens_one_by_one() -> None:
     [prompt] = prompts(6)
     wanted = request(prompt, n=2, max_tokens=9, seed=4, ignore_eos=True)
@@ -245,10 +223,8 @@ def narrow() -> Iterator[TransformersEngine]:
         ({"prompt_token_ids": (-1,)}, "prompt_token_ids", r"\[0\] is -1"),
         ({"n": 0}, "n", "n must be at least 1, not 0"),
         ({"max_tokens": 0}, "max_tokens", "at least 1, not 0"),
-        ({"temperature": -0.1}, "temperature", "not -0.1"),
         ({"temperature": float("nan")}, "temperature", "not nan"),
         ({"top_p": 0.0}, "top_p", r"in \(0, 1\], not 0.0"),
-        ({"top_p": 1.5}, "top_p", "not 1.5"),
         ({"top_k": -2}, "top_k", "not -2"),
         ({"min_p": 1.1}, "min_p", "not 1.1"),
         ({"stop": ("ok", "")}, "stop", "without empty strings"),
@@ -270,6 +246,16 @@ async def test_bad_requests_name_the_parameter_the_value_and_the_limit(
     assert narrow.stats().requests == 0  # nothing of a list with one bad request was started
 
 
+def test_compute_logprobs_refuses_bad_input_by_name(narrow: TransformersEngine) -> None:
+    for tokens, message in (
+        ([1, 300], r"token_ids\[1\] is 300"),
+        ([1] * 33, "has 33 tokens; the context holds 32"),
+        ([], "token_ids is empty"),
+    ):
+        with pytest.raises(GenerationRequestError, match=message):
+            narrow.compute_logprobs(tokens)
+
+
 def test_architectures_it_cannot_run_exactly_are_refused() -> None:
     sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}
     too_long = r"sliding window of 64 tokens.*max_context_len <= 64 \(it is 512\)"
@@ -282,16 +268,3 @@ def test_architectures_it_cannot_run_exactly_are_refused() -> None:
     for setting, value in (("max_running", 0), ("max_context_len", 1)):
         with pytest.raises(EngineError, match=f"{setting} is {value}"):
             engine_of(tiny_causal_lm(), **{setting: value})
-
-
-def test_compute_logprobs_refuses_bad_input_by_name() -> None:
-    bad: list[tuple[list[int], float, str]] = [
-        ([1, 300], 1.0, r"token_ids\[1\] is 300"),
-        ([1] * 9, 1.0, "has 9 tokens; the context holds 8"),
-        ([], 1.0, "token_ids is empty"),
-        ([1, 2], -1.0, "temperature"),
-    ]
-    with engine_of(tiny_causal_lm(), max_context_len=8) as engine:
-        for tokens, temperature, message in bad:
-            with pytest.raises(GenerationRequestError, match=message):
-                engine.compute_logprobs(tokens, temperature)

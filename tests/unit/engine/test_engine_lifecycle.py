@@ -32,7 +32,7 @@ from support.serving import eventually
 
 from atropos_verl.engine import embedded, scheduler
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.engine.requests import RunningSequence
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.scheduler import ContinuousBatch
@@ -104,21 +104,35 @@ def test_sequences_that_join_and_leave_do_not_disturb_the_others(monkeypatch: py
 # -- aborts ------------------------------------------------------------------------------------------------------------
 
 
-async def test_cancelling_the_task_frees_the_slots() -> None:
+@pytest.mark.parametrize("how", ["cancelled", "stream closed", "aborted"])
+async def test_a_request_that_its_caller_ends_frees_its_slots(how: str) -> None:
     model = tiny_causal_lm()
     counter = StepCounter(copy.deepcopy(model), hold_at=3)
     [long, short] = prompts(5, 9)
     with engine_of(counter.model, max_running=4) as engine:
-        task = asyncio.create_task(engine.agenerate(request(long, n=4, max_tokens=400, ignore_eos=True)))
+        assert engine.abort("job-1") is False
+        asked = request(long, n=4, max_tokens=400, **GREEDY, request_id="job-1")
+        stream = engine.astream(asked)
+        task: Any = asyncio.ensure_future(anext(stream) if how == "stream closed" else engine.agenerate(asked))
         waiting = asyncio.create_task(engine.agenerate(request(short, max_tokens=6, **GREEDY)))
         assert await asyncio.to_thread(counter.held.wait, 10.0)
         assert (engine.stats().running, engine.stats().waiting) == (4, 1)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        if how == "cancelled":
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif how == "stream closed":
             await task
+            await stream.aclose()
+        else:
+            assert engine.abort("job-1") is True
+            assert engine.abort("job-1") is False
         counter.go_on.set()
         [answer] = await asyncio.wait_for(waiting, 30.0)
         stats = engine.stats()
+        for part in await task if how == "aborted" else ():
+            assert part.finish_reason == "abort" and 4 <= len(part.token_ids) < 50  # it returns what there is
+            assert list(part.token_ids) == greedy_oracle(model, long, len(part.token_ids))
     assert list(answer.token_ids) == greedy_oracle(model, short, 6)
     assert (stats.aborted, stats.finished, stats.requests, stats.running, stats.waiting) == (1, 1, 2, 0, 0)
     assert counter.steps < 50  # the 400 tokens were not generated
@@ -139,34 +153,6 @@ async def test_any_number_of_waiting_requests_is_cancelled_while_paused() -> Non
         gate.resume()
         assert len(await engine.agenerate(request((1, 2), n=3, max_tokens=4))) == 3
         assert engine.stats().rebuilds == 0
-
-
-async def test_closing_a_stream_frees_its_slots() -> None:
-    counter = StepCounter(tiny_causal_lm(), hold_at=3)
-    with engine_of(counter.model) as engine:
-        stream = engine.astream(request((1, 2, 3), n=2, max_tokens=480, ignore_eos=True))
-        assert len([await anext(stream) for _ in range(6)]) == 6
-        await stream.aclose()
-        counter.go_on.set()
-        await asyncio.to_thread(eventually, lambda: engine.stats().running == 0, "the slots to be freed")
-        assert engine.stats().aborted == 1 and engine.stats().generated_tokens <= 2 * 5
-
-
-async def test_abort_by_id_returns_what_there_is() -> None:
-    model = tiny_causal_lm()
-    counter = StepCounter(copy.deepcopy(model), hold_at=4)
-    [prompt] = prompts(5)
-    with engine_of(counter.model) as engine:
-        assert engine.abort("job-1") is False
-        task = asyncio.create_task(engine.agenerate(request(prompt, max_tokens=100, **GREEDY, request_id="job-1")))
-        assert await asyncio.to_thread(counter.held.wait, 10.0)
-        assert engine.abort("job-1") is True
-        assert engine.abort("job-1") is False
-        counter.go_on.set()
-        [answer] = await asyncio.wait_for(task, 30.0)
-    assert answer.finish_reason == "abort"
-    assert 5 <= len(answer.token_ids) < 100
-    assert list(answer.token_ids) == greedy_oracle(model, prompt, len(answer.token_ids))
 
 
 # -- failures and the end ----------------------------------------------------------------------------------------------
@@ -229,18 +215,16 @@ async def test_an_engine_for_which_a_known_request_fails_too_is_given_up_and_say
 ) -> None:
     """Its weights are whole, so that their logprobs show nothing."""
     fail(monkeypatch, scheduler, "sample", RuntimeError("device lost"), lambda *_: True)
+    why = "gave up after 10 failed steps: RuntimeError: device lost"
     with engine_of(tiny_causal_lm()) as engine:
         tickets = [engine._submit(request((1, i), max_tokens=5)) for i in range(8)]
         for ticket in tickets:
-            with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
+            with pytest.raises(EngineStoppedError, match=why):
                 await asyncio.wait_for(asyncio.wrap_future(ticket.future), 60.0)
         await asyncio.to_thread(engine._thread.join, 10.0)
-        with pytest.raises(EngineStoppedError, match="gave up after 10 failed steps: RuntimeError: device lost"):
-            await engine.agenerate(request((1,)))
-        with pytest.raises(EngineStoppedError, match="device lost"):
-            engine.compute_logprobs([1, 2])
-        with pytest.raises(EngineStoppedError, match="device lost"):
-            engine.astream(request((1,)))
+        for call in (engine.astream, engine._submit, lambda asked: engine.compute_logprobs([1, 2])):
+            with pytest.raises(EngineStoppedError, match=why):
+                call(request((1,)))
 
 
 @pytest.mark.parametrize("attended", [True, False])
@@ -266,7 +250,7 @@ def test_weights_that_a_failure_damaged_are_never_sampled_from(attended: bool) -
                 answering.result(30.0)
             return
         eventually(lambda: not engine.weights_ready, "the damage to be found")
-        engine.update_weights_from_tensor(named(new), policy_version=4)  # of a new model
+        engine.update_weights_from_tensor(named(new), policy_version=4)
         answer = answering.result(30.0)
         assert answer.policy_version_runs == ((3, 4), (4, 16))
         assert list(answer.token_ids[:4]) == greedy_oracle(model, prompt, 4)
@@ -334,16 +318,10 @@ async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ModelRunner, "prefill", prefill)
     goods = [(1, *prompt) for prompt in prompts(5, 8, 11)]
     with engine_of(copy.deepcopy(model)) as engine:
-        wanted = [request((9, i), max_tokens=5) for i in range(7)] + [
-            request(good, max_tokens=9, **GREEDY) for good in goods
-        ]
-        tickets = [engine._submit(r) for r in wanted]
-        answers: list[Any] = await asyncio.wait_for(
-            asyncio.gather(*(asyncio.wrap_future(t.future) for t in tickets), return_exceptions=True), 120.0
-        )
-        for answer in answers[:7]:
-            assert type(answer) is EngineError
-            assert answer.__cause__ is error
+        asked = [engine.agenerate(request((9, i), max_tokens=5)) for i in range(7)]
+        asked += [engine.agenerate(request(good, max_tokens=9, **GREEDY)) for good in goods]
+        answers: list[Any] = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 120.0)
+        assert all(type(answer) is EngineError and answer.__cause__ is error for answer in answers[:7])
         for good, [answer] in zip(goods, answers[7:], strict=True):
             assert list(answer.token_ids) == greedy_oracle(model, good, 9)
         for _ in range(2):  # nor do those that come one after the other

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,58 +25,57 @@ from support.serving import eventually
 
 from atropos_verl.engine import weights
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.engine.weights import PackedLinear, pack_linear_layers
 from atropos_verl.errors import EngineError, WeightSyncError
 
 
-@pytest.mark.parametrize("release", [False, True])
-def test_weights_swapped_in_mid_generation(release: bool) -> None:
-    """Tokens before the swap are the old policy's, tokens after it the new one's given those before."""
+@pytest.mark.parametrize("change", ["update", "release", "swap", "keep"])
+def test_tokens_before_a_change_of_weights_are_the_old_policys_and_those_after_it_the_new_ones(change: str) -> None:
+    """Each token is greedy, and its logprob right, under the version that it is recorded with."""
     old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
-    given = prompts(5, 12, 30)
-    counter = StepCounter(copy.deepcopy(old), hold_at=7)  # the eighth decode step is held
-    gate = RequestGate()
+    given, size = prompts(5, 12, 30), sum(tensor.nbytes for _, tensor in named(new))
+    model, gate, tokens = copy.deepcopy(old), RequestGate(), given[1] + (9, 8)
     gate.pause(timeout=10.0)
-    with engine_of(counter.model, gate=gate) as engine, ThreadPoolExecutor(1) as pool:
+    with engine_of(model, gate=gate, keep_kv=change == "keep") as engine, ThreadPoolExecutor(1) as pool:
         engine.update_weights_from_tensor(named(old), policy_version=3)
-        wanted = [request(p, max_tokens=20, **GREEDY) for p in given]
-        answering = pool.submit(engine.generate, wanted)
+        if change in ("swap", "keep"):
+            engine.stage_weights_from_tensor(named(old))
+        counter = StepCounter(model, hold_at=7)  # the eighth decode step is held
+        answering = pool.submit(engine.generate, [request(p, max_tokens=20, **GREEDY) for p in given])
         eventually(lambda: engine.stats().waiting == 3, "the requests to arrive, so that they start together")
-        assert engine.stats().running == 0
         gate.resume()
         assert counter.held.wait(10.0)
-        counter.go_on_once_shut(gate)
-        gate.pause(timeout=10.0)
-        before = counter.steps
-        swapped_at = before + 1  # one token from the prefill, one from each decode step
-        assert swapped_at >= 9
-        if release:
-            engine.release_memory_occupation()
-            assert (engine.stats().kv_bytes, engine.stats().weight_bytes) == (0, 0)
-            engine.resume_memory_occupation()
-        assert engine.update_weights_from_tensor(iter(named(new)), policy_version=4) == sum(
-            tensor.nbytes for _, tensor in named(new)
-        )
-        tokens = given[1] + (9, 8)
+        if change in ("swap", "keep"):
+            # In the middle of a decode step: the idle buffer can be filled and looked at, the serving one is untouched.
+            assert engine.stage_weights_from_tensor(iter(named(new))) == size
+            assert engine.compute_staged_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
+            assert engine.policy_version == 3
+            counter.go_on_once_shut(engine._boundary)
+            engine.swap_weights(policy_version=4)
+        else:
+            counter.go_on_once_shut(gate)
+            gate.pause(timeout=10.0)
+            if change == "release":
+                engine.release_memory_occupation()
+                assert (engine.stats().kv_bytes, engine.stats().weight_bytes) == (0, 0)
+                engine.resume_memory_occupation()
+            assert engine.update_weights_from_tensor(iter(named(new)), policy_version=4) == size
+            assert not answering.done()
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)  # while paused
-        assert counter.steps == before
-        assert not answering.done()
         gate.resume()
         answers = answering.result(60.0)
-        assert engine.policy_version == 4
-        assert engine.stats().evictions == 3
-        assert engine.stats().failed == 0
+        assert (engine.policy_version, engine.stats().failed) == (4, 0)
+        assert engine.stats().evictions == (0 if change == "keep" else 3)
     for prompt, [answer] in zip(given, answers, strict=True):
-        assert list(answer.token_ids[:swapped_at]) == greedy_oracle(old, prompt, swapped_at)
-        assert list(answer.token_ids[swapped_at:]) == greedy_oracle(
-            new, prompt + answer.token_ids[:swapped_at], 20 - swapped_at
-        )
-        assert answer.policy_versions == (3, 4)
-        assert answer.policy_version_runs == ((3, swapped_at), (4, 20 - swapped_at))
-        assert len(answer.logprobs) == 20
-        after = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + swapped_at :]
-        assert list(answer.logprobs[swapped_at:]) == pytest.approx(after, abs=1e-4)
+        [(before, at), (after, rest)] = answer.policy_version_runs
+        assert (before, after, at + rest, len(answer.logprobs)) == (3, 4, 20, 20)
+        assert at >= 8  # one token from the prefill, one from each decode step
+        assert list(answer.token_ids[:at]) == greedy_oracle(old, prompt, at)
+        if change != "keep":
+            assert list(answer.token_ids[at:]) == greedy_oracle(new, prompt + answer.token_ids[:at], rest)
+            expected = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + at :]
+            assert list(answer.logprobs[at:]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_seeded_request_survives_an_eviction_with_the_same_tokens() -> None:
@@ -105,7 +103,6 @@ def test_released_weights_are_not_used_until_new_ones_are_in() -> None:
         one(engine, prompt, max_tokens=2)
         engine.release_memory_occupation()
         assert (engine.stats().kv_bytes, engine.weights_ready) == (0, True)
-        engine.resume_memory_occupation()
         check_greedy(engine, model, prompt, 5)
     with engine_of(tiny_causal_lm()) as engine, ThreadPoolExecutor(1) as pool:
         full = engine.stats().weight_bytes
@@ -196,13 +193,7 @@ def test_wrong_weights_are_refused_by_name_and_leave_the_version(
     with ThreadPoolExecutor(1) as pool:
         with pytest.raises(WeightSyncError, match=message):
             engine.update_weights_from_tensor(_break(state, how), policy_version=5)
-        # A list is checked before anything is copied: the old weights still serve.
-        assert engine.policy_version == 4
-        check_greedy(engine, model, prompt, 4)
-        # An iterator may fail half-way: the mixture is never used.
-        with pytest.raises(WeightSyncError, match=message):
-            engine.update_weights_from_tensor(iter(_break(state, how)), policy_version=5)
-        assert engine.policy_version == 4
+        assert engine.policy_version == 4  # and the mixture is never used
         assert engine.weights_ready == (how == "nothing")
         waiting = pool.submit(one, engine, prompt, max_tokens=4, **GREEDY)
         engine.update_weights_from_tensor(iter(state), policy_version=6)
@@ -213,46 +204,6 @@ def test_wrong_weights_are_refused_by_name_and_leave_the_version(
 
 
 # -- a second buffer: filled and checked while the engine generates, swapped at a token boundary ---------------------
-
-
-@pytest.mark.parametrize("keep_kv", [False, True])
-def test_sequences_in_flight_go_on_under_the_swapped_weights(keep_kv: bool) -> None:
-    """With ``recompute`` every token is greedy, and its logprob right, under the version that it is recorded with."""
-    old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
-    given = prompts(5, 12, 30)
-    engine_model = copy.deepcopy(old)
-    with engine_of(engine_model, keep_kv=keep_kv) as engine, ThreadPoolExecutor(1) as pool:
-        engine.update_weights_from_tensor(named(old), policy_version=3)
-        engine.stage_weights_from_tensor(named(new))
-        counter = StepCounter(engine_model, hold_at=7)  # the eighth decode step is held: generation is under way
-        wanted = [request(p, max_tokens=20, **GREEDY) for p in given]
-        answering = pool.submit(engine.generate, wanted)
-        assert counter.held.wait(10.0)
-        # In the middle of a decode step: the idle buffer can be filled and looked at, the serving one is untouched.
-        assert engine.stage_weights_from_tensor(iter(named(new))) == sum(tensor.nbytes for _, tensor in named(new))
-        tokens = given[1] + (9, 8)
-        assert engine.compute_staged_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
-        assert engine.policy_version == 3
-        counter.go_on_once_shut(engine._boundary)
-        engine.swap_weights(policy_version=4)
-        answers = answering.result(60.0)
-        assert engine.policy_version == 4
-        assert engine.stats().evictions == (0 if keep_kv else 3)
-        assert engine.stats().failed == 0
-        assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
-    for prompt, [answer] in zip(given, answers, strict=True):
-        assert answer.policy_versions == (3, 4)
-        under_old = greedy_oracle(old, prompt, 20)
-        alike = next(i for i, (a, b) in enumerate(zip(answer.token_ids, under_old, strict=True)) if a != b)
-        assert alike >= 8, "what was sampled before the swap is the old policy's"
-        if not keep_kv:
-            first_new = next(
-                start
-                for start in range(8, 12)
-                if list(answer.token_ids[start:]) == greedy_oracle(new, prompt + answer.token_ids[:start], 20 - start)
-            )
-            after = logprob_oracle(new, prompt + answer.token_ids)[len(prompt) - 1 + first_new :]
-            assert list(answer.logprobs[first_new:]) == pytest.approx(after, abs=1e-4)
 
 
 def test_swapping_moves_storage_and_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,17 +241,14 @@ def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
         raise OSError("the source is gone")
 
     with engine_of(copy.deepcopy(model)) as engine:
-        with pytest.raises(WeightSyncError, match="no weights are staged"):
-            engine.swap_weights(policy_version=1)
-        with pytest.raises(EngineError, match="no weights are staged"):
-            engine.compute_staged_logprobs([1, 2])
-
-        with pytest.raises(OSError, match="gone"):
-            engine.stage_weights_from_tensor(broken())
-        with pytest.raises(WeightSyncError, match="cannot be swapped"):
-            engine.swap_weights(policy_version=1)
-        with pytest.raises(EngineError, match="no complete weights are staged"):
-            engine.compute_staged_logprobs([1, 2])
+        for staged in (False, True):
+            if staged:
+                with pytest.raises(OSError, match="gone"):
+                    engine.stage_weights_from_tensor(broken())
+            with pytest.raises(WeightSyncError, match="no complete weights are staged"):
+                engine.swap_weights(policy_version=1)
+            with pytest.raises(EngineError, match="no complete weights are staged"):
+                engine.compute_staged_logprobs([1, 2])
         with pytest.raises(WeightSyncError, match="tensors are missing"):
             engine.stage_weights_from_tensor(named(new)[1:])
         assert engine.policy_version == -1
@@ -313,15 +261,6 @@ def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
             engine.swap_weights(policy_version=2)
         assert engine.policy_version == 1
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(new, tokens), abs=1e-5)
-
-
-def test_memory_is_handed_back_to_the_system_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(weights.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=calls.append))
-    weights.trim_memory()
-    assert calls == [0]
-    monkeypatch.setattr(weights.ctypes, "CDLL", lambda _: SimpleNamespace())  # another C library
-    weights.trim_memory()
 
 
 # -- packed weights: the same numbers, always of the weights that are there -------------------------------------------
@@ -356,7 +295,8 @@ def test_products_equal_float64(bias: bool, shape: tuple[int, ...]) -> None:
 @PACKED
 def test_a_copy_is_packed_from_its_own_weight() -> None:
     layer = torch.nn.Linear(16, 16)
-    pack_linear_layers(torch.nn.Sequential(layer))
+    others = [type("Own", (torch.nn.Linear,), {})(8, 8), torch.nn.Linear(8, 8, dtype=torch.float64)]
+    assert pack_linear_layers(torch.nn.Sequential(layer, *others)) == [layer]
     x = torch.randn(3, 16)
     with torch.no_grad():
         before = layer(x)
@@ -366,16 +306,6 @@ def test_a_copy_is_packed_from_its_own_weight() -> None:
         assert torch.allclose(layer(x) - layer.bias, 2 * (before - layer.bias), atol=1e-5)
     layer(x).sum().backward()
     assert torch.allclose(layer.weight.grad, x.sum(0).expand(16, 16), atol=1e-5)
-
-
-@PACKED
-def test_other_layers_and_double_precision_stay_as_they_are() -> None:
-    class Own(torch.nn.Linear):
-        pass
-
-    model = torch.nn.Sequential(Own(8, 8), torch.nn.Linear(8, 8, dtype=torch.float64), torch.nn.LayerNorm(8))
-    assert pack_linear_layers(model) == []
-    assert [type(layer) for layer in model] == [Own, torch.nn.Linear, torch.nn.LayerNorm]
 
 
 @PACKED

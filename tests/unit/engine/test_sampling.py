@@ -1,14 +1,19 @@
-"""Sampling against exact probabilities worked out by hand, and against transformers' own warpers."""
+"""Sampling against exact probabilities worked out by hand, and against transformers' own warpers. Constrained
+decoding: what is sampled, and the logprobs that are reported for it, in float64."""
 
+import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.engines import engine_of, prompts, request, tiny_causal_lm
+from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.sampling import SamplingRows, effective_temperature, sample, stream_key, uniforms
-from atropos_verl.types import GenerationRequest
+from atropos_verl.engine.sampling import Grammars, SamplingRows, effective_temperature, sample, stream_key, uniforms
+from atropos_verl.errors import GenerationRequestError
+from atropos_verl.types import Constraint, GenerationRequest
 
 PROBABILITIES = [0.4, 0.3, 0.15, 0.1, 0.05]
 DRAWS = 20_000
@@ -42,7 +47,6 @@ def powered(temperature: float) -> list[float]:
         ({"temperature": 2.0}, powered(2.0)),
         ({"temperature": 0.5}, powered(0.5)),
         ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0, 0]),
-        ({"top_k": 1}, [1, 0, 0, 0, 0]),
         ({"top_k": 99}, PROBABILITIES),
         # 0.4 + 0.3 < 0.75 <= 0.4 + 0.3 + 0.15: three tokens
         ({"top_p": 0.75}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85, 0, 0]),
@@ -118,29 +122,18 @@ def test_candidate_sets_equal_those_of_transformers_warpers(vocab_size: int) -> 
 
 def test_rows_with_different_settings_do_not_touch_each_other() -> None:
     logits = torch.randn((6, 50), generator=torch.Generator().manual_seed(2))
-    settings: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.0},
-        {"top_k": 3},
-        {"temperature": 1.7},
-        {"top_p": 0.4, "temperature": 0.6},
-        {"min_p": 0.1},
-    ]
+    logits[:, ::2] = -torch.inf  # never drawn
+    settings = ({}, {"temperature": 0.0}, {"top_k": 3}, {"temperature": 1.7}, {"top_p": 0.4}, {"min_p": 0.1})
     requests = [GenerationRequest(prompt_token_ids=(1,), **entry) for entry in settings]
     keys = [stream_key(11, row) for row in range(6)]
     positions = np.arange(6, dtype=np.uint64)
     together, logprobs, _ = sample(logits, SamplingRows.build(requests, keys, 50, "cpu"), positions)
+    assert (together % 2 == 1).all()
     for row in range(6):
         alone = SamplingRows.build([requests[row]], [keys[row]], 50, "cpu")
         token, logprob, _ = sample(logits[row : row + 1], alone, positions[row : row + 1])
         assert int(token[0]) == int(together[row])
         assert float(logprob[0]) == pytest.approx(float(logprobs[row]), abs=1e-6)
-
-
-def test_tokens_of_probability_zero_are_never_drawn() -> None:
-    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf])
-    tokens, _ = draw(logits)
-    assert set(tokens.tolist()) == {1, 3}
 
 
 def test_uniforms_follow_splitmix64_and_are_uniform() -> None:
@@ -155,9 +148,93 @@ def test_uniforms_follow_splitmix64_and_are_uniform() -> None:
     counts = np.histogram(many, bins=20, range=(0, 1))[0]
     assert float(((counts - 5000) ** 2 / 5000).sum()) < 52.0  # 99.99 % quantile, 19 degrees of freedom
     assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 0.02
-
-
-def test_streams_differ_by_seed_and_by_completion() -> None:
     keys = {stream_key(seed, index) for seed in (-1, 0, 1, 2**63, 2**64 + 5) for index in range(100)}
-    assert len(keys) == 500
-    assert all(0 <= key < 2**64 for key in keys)
+    assert len(keys) == 500 and all(0 <= key < 2**64 for key in keys)
+
+
+# -- constrained decoding ----------------------------------------------------------------------------------------------
+
+TOKENIZER = build_tiny_tokenizer()
+[PROMPT] = prompts(5)
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}}}
+SCHEMA |= {"required": ["n", "b"], "additionalProperties": False}
+DIGITS = Constraint(grammar="start: /[0-9]+/")
+
+
+def test_completions_are_of_the_schema_and_end_by_themselves() -> None:
+    with engine_of(tiny_causal_lm(), max_running=3) as engine:
+        schema = Constraint(grammar="start: %json " + json.dumps(SCHEMA))
+        asked = [request(PROMPT, n=4, constraint=schema, temperature=t) for t in (1.0, 1.5)]
+        free = request(PROMPT, max_tokens=20, seed=1, ignore_eos=True)
+        *constrained, unconstrained = engine.generate([*asked, free])
+        alone = engine.generate([free])
+    for generation in (g for generations in constrained for g in generations):
+        value = json.loads(TOKENIZER.decode(generation.token_ids, skip_special_tokens=True))
+        assert sorted(value) == ["b", "n"] and value["n"] <= 99
+        assert generation.finish_reason == "stop" and generation.token_ids[-1] == TOKENIZER.eos_token_id
+    assert unconstrained[0].token_ids == alone[0][0].token_ids  # its neighbours' masks are not its own
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_logprobs_are_of_the_masked_distribution_at_the_temperature(temperature: float) -> None:
+    model = tiny_causal_lm()
+    with engine_of(model) as engine:
+        asked = request(PROMPT, max_tokens=6, constraint=DIGITS, temperature=temperature, seed=3, top_logprobs=3)
+        [[got]] = engine.generate([asked])
+        logits = model(torch.tensor([[*PROMPT, *got.token_ids]])).logits[0].detach().double() / (temperature or 1.0)
+    digits = TOKENIZER.encode("0123456789")
+    for position, (token, logprob) in enumerate(zip(got.token_ids, got.logprobs, strict=True)):
+        allowed = digits + [TOKENIZER.eos_token_id] * (position > 0)
+        row = torch.full((logits.shape[-1],), float("-inf"), dtype=torch.float64)
+        row[allowed] = logits[len(PROMPT) - 1 + position][allowed]
+        expected = row.log_softmax(-1)
+        assert token in allowed
+        assert logprob == pytest.approx(float(expected[token]), abs=1e-4)
+        best = expected.topk(3)
+        assert list(got.top_logprobs[position]) == best.indices.tolist()
+        assert list(got.top_logprobs[position].values()) == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+async def test_a_stream_and_an_eviction_leave_the_constraint_where_it_was() -> None:
+    with engine_of(tiny_causal_lm(), max_running=2) as engine:
+        asked = request(PROMPT, n=2, max_tokens=12, constraint=DIGITS, seed=5, ignore_eos=True, top_logprobs=1)
+        [whole] = engine.generate([asked])
+        texts, alternatives = ["", ""], 0
+        async for delta in engine.astream(asked):
+            texts[delta.index] += TOKENIZER.decode(delta.token_ids, skip_special_tokens=True)
+            alternatives += len(delta.top_logprobs)
+            if len(texts[0]) == 3:
+                engine.update_weights_from_tensor(tiny_causal_lm().state_dict().items(), policy_version=1)
+    assert texts == [TOKENIZER.decode(g.token_ids, skip_special_tokens=True) for g in whole]
+    assert all(set(text) <= set("0123456789") for text in texts)
+    assert alternatives == sum(len(g.token_ids) for g in whole)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "reason"),
+    [
+        ("start: %json " + json.dumps({"type": "object", "not": {"type": "string"}}), "not"),
+        ("start: missing_rule", "missing_rule"),
+        ("\x00", "cannot be enforced"),
+    ],
+)
+async def test_a_grammar_that_cannot_be_enforced_is_refused(grammar: str, reason: str) -> None:
+    constraint = Constraint(grammar=grammar, param="tools")
+    with engine_of(tiny_causal_lm()) as engine:
+        asked = request(PROMPT, constraint=constraint)
+        with pytest.raises(GenerationRequestError, match=reason) as caught:
+            await engine.agenerate(asked)
+        assert caught.value.param == "tools"
+        with pytest.raises(GenerationRequestError, match=reason):
+            [delta async for delta in engine.astream(asked)]
+        assert len(engine.generate([request(PROMPT, max_tokens=2)])) == 1
+
+
+def test_tokens_that_are_added_to_a_vocabulary_are_named_by_the_grammar() -> None:
+    tokenizer = build_tiny_tokenizer()
+    tokenizer.add_tokens(["<tool_call>"])
+    grammars = Grammars(tokenizer, 300, frozenset({258}))
+    matcher = grammars.matcher(request(PROMPT, constraint=Constraint(grammar='start: <tool_call> "x"')))
+    [call] = tokenizer.encode("<tool_call>")
+    assert [i for i, bias in enumerate(matcher.compute_logit_bias()) if bias] == [call]
+    assert matcher.consume_token(call) and matcher.consume_token(tokenizer.encode("x")[0]) and matcher.is_stopped()

@@ -18,7 +18,7 @@ from support.fake_engine import FakeEngine
 from support.serving import eventually, post, raw_post, refused, serving
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.service import GatewayService
 from atropos_verl.provenance.ledger import Ledger

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.constraints import Grammars
+from atropos_verl.engine.sampling import Grammars
 from atropos_verl.gateway import parsing
 from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling

@@ -484,7 +484,7 @@ def test_the_gateways_counters_are_read() -> None:
     from support.fake_engine import FakeEngine
     from support.tiny_model import build_tiny_tokenizer
 
-    from atropos_verl.engine.gate import RequestGate
+    from atropos_verl.engine.protocol import RequestGate
     from atropos_verl.gateway.service import GatewayService
     from atropos_verl.gateway.text import TextCodec
     from atropos_verl.launch.probes import _counters

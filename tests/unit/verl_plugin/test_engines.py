@@ -40,13 +40,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("model"), heads=4, kv_heads=2)
 
 
-def _model(path: Path, *, packed: bool) -> Any:
+def _model(path: Path, *, packed: bool, attention: str = "sdpa") -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float64, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float64, attn_implementation=attention)
     if packed:
         assert install_packed_attention(model)
-        assert model.config._attn_implementation == ATTENTION
+        assert model.config._attn_implementation == ATTENTION[attention]
     return model
 
 
@@ -90,6 +90,32 @@ def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequenc
         # RMSNorm rounds to float32; sums over branches are rounded once where single ones are rounded one by one.
         limit = (1e-6 if shares else 1e-12) * gradients[name].norm()
         assert (parameter.grad - gradients[name]).norm() <= limit, name
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_flex_attention_gives_the_logits_of_sdpa(
+    model_path: Path, shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's reference, without a compiler. (On a CPU it has no gradients.)"""
+    from torch.nn.attention import flex_attention as flex
+    from transformers.integrations import flex_attention as of_transformers
+
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    reference = lambda *tensors, training, **rest: flex.flex_attention(*tensors, **rest)  # noqa: E731
+    monkeypatch.setattr(of_transformers, "compile_friendly_flex_attention", reference)
+    monkeypatch.setattr(prefix_forest, "FLEX_BLOCK", 16)
+    rows = [ids.numpy() for ids in _grown([(0, 0, 30), (0, 20, 17), (0, 20, 9), (1, 30, 5), (0, 0, 21)], 1)]
+    row = build_forest(rows) if shares else joined([len(ids) for ids in rows])
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate(rows)[row.first])[None],
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(len(ids)) for ids in rows])[row.first])[None],
+    }
+    with torch.no_grad():
+        found, expected = (
+            _model(model_path, packed=True, attention=attention)(**inputs, packed_row=row, use_cache=False).logits
+            for attention in ("flex_attention", "sdpa")
+        )
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_no_mask_of_a_long_branch_is_kept_for_the_backward(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +256,7 @@ def test_other_attention_is_not_packed() -> None:
     fields = {"layer_types": ["full_attention"], "sliding_window": 4096, "use_sliding_window": False}
     assert not what_hinders_packing(SimpleNamespace(**fields, _attn_implementation="sdpa"))
     why = what_hinders_packing(SimpleNamespace(**fields, _attn_implementation="flash_attention_2"))
-    assert why == "its attention is flash_attention_2, not sdpa"
+    assert why == "its attention is flash_attention_2, not sdpa or flex_attention"
 
 
 SMALL = {

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,23 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[list[int]
         assert call.mask is None or length <= dense
         own = np.concatenate([np.ones((length, len(keys) - length), dtype=np.bool_), inside], axis=1)
         sees[np.ix_(np.arange(call.start, call.end), keys)] = own
+    size = dense // 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_forest, "FLEX_BLOCK", size)
+        blocks = forest.block_mask(torch.device("cpu"))
+    at = torch.arange(len(sees))
+    assert (blocks.mask_mod(0, 0, at[:, None], at[None]).numpy() == sees).all()
+    for query, key in np.ndindex(blocks.kv_indices.shape[-2:]):
+        tile = sees[query * size :, key * size :][:size, :size]
+        for table, counts, wanted in (
+            (blocks.full_kv_indices, blocks.full_kv_num_blocks, tile.all() and key < query and len(tile) == size),
+            (
+                blocks.kv_indices,
+                blocks.kv_num_blocks,
+                tile.any() and not (tile.all() and key < query and len(tile) == size),
+            ),
+        ):
+            assert (key in table[0, 0, query, : counts[0, 0, query]]) == wanted
     for start, row in zip(np.cumsum([0, *map(len, rows)]), rows, strict=False):
         place = forest.place[start : start + len(row)]
         for at, token in enumerate(place):

@@ -12,8 +12,7 @@ import numpy as np
 
 from atropos_verl.backends.local.worker import PolicyWorker, import_verl
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.protocol import PinnedEngine
+from atropos_verl.engine.protocol import PinnedEngine, RequestGate
 from atropos_verl.engine.runner import engine_threads
 from atropos_verl.errors import ConfigError, EngineError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app

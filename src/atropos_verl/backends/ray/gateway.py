@@ -19,8 +19,7 @@ from verl.utils.model import get_generation_config
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
-from atropos_verl.engine.gate import RequestGate
-from atropos_verl.engine.protocol import PinnedEngine
+from atropos_verl.engine.protocol import PinnedEngine, RequestGate
 from atropos_verl.engine.requests import EngineLimits, StopStrings, eos_token_ids, validate
 from atropos_verl.errors import AtroposVerlError, EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.gateway.app import GatewayServer, create_app

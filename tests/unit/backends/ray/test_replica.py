@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError
 from atropos_verl.backends.ray import replica
 from atropos_verl.backends.ray.gateway import to_sampling_params, to_structured
 from atropos_verl.backends.ray.replica import TransformersServer, TransformersServerAdapter, to_request
-from atropos_verl.engine.gate import RequestGate
+from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.errors import GenerationRequestError
 from atropos_verl.types import Constraint, GenerationRequest
 

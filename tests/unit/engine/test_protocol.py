@@ -1,4 +1,5 @@
-"""``RequestGate``: what passes in which state, what each call waits for, and that no wait is endless."""
+"""``RequestGate``: what passes in which state, what each call waits for, and that no wait is endless. ``PinnedEngine``:
+nobody is answered before ``pin``, then by one version, whatever the engine gets."""
 
 import asyncio
 import threading
@@ -6,10 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from support.serving import eventually
+from support.engines import GREEDY, engine_of, greedy_oracle, named, prompts, request, tiny_causal_lm
+from support.fake_engine import FakeEngine
+from support.serving import eventually, post, serving
+from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.engine.gate import GateState, RequestGate
-from atropos_verl.errors import EngineError
+from atropos_verl.engine import protocol
+from atropos_verl.engine.protocol import GateState, PinnedEngine, RequestGate
+from atropos_verl.errors import EngineError, EngineStoppedError
 
 
 def test_pause_returns_at_the_step_boundary_and_one_resume_undoes_any_number_of_pauses() -> None:
@@ -54,26 +59,24 @@ def test_pause_timeout_names_what_runs_and_leaves_the_gate_shut_until_resume() -
     with pytest.raises(ValueError, match="boom"), gate.step(timeout=1.0):
         raise ValueError("boom")  # an exception ends the step as well
     with gate.step(timeout=1.0):
-        with pytest.raises(TimeoutError, match=r"pause: waited 0.01 s .* 1 steps running, 0 requests in flight"):
+        with pytest.raises(TimeoutError, match=r"pause: waited 0.01 s; 1 steps running, 0 requests in flight"):
             gate.pause(timeout=0.01)
-        assert not gate.is_open
         with gate.step(timeout=0.01) as second:
             assert not second
     gate.pause(timeout=1.0)  # a second try after the failure works
     assert gate.state is GateState.PAUSED
     gate.resume()
-    with gate.step(timeout=1.0) as may_run:
-        assert may_run
-
-
-def test_pause_reports_a_resume_by_another_thread() -> None:
-    gate = RequestGate()
     with ThreadPoolExecutor(1) as pool, gate.step(timeout=1.0):
         pausing = pool.submit(gate.pause, 10.0)
         eventually(lambda: gate.state is GateState.PAUSING, "the pause to begin")
         gate.resume()
         with pytest.raises(EngineError, match="changed the gate to open"):
             pausing.result(5.0)
+
+
+async def _hold(gate: RequestGate, leave: asyncio.Event) -> None:
+    async with gate.request(timeout=10.0):
+        await leave.wait()
 
 
 async def test_request_timeout_and_cancellation_leave_nothing_behind() -> None:
@@ -90,11 +93,6 @@ async def test_request_timeout_and_cancellation_leave_nothing_behind() -> None:
     assert (gate.waiting, gate.in_flight) == (0, 0)
 
 
-async def _hold(gate: RequestGate, leave: asyncio.Event) -> None:
-    async with gate.request(timeout=10.0):
-        await leave.wait()
-
-
 async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
     gate = RequestGate()
     leave = asyncio.Event()
@@ -102,8 +100,7 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
     await asyncio.to_thread(eventually, lambda: gate.in_flight == 3, "it")
     gate.pause(timeout=1.0)  # returns: no step is running
     assert gate.state is GateState.PAUSED
-
-    with pytest.raises(TimeoutError, match=r"drain: waited 0.01 s .* 3 requests in flight"):
+    with pytest.raises(TimeoutError, match=r"drain: waited 0.01 s; .* 3 requests in flight"):
         await asyncio.to_thread(gate.drain, 0.01)
     draining = asyncio.create_task(asyncio.to_thread(gate.drain, 10.0))
     late = asyncio.create_task(_hold(gate, leave))
@@ -135,21 +132,65 @@ async def test_requests_of_several_event_loops_wait_while_paused_and_never_fail(
         assert gate.in_flight == 0
         gate.resume()
         names = [name for loop in loops for name in loop.result(5.0)]
-    assert (len(names), len(set(names))) == (60, 3)
-    assert (gate.waiting, gate.in_flight) == (0, 0)
+    assert (len(names), len(set(names)), gate.waiting, gate.in_flight) == (60, 3, 0, 0)
 
 
 def test_paused_seconds_count_the_time_the_gate_was_shut(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("atropos_verl.engine.gate.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(protocol, "time", SimpleNamespace(monotonic=lambda: now))
     gate = RequestGate()
-    assert gate.paused_seconds == 0.0
     gate.pause(timeout=1.0)
     now = 103.0
     assert gate.paused_seconds == 3.0
     gate.resume()
     now = 110.0
-    assert gate.paused_seconds == 3.0
     gate.pause(timeout=1.0)
     now = 110.5
     assert gate.paused_seconds == 3.5
+
+
+def test_a_pinned_copy_keeps_its_version_while_the_engine_gets_other_weights() -> None:
+    old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    [prompt] = prompts(9)
+    wanted = request(prompt, max_tokens=12, **GREEDY)
+    with engine_of(tiny_causal_lm(seed=3)) as engine:
+        engine.update_weights_from_tensor(named(old), policy_version=3)
+        pinned = PinnedEngine(engine)
+        pinned.pin(engine.copy())
+        engine.stage_weights_from_tensor(named(new))
+        engine.swap_weights(policy_version=4)
+        [[theirs]], [evaluated] = engine.generate([wanted]), asyncio.run(pinned.agenerate(wanted))
+        for answer, model, version in ((theirs, new, 4), (evaluated, old, 3)):
+            assert answer.token_ids == tuple(greedy_oracle(model, prompt, 12))
+            assert answer.policy_version_runs == ((version, 12),)
+        assert pinned.policy_version == 3
+        copy = pinned._copy
+        pinned.unpin()
+        assert copy is not None and not pinned.gate.is_open
+        with pytest.raises(EngineStoppedError):
+            copy.generate([wanted])
+        pinned.pin()
+        assert asyncio.run(pinned.agenerate(wanted))[0].policy_version_runs == ((4, 12),)
+
+
+def test_evaluations_wait_for_their_pin_and_for_nothing_else() -> None:
+    """The gate of training, and the throttle, are for prompts that are trained on."""
+    engine = FakeEngine()
+    pinned = PinnedEngine(engine)
+
+    class Holding:
+        def admitted(self, requests: object) -> None:
+            raise AssertionError("an evaluation's prompt is never trained on")
+
+    with serving(engine, build_tiny_tokenizer(), evaluated=pinned, throttle=Holding()) as client:
+        assert client.get("/evaluation/health").status_code == 200
+        answers: list[dict[str, object]] = []
+        body = {"prompt": {"prompt_token_ids": [1, 2]}, "max_tokens": 3}
+        asking = threading.Thread(target=lambda: answers.append(post(client, "/evaluation/generate", **body)))
+        asking.start()
+        eventually(lambda: pinned.gate.waiting == 1, "the request to arrive")
+        assert not engine.requests
+        pinned.pin()
+        asking.join(10.0)
+        assert answers[0]["token_ids"] == [[3, 4, 5]]
+        pinned.unpin()
