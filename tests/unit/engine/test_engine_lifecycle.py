@@ -161,11 +161,11 @@ async def test_any_number_of_waiting_requests_is_cancelled_while_paused() -> Non
 def fail(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, when: Callable[[int, Any], bool]
 ) -> None:
-    """The calls of ``owner.name`` for which ``when(number from 1, last argument)`` holds raise ``error``."""
+    """The calls of ``owner.name`` for which ``when(number from 1, arguments)`` holds raise ``error``."""
     real, calls = getattr(owner, name), itertools.count(1)
 
     def call(*arguments: Any, **settings: Any) -> Any:
-        if when(next(calls), arguments[-1] if arguments else None):
+        if when(next(calls), arguments):
             raise error
         return real(*arguments, **settings)
 
@@ -231,16 +231,10 @@ async def test_an_engine_for_which_a_known_request_fails_too_is_given_up_and_say
 def test_weights_that_a_failure_damaged_are_never_sampled_from(attended: bool) -> None:
     model, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
     [prompt] = prompts(8)
-    counter = StepCounter(copy.deepcopy(model))
+    counter = StepCounter(damaged := copy.deepcopy(model))
     counter.fail_with = RuntimeError("a kernel wrote where it should not")
-
-    def damage(step: int) -> bool:
-        if step == 4:
-            counter.model.lm_head.weight.data[:, 0] += 1.0
-        return step == 4
-
-    counter.fails = damage
-    with engine_of(counter.model) as engine, ThreadPoolExecutor(1) as pool:
+    counter.fails = lambda step: step == 4 and damaged.lm_head.weight.data[:, 0].add_(1.0) is not None
+    with engine_of(damaged) as engine, ThreadPoolExecutor(1) as pool:
         engine.update_weights_from_tensor(named(model), policy_version=3)
         if attended:
             engine.attend = lambda: None
@@ -308,14 +302,7 @@ def test_a_busy_engine_lets_callers_of_any_thread_in_at_every_token_boundary() -
 async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_causal_lm()
     error = RuntimeError("this prompt is too much")
-    real = ModelRunner.prefill
-
-    def prefill(runner: ModelRunner, contexts: list[tuple[int, ...]], *rest: Any) -> Any:
-        if any(context[0] == 9 for context in contexts):
-            raise error
-        return real(runner, contexts, *rest)
-
-    monkeypatch.setattr(ModelRunner, "prefill", prefill)
+    fail(monkeypatch, ModelRunner, "prefill", error, lambda _, given: any(prompt[0] == 9 for prompt in given[1]))
     goods = [(1, *prompt) for prompt in prompts(5, 8, 11)]
     with engine_of(copy.deepcopy(model)) as engine:
         asked = [engine.agenerate(request((9, i), max_tokens=5)) for i in range(7)]

@@ -31,7 +31,6 @@ from support.serving import eventually
 from atropos_verl.engine import kv_cache
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.kv_cache import BLOCK, SLOT_ATTENTION, WORTH_STORING, PrefixIndex, slot_attention
-from atropos_verl.engine.runner import ModelRunner
 
 
 @pytest.mark.parametrize("shared_mask", [True, False])
@@ -281,9 +280,7 @@ def test_kept_keys_and_values_outlive_one_swap_and_the_logprobs_are_those_sample
         assert engine.stats().reused_tokens == 64 + 64  # of the old weights after one swap, of the new after another
 
 
-async def test_what_an_aborted_request_computed_is_used_and_nothing_after_a_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_what_an_aborted_request_computed_is_used() -> None:
     model = tiny_causal_lm()
     [prompt] = prompts(80)
     counter = StepCounter(copy.deepcopy(model), hold_at=20)
@@ -295,20 +292,7 @@ async def test_what_an_aborted_request_computed_is_used_and_nothing_after_a_fail
         [part] = await asyncio.wait_for(task, 30.0)
         context = prompt + part.token_ids
         await asyncio.to_thread(check_greedy, engine, model, context, 5)
-        reused = whole_blocks(len(context) - 1)
-        assert engine.stats().reused_tokens == reused
-        real, fails = ModelRunner.decode, iter([True])
-
-        def decode(*arguments: Any) -> torch.Tensor:
-            if next(fails, False):
-                raise RuntimeError("a kernel failed")
-            return real(*arguments)
-
-        monkeypatch.setattr(ModelRunner, "decode", decode)
-        prefilled, _ = counts(engine)
-        await asyncio.to_thread(check_greedy, engine, model, context, 5)
-        # found, lost with the failed step, and prefilled with one more token
-        assert counts(engine) == (prefilled + len(context) - reused + len(context) + 1, 2 * reused)
+        assert engine.stats().reused_tokens == whole_blocks(len(context) - 1)
 
 
 def test_a_store_that_is_too_small_drops_and_never_errs(monkeypatch: pytest.MonkeyPatch) -> None:
