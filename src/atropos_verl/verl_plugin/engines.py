@@ -24,7 +24,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
+from atropos_verl.engine.weights import trim_memory
 from atropos_verl.errors import ConfigError
 from atropos_verl.training.losses.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
 from atropos_verl.training.losses.policy import kl_loss, reference_kl
@@ -110,8 +110,7 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        if sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES:
-            trim_memory()
+        trim_memory(sum(parameter.nbytes for parameter in self.module.parameters()))
         return norm
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
