@@ -11,13 +11,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from atropos_verl.errors import EngineError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
-
-if TYPE_CHECKING:
-    from atropos_verl.engine.embedded import TransformersEngine
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +207,7 @@ class PinnedEngine:
         self.gate = RequestGate()
         self.gate.pause()
         self._engine = self._pinned = engine
-        self._copy: TransformersEngine | None = None
+        self._copy: Any = None
         self.policy_version = engine.policy_version
         """At the last ``pin``."""
         self.max_context_len, self.eos_token_ids = engine.max_context_len, engine.eos_token_ids
@@ -221,8 +218,8 @@ class PinnedEngine:
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         return self._pinned.astream(request)
 
-    def pin(self, copy: TransformersEngine | None = None) -> None:
-        """Let requests in: to ``copy``, which ``unpin`` closes, or to the engine itself."""
+    def pin(self, copy: Any = None) -> None:
+        """Let requests in: to ``copy``, an engine that ``unpin`` closes, or to the engine itself."""
         self._copy, self._pinned = copy, copy or self._engine
         self.policy_version = self._pinned.policy_version
         self.gate.resume()

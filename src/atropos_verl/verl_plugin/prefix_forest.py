@@ -65,13 +65,13 @@ class PrefixForest:
             queries = keys[:, None]
             whole = (keys < queries) & (padded.amin(1) >= queries + FLEX_BLOCK)
             part = (keys == queries) | (keys < queries) & (padded.amax(1) > queries) & ~whole
-            ordered = [
-                each[None, None].int()
-                for seen in (part, whole)
-                for each in (seen.sum(1), seen.int().argsort(1, descending=True, stable=True))
-            ]
+            tables = torch.stack((part, whole)).int()[:, None, None]
+            counts, indices = tables.sum(-1).int(), tables.argsort(dim=-1, descending=True, stable=True).int()
             self._blocks = BlockMask.from_kv_blocks(
-                *ordered,
+                counts[0],
+                indices[0],
+                counts[1],
+                indices[1],
                 BLOCK_SIZE=FLEX_BLOCK,
                 mask_mod=lambda batch, head, query, key: _sees(query, key, ends),
                 seq_lengths=(len(ends), len(ends)),
