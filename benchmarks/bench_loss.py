@@ -28,9 +28,9 @@ from collections.abc import Callable
 import psutil
 import torch
 
-from atropos_verl.training.losses import lm_head
-from atropos_verl.training.losses.lm_head import linear_token_logprobs
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss
+from atropos_verl.training import lm_head
+from atropos_verl.training.lm_head import linear_token_logprobs
+from atropos_verl.training.losses import advantage_weighted_sft_loss
 
 Side = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

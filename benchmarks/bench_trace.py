@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.assets import demo_model_path
-from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, load_decoder
+from atropos_verl.report.trace_reader import RolloutFilter, TraceReader
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import TraceWriter
@@ -123,7 +122,6 @@ def looks_at_size(wanted: int) -> None:
         run_dir = Path(name)
         (run_dir / "config.json").write_text('{"model": {"path": null}}')
         writer = TraceWriter(run_dir, 1 << 40)
-        writer.decode = load_decoder(str(demo_model_path())).decode
         writer.begin(None)
         batches = wanted // (GROUPS * SIZE)
         for batch in range(1, batches + 1):
@@ -135,8 +133,6 @@ def looks_at_size(wanted: int) -> None:
             writer.ended(places, batch)
             while writer._waiting > 4000:
                 time.sleep(0.01)
-        while not writer._jobs.empty():
-            time.sleep(0.1)
         writer.close()
         count = batches * GROUPS * SIZE
         size = writer.path.stat().st_size

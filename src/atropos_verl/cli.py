@@ -16,7 +16,7 @@ _COMMANDS = {
     "doctor": ("launch.doctor", "say what this machine can run and what is missing, before anything slow starts"),
     "inspect": (
         "report.inspect",
-        "show what the trainer would see in a batch, groups, a quarantine file, or at an API",
+        "show what the trainer would see in a run, a batch, groups or a quarantine file",
     ),
     "simulate": ("", "predict throughput, idle shares and staleness of a configuration, on a virtual clock"),
     "agents": ("agents.runner", "run an agent that exists already on tasks, its rollouts trained on; or evaluate it"),

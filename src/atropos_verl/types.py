@@ -42,8 +42,7 @@ class Constraint:
     """The language that a completion is sampled from (constrained decoding)."""
 
     grammar: str  # in llguidance's form of Lark
-    json_schema: str | None = None
-    """The JSON schema that the grammar stands for, where it is nothing else: for engines that do not know Lark."""
+    json_schema: str | None = None  # that the grammar stands for: for engines that do not know Lark
     param: str = "response_format"  # field of the client's request that asks for it, for messages
 
 
@@ -53,23 +52,19 @@ class GenerationRequest:
 
     prompt_token_ids: tuple[int, ...]
     n: int = 1  # completions of the same prompt; each is sampled independently
-    max_tokens: int | None = None
-    """New tokens at most; None: as many as the engine's context still holds."""
+    max_tokens: int | None = None  # new ones at most; None: as many as the engine's context still holds
     temperature: float = 1.0  # 0 = greedy; logprobs are then those of temperature 1
     top_p: float = 1.0
     top_k: int = -1  # -1 or 0: off
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     """The tokens that spell one are kept in ``token_ids`` (token-exact); finish is "stop"."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Besides the model's end-of-sequence ids. The stop token is part of ``token_ids``."""
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids; part of ``token_ids``
     ignore_eos: bool = False
     seed: int | None = None
     """With a seed, the same request gives the same tokens whatever else the engine is running."""
-    prompt_logprobs: int | None = None
-    """k: also return the k best alternatives (and the token itself) at each prompt position."""
-    top_logprobs: int = 0
-    """k: also return the k best alternatives at each position of the completion."""
+    prompt_logprobs: int | None = None  # k best alternatives, and the token itself, at each prompt position
+    top_logprobs: int = 0  # k best alternatives at each position of the completion
     constraint: Constraint | None = None
     """Tokens that leave its language are masked. The end-of-sequence ids are in it where it may end."""
     request_id: str = ""
@@ -88,12 +83,10 @@ class Generation:
     """Of each token under the sampling temperature, over the full vocabulary (before top-p/top-k/min-p); under a
     constraint, over the tokens that it allows."""
     finish_reason: FinishReason
-    policy_version_runs: tuple[tuple[int, int], ...]
-    """(policy version, tokens that it sampled), in order."""
+    policy_version_runs: tuple[tuple[int, int], ...]  # (policy version, tokens that it sampled), in order
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
-    """[P] per prompt position {token_id: logprob}; position 0 is None (nothing predicts it)."""
-    top_logprobs: tuple[dict[int, float], ...] = ()
-    """Per token {token_id: logprob} of the best alternatives, best first; empty unless asked for."""
+    """[P] {token id: logprob}; position 0 is None (nothing predicts it)."""
+    top_logprobs: tuple[dict[int, float], ...] = ()  # the same of each new token, best first
 
     @property
     def policy_versions(self) -> tuple[int, int]:
@@ -116,14 +109,10 @@ class GenerationDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """G scored sequences of one prompt, as an environment posted them. Decoded, not yet validated.
-
-    Example: two answers to one question, prompt ``[5, 6]``::
+    """G scored sequences of one prompt, as an environment posted them. Decoded, not yet validated; bytes that cannot be
+    decoded give a group with a ``defect`` and empty arrays. Example: two answers to one question, prompt ``[5, 6]``::
 
         token_ids = ([5, 6, 7], [5, 6, 8, 2]); masks = ([-100, -100, 7], [-100, -100, 8, 2]); scores = [1., 0.]
-
-    Bytes that cannot be decoded into these types give a group with a ``defect`` and empty arrays, which
-    ``build_samples`` quarantines.
     """
 
     token_ids: tuple[IntArray, ...]  # [G][T_g]
@@ -132,8 +121,7 @@ class ScoredGroup:
     rollout_ids: IntArray | None = None
     """[G] 0, 1, … in order of first appearance: sequences of one id are rows of one rollout, and have one score. None:
     each sequence is a rollout."""
-    weights: FloatArray | None = None
-    """[G] at least 0; factor of each sequence's loss. None: 1."""
+    weights: FloatArray | None = None  # [G] at least 0; factor of each sequence's loss. None: 1
     advantages: tuple[FloatArray | None, ...] | None = None
     """[G][T_g] token-level overrides of the group baseline; None (whole or per sequence) = absent."""
     inference_logprobs: tuple[FloatArray | None, ...] | None = None
@@ -142,8 +130,7 @@ class ScoredGroup:
     """[G][T_g] logprob of each token under a reference policy; 1.0 = no value."""
     token_versions: tuple[IntArray | None, ...] | None = None
     """[G][T_g] that wrote each token, ``UNKNOWN_VERSION`` where not known; from our ledger, not the wire."""
-    overrides: tuple[dict[str, Any], ...] | None = None
-    """[G] per-sequence overrides (``set_advantage_to_zero``, ``temperature``)."""
+    overrides: tuple[dict[str, Any], ...] | None = None  # [G]
     group_overrides: dict[str, Any] | None = None
     generation_params: dict[str, Any] | None = None
     messages: Any | None = None
@@ -156,8 +143,7 @@ class ScoredGroup:
     group_id: str = ""  # content hash of the raw JSON, so a replay has the same id
     unknown_fields: tuple[str, ...] = ()
     defect: str | None = None  # names field, sequence, index and value of what is wrong
-    validated: bool = False
-    """``defect`` is the outcome of all checks; None then means that the group is sound."""
+    validated: bool = False  # ``defect`` is the outcome of all checks
     raw: bytes = b""  # its own JSON, for quarantine; empty when it came packed
 
     def __len__(self) -> int:
@@ -231,11 +217,9 @@ class TrainingSample:
     """
 
     token_ids: IntArray  # [T]
-    loss_mask: NDArray[np.bool_]
-    """[T]; True = the policy wrote this token and it is trained. Position 0 is never True (nothing predicts it)."""
+    loss_mask: NDArray[np.bool_]  # [T]; True = trained; never at position 0, which nothing predicts
     advantages: FloatArray  # [T]; 0 where loss_mask is False
-    rollout_logprobs: FloatArray | None = None
-    """[T]; NaN where there is no value; None when the environment sent none."""
+    rollout_logprobs: FloatArray | None = None  # [T]; NaN where there is no value; None: nowhere
     reference: FloatArray | None = None
     """[R, 3] index of a trained token in the sequence, its logprob under the reference policy, factor of the KL to that
     in the loss."""
@@ -269,20 +253,16 @@ class QuarantinedGroup:
 class SampleSettings:
     """Settings by which groups become samples."""
 
-    vocab_size: int | None = None
-    """Ids outside ``[0, vocab_size)`` quarantine the group. None: only negative ids do."""
-    max_token_len: int | None = None
-    """Longest sequence that is trained, in tokens, inclusive. None: no bound."""
+    vocab_size: int | None = None  # ids outside [0, vocab_size) quarantine the group; None: only negative ones do
+    max_token_len: int | None = None  # longest sequence that is trained, inclusive; None: no bound
     estimator: str = "grpo"  # grpo, rloo or plain (the raw score)
     normalization: str = "none"  # none, batch or global
     clipping: tuple[float, float] | None = None
     overlong: str = "drop"  # drop, truncate or error
     on_bad_group: str = "quarantine"  # quarantine or error
     default_temperature: float = 1.0
-    norm_adv_by_std_in_grpo: bool = True
-    """verl's name: divide the GRPO advantage by the group's standard deviation."""
-    ignore_fields: tuple[str, ...] = ()
-    """ScoredData fields that this trainer does not use and the user agreed to ignore (``data.ignore_fields``)."""
+    norm_adv_by_std_in_grpo: bool = True  # verl's name
+    ignore_fields: tuple[str, ...] = ()  # of ScoredData, which are not used and not refused
     ref_weight: float = 0.0  # factor of the KL to posted ``ref_logprobs``
     distill_weight: float = 1.0  # factor of the KL to a teacher, where the environment names none
     teach: Callable[[Sequence[ScoredGroup]], list[ScoredGroup]] | None = None

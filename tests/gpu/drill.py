@@ -322,7 +322,7 @@ class Drill:
 
     def lm_head(self) -> dict[str, Any]:
         """Forward and backward of trained rows, half of all tokens, against logits of every position."""
-        from atropos_verl.training.losses import lm_head
+        from atropos_verl.training import lm_head
 
         self.close()
         sizes, found = self.sizes, dict[str, Any]()

@@ -12,8 +12,8 @@ from support.lab import Lab, assert_same, batches, state_of
 from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.training.losses import lm_head
-from atropos_verl.training.losses.lm_head import linear_token_figures, linear_token_logprobs
+from atropos_verl.training import lm_head
+from atropos_verl.training.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.types import GenerationRequest
 
 pytestmark = [

@@ -22,8 +22,8 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.requests import EngineStats
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.scheduler import ContinuousBatch
-from atropos_verl.training.losses import lm_head
-from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
+from atropos_verl.training import lm_head
+from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
 from atropos_verl.verl_plugin.engines import (
     SelectiveHeadEngine,
     _head_request,

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from atropos_verl.assets import demo_model_path
-from atropos_verl.report.trace_reader import load_decoder
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import TraceWriter
@@ -25,9 +23,7 @@ def write_run(run_dir: Path, *, steps: int = 12, long_text: int = 0) -> Path:
     run_dir.mkdir(parents=True)
     (run_dir / "config.json").write_text(json.dumps({"model": {"path": None}}))
     writer = TraceWriter(run_dir, 1 << 30)
-    decoder = load_decoder(str(demo_model_path()))
     hostile = HOSTILE + "x" * long_text
-    writer.decode = lambda ids: decoder.decode(ids).encode("utf-8", "replace").decode()
     writer.begin(None)
     lines = []
     for step in range(1, steps + 1):
@@ -64,7 +60,8 @@ def _write_step(writer: TraceWriter, step: int, reason: str | None) -> None:
         token_versions=(np.array([-2, -2, step, -2]), None),
     )
     found = np.array([False, False, True, False])
-    match = SequenceMatch(found=found, versions=np.array([-2, -2, step, -2]), logprobs=np.full(4, np.nan))
+    versions = np.array([-2, -2, step, -2])
+    match = SequenceMatch(found=found, versions=versions, logprobs=np.full(4, np.nan), unmatched_tokens=1)
     writer.arrived(step, [group])
     report = build_samples([group], SampleSettings(estimator="plain"))
     writer.collected([(step, 0)], [group], [[match, None]], Applied([group], [0], 0, {}), report)

@@ -1,6 +1,5 @@
 """The command line as a process: what it prints, its exit codes, and what it does not import."""
 
-import json
 import re
 import subprocess
 import sys
@@ -68,8 +67,6 @@ def test_inspect_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "    a[[b]]\n" in shown and shown.endswith("trained tokens: 1; mean score: 0.500\n")
-    assert main(["inspect", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["mean_score"] == 0.5
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

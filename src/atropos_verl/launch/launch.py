@@ -214,8 +214,7 @@ def _quoted(value: object) -> str:
 
 
 def _supervise(plan: LaunchPlan) -> int:
-    from atropos_verl.report.console import log_to_file
-    from atropos_verl.report.launch_view import LaunchView
+    from atropos_verl.report.console import LaunchView, log_to_file
 
     log_to_file(plan.run_dir / "logs" / "launcher.log")
     with LaunchView() as view:
@@ -252,7 +251,7 @@ def _closing(plan: LaunchPlan, code: int) -> str:
 
 
 def _attach(words: Sequence[str]) -> int:
-    from atropos_verl.report.launch_view import attach
+    from atropos_verl.report.console import attach
 
     parser = argparse.ArgumentParser(
         prog="atropos-verl launch attach", description="Watch a launch from another terminal."

@@ -135,7 +135,7 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
 
 def predict(shape: Shape, plan: Plan, card: float = 0.0) -> Phases:
     """Largest memory of each phase. ``card``: bytes of the card, of which a replica takes its share."""
-    from atropos_verl.training.losses.lm_head import KEEP_BYTES
+    from atropos_verl.training.lm_head import KEEP_BYTES
 
     trainable = plan.lora_rank * shape.adapters * shape.layers if plan.lora_rank else shape.parameters
     frozen = shape.parameters if plan.lora_rank else 0

@@ -26,7 +26,7 @@ from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSp
 from atropos_verl.storage import write_atomic
 
 if TYPE_CHECKING:
-    from atropos_verl.report.launch_view import LaunchView
+    from atropos_verl.report.console import LaunchView
 
 logger = logging.getLogger(__name__)
 

@@ -155,10 +155,6 @@ class AtroposClient:
     def info(self) -> ApiInfo:
         return ApiInfo(*self._integers(self._call("GET", "/info"), "batch_size", "max_token_len"))
 
-    def latest_example(self) -> bytes:
-        """The JSON of the group that came last; its lists are empty while there is none."""
-        return self._send(self._call("GET", "/latest_example"))[0]
-
     # --- registration ------------------------------------------------------------------------------------------------
 
     def register(self, registration: TrainerRegistration) -> str:

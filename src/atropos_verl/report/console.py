@@ -1,5 +1,6 @@
-"""Shows a training run: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
+"""Shows a training run or a launch: a live table on a terminal, plain lines anywhere else, and a summary at the end."""
 
+import itertools
 import logging
 import math
 import os
@@ -7,7 +8,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -20,7 +21,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.report.format import count, decimal, duration, seconds, sparkline
+from atropos_verl.errors import ConfigError
+from atropos_verl.report.trace_reader import TraceReader
 from atropos_verl.training.step import NO_SIGNAL
 from atropos_verl.types import StepReport
 
@@ -90,10 +92,8 @@ def output_may_close() -> Iterator[None]:
 
 
 class LiveScreen:
-    """A screen that is redrawn while its ``with`` block runs on a terminal; elsewhere there are plain lines only.
-
-    Subclasses draw it in ``_frame``. What others print meanwhile appears above it: rich redirects stdout and stderr.
-    """
+    """A screen that subclasses draw in ``_frame`` while its ``with`` block runs on a terminal; elsewhere there are
+    plain lines only. What others print meanwhile appears above it: rich redirects stdout and stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -174,11 +174,8 @@ def _cells(line: Mapping[str, Any], steps: int) -> list[str]:
 
 
 class ProgressReporter(LiveScreen):
-    """Shows a run while it goes on. ``with ProgressReporter(total_steps) as progress: …``.
-
-    Without ``with``, on a dumb terminal, in a pipe or a file: plain lines without escape sequences. ``NO_COLOR`` and
-    ``TERM`` are obeyed (by rich).
-    """
+    """Shows a run while it goes on; without ``with``, on a dumb terminal, in a pipe or a file as plain lines without
+    escape sequences. ``NO_COLOR`` and ``TERM`` are obeyed (by rich)."""
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
         super().__init__(console)
@@ -245,16 +242,15 @@ class ProgressReporter(LiveScreen):
                 if values:
                     curve = sparkline(values, min(CURVE_WIDTH, self._console.width - 20), ascii_only=self._ascii_only)
                     parts.append(Text(f"{name} {curve} {decimal(values[-1])}", no_wrap=True, overflow="crop"))
-        head = Table.grid(padding=(0, 1))
         refused = f"  {self._quarantined} groups quarantined" if self._quarantined else ""
-        head.add_row(
-            ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20),
-            Text(f"{self._done}/{self.total_steps}  eta {duration(self.eta())}{refused}", no_wrap=True),
-        )
-        now = Table.grid(padding=(0, 1))
-        elapsed = duration(time.monotonic() - self._phase_since)
-        now.add_row(self._spinner, Text(f"{self._phase} {elapsed}", no_wrap=True, overflow="ellipsis"))
-        return Group(*parts, head, now)
+        done = f"{self._done}/{self.total_steps}  eta {duration(self.eta())}{refused}"
+        now = f"{self._phase} {duration(time.monotonic() - self._phase_since)}"
+        bar = ProgressBar(total=max(self.total_steps, 1), completed=self._done, width=20)
+        for first, text in ((bar, done), (self._spinner, now)):
+            row = Table.grid(padding=(0, 1))
+            row.add_row(first, Text(text, no_wrap=True, overflow="ellipsis"))
+            parts.append(row)
+        return Group(*parts)
 
     def _table(self) -> Table:
         shown = sorted(_COLUMNS, key=lambda column: column.first_to_go)
@@ -309,3 +305,192 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
     if get("seconds") is not None:
         rows.append(("time", duration(get("seconds"))))
     return rows
+
+
+# -- a launch ----------------------------------------------------------------------------------------------------------
+
+_NOTES = 8
+_LIVING = ("waiting", "starting", "running", "restarting")
+_STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
+
+
+class LaunchView(LiveScreen):
+    """On a terminal the state is one live table, and notes scroll above it; elsewhere notes and steps are lines."""
+
+    _state: Mapping[str, Any] | None = None
+
+    def step(self, line: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Shows a trained step, which is a line of ``metrics.jsonl``."""
+        self._state = state
+        if self._live is None:
+            self.note(_step_line(line, state))
+
+    def update(self, state: Mapping[str, Any]) -> None:
+        self._state = state
+
+    def _frame(self) -> RenderableType:
+        return _render_state(self._state, width=self._console.width) if self._state else Text("starting …")
+
+
+def _render_state(state: Mapping[str, Any], *, width: int, notes: int = 0) -> RenderableType:
+    """Draws the screen for one state, with the newest ``notes`` notes below."""
+    parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
+    if recent := state.get("recent"):
+        line = _step_line(recent[-1], state)
+        # The line above has the policy version too; on a narrow screen it is the one to spare.
+        line = line if len(line) <= width else line.rsplit("  ", 1)[0]
+        parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
+        curve = sparkline(state.get("rewards") or (), min(CURVE_WIDTH, max(10, width - 20)))
+        parts.append(Text(f"reward {curve}", no_wrap=True, overflow="crop"))
+    silent = state.get("seconds_since_step")
+    since = "" if silent is None else f", last step {duration(silent)} ago"
+    parts.append(Text(f"up {duration(state.get('seconds'))}{since}, {state.get('run_dir')}", style="dim"))
+    kept = list(state.get("notes") or ())[-notes:] if notes else []
+    parts += [Text(note.splitlines()[0], style="dim", no_wrap=True, overflow="ellipsis") for note in kept if note]
+    return Group(*parts)
+
+
+def _step_line(line: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    return step_line(line, int(state.get("steps", 0)), without=("wait", "stale"))
+
+
+def _services(state: Mapping[str, Any]) -> Table:
+    services = state.get("services", [])
+    longest = max((len(str(service.get("name"))) for service in services), default=0)
+    # The reason takes what the others leave; without their widths it would take theirs.
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", expand=True)
+    table.add_column("service", no_wrap=True, min_width=min(max(longest, 7), 24))
+    table.add_column("state", no_wrap=True, min_width=10)
+    for name, least in (("pid", 7), ("up", 7), ("restarts", 8)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=least)
+    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
+    for service in services:
+        word = str(service.get("state"))
+        table.add_row(
+            Text(str(service.get("name"))),
+            Text(word, style=_STYLES.get(word, "")),
+            str(service.get("pid") or "-"),
+            duration(service.get("seconds")),
+            str(service.get("restarts", 0)),
+            Text(str(service.get("detail") or "").partition("\n")[0]),
+        )
+    return table
+
+
+def _flow(state: Mapping[str, Any]) -> str:
+    api, gateway, rates = state.get("api"), state.get("gateway"), state.get("rates") or {}
+    left = f"queue {api.get('queue_size')} groups" if api else "API does not answer"
+    if not any(service.get("state") in _LIVING for service in state.get("services", [])):
+        return f"{left}  |  all ended"
+    if not gateway:
+        return f"{left}  |  gateway does not answer"
+    speed = rates.get("tokens_per_second")
+    return (
+        f"{left}  |  gateway {'paused' if gateway.get('paused') else 'open'}, "
+        f"{gateway.get('in_flight', 0)} in flight, {count(speed)} tok/s, policy v{gateway.get('policy_version')}"
+    )
+
+
+def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
+    """Shows a launch until it ends, or ``once``, as without a terminal; ``interval``: seconds between looks. Returns 0;
+    1 when the launcher is gone without having ended its run in order. Raises ``ConfigError``: it is none."""
+    console, reader = console or Console(), TraceReader(run_dir)
+
+    def look() -> tuple[dict[str, Any], RenderableType]:
+        live, path = reader.live(), run_dir / "state.json"
+        if live["state"] is None:
+            problem = "cannot be read" if path.exists() else "does not exist"
+            raise ConfigError(f"{path} {problem}; is {run_dir} the run directory of a launch?")
+        return live, _render_state(live["state"], width=console.width, notes=_NOTES)
+
+    live, screen = look()
+    if once or not console.is_terminal:
+        console.print(screen)
+    else:
+        with Live(screen, console=console, refresh_per_second=4) as shown:
+            while live["running"]:
+                time.sleep(interval)
+                live, screen = look()
+                shown.update(screen)
+    text, code, state = None, 0, live["state"]
+    if live["ended"]:
+        text = state.get("ending") or "the launch has ended"
+    elif not live["running"]:
+        text = f"the launcher (pid {state.get('pid')}) has written nothing for {live['age']:.0f} s: it was killed"
+        code = 1
+    if text is not None:
+        console.print(text, markup=False, highlight=False)
+    return code
+
+
+# -- numbers and curves ------------------------------------------------------------------------------------------------
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.-=+*#@"
+_NONE = "-"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """Formats 0.4118 as ``0.412``, tiny and huge values as ``1.2e-05``, no value as ``-``, NaN as ``nan``."""
+    if value is None:
+        return _NONE
+    if value == 0 or 10**-digits <= abs(value) < 1e4 or not math.isfinite(value):
+        return f"{value:.{digits}f}"
+    return f"{value:.1e}"
+
+
+def count(value: float | None) -> str:
+    """Formats a count as ``1,234``; from a hundred thousand on as ``123k``, ``1.2M``, ``3.4G``."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value / 1e3:.0f}k" if abs(value) >= 99_999.5 else f"{value:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """Formats seconds in at most five characters: ``0.41``, ``12.3``, ``1234``."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def duration(value: float | None) -> str:
+    """Formats seconds as ``4.2s``, ``59s``, ``1m 05s``, ``3h 07m``, ``2d 04h``."""
+    if value is None or not math.isfinite(value):
+        return _NONE
+    if value < 9.95:
+        return f"{value:.1f}s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(value / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    hours = round(value / 3600)
+    return f"{hours // 24}d {hours % 24:02d}h"
+
+
+def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bool = False) -> str:
+    """Draws a curve of one character per value; more than ``width`` are averaged in buckets. A bucket of nothing but
+    None and values that are not finite is a space."""
+    blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
+    number = min(len(values), width)
+    edges = [len(values) * i // number for i in range(number + 1)] if number else []
+    means = [_mean(values[start:end]) for start, end in itertools.pairwise(edges)]
+    known = [mean for mean in means if mean is not None]
+    if not known:
+        return ""
+    low, span = min(known), max(known) - min(known)
+    top = len(blocks) - 1
+    return "".join(
+        " " if mean is None else blocks[round((mean - low) / span * top) if span > 0 else top // 2] for mean in means
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return sum(known) / len(known) if known else None

@@ -14,8 +14,7 @@ from rich.table import Table
 
 from atropos_verl.config.model_checks import read_json
 from atropos_verl.errors import ConfigError, DataError
-from atropos_verl.report.console import summary_rows
-from atropos_verl.report.format import count, decimal, duration, seconds
+from atropos_verl.report.console import count, decimal, duration, seconds, summary_rows
 from atropos_verl.report.trace_reader import TraceReader, read_steps, settings_of_run
 from atropos_verl.training.quarantine import parse_quarantine_file
 from atropos_verl.training.step import held_out_score, reward_window

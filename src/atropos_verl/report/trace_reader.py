@@ -8,13 +8,14 @@ import bisect
 import contextlib
 import itertools
 import json
+import logging
 import math
 import re
 import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +27,17 @@ import numpy as np
 from atropos_verl.config.model_checks import read_json
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.training.trace import BITS, NAME, VERSION, SequenceData
+from atropos_verl.training.step import parse_step
+from atropos_verl.training.trace import BITS, NAME, TRAINED, UNMATCHED, VERSION, GroupData
 from atropos_verl.types import UNKNOWN_VERSION, FloatArray
 
+logger = logging.getLogger(__name__)
+
 _MOST_ROWS = 1000
-_ROLLOUTS = (
-    f"SELECT *, id >> {BITS} AS 'group', id & {(1 << BITS) - 1} AS position, "
-    "(SELECT substr(text, -200) FROM texts WHERE rowid = sequences.id) AS excerpt FROM sequences WHERE"
-)
+_IN_GROUP = (1 << BITS) - 1
+_EXCERPT = 200
+_ROLLOUTS = f"SELECT *, id >> {BITS} AS 'group', id & {_IN_GROUP} AS position FROM sequences WHERE"
+_LATENCIES = "SELECT sequence, max(begun + seconds) - min(begun) AS latency, max(session) AS session FROM requests"
 _HEADER = re.compile(
     r"<\|im_start\|>(\w+)\n?|<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*|<start_of_turn>(\w+)\n?"
     r"|<\|(system|user|assistant|tool|observation)\|>\n?|<\uff5c(User|Assistant)\uff5c>|\[(INST)\]|\[(/INST)\]"
@@ -45,6 +49,11 @@ _LIVE_SECONDS = 10.0
 """A launcher writes its state five times a second."""
 _VERSIONS_UNDER_WAY = 8
 """A request of older weights than these, before the newest that were trained on, will not come any more."""
+
+
+_TRACKED_EVERY = 10
+_TRACKED = 4
+_TRACKED_COLUMNS = ("step", "id", "environment", "reward", "tokens", "prompt", "answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +73,11 @@ class RolloutFilter:
     version: int | None = None
     """A trained token is of this policy version, or of an older and another of a newer one."""
     text: str | None = None
-    """All of these words, the last one may be the beginning of one."""
+    """A part of it, in capitals or not."""
     session: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
-        """The condition on ``sequences`` in SQL, and its values."""
+        """The condition on ``sequences`` in SQL, and its values; without ``text``."""
         conditions = {
             "step = ?": self.step,
             "environment = ?": self.environment,
@@ -80,13 +89,9 @@ class RolloutFilter:
             "tokens <= ?": self.length_max,
             "first_version <= ?": self.version,
             "last_version >= ?": self.version,
-            "session = ?": self.session,
+            "id IN (SELECT sequence FROM requests WHERE session = ?)": self.session,
         }
         given = {condition: value for condition, value in conditions.items() if value is not None}
-        words = re.findall(r"[^\W_]+", self.text or "")
-        if words:
-            quoted = " ".join(f'"{word}"' for word in words) + "*"
-            given["id IN (SELECT rowid FROM texts WHERE texts MATCH ?)"] = quoted
         return " AND ".join(given) or "1", list(given.values())
 
 
@@ -99,6 +104,9 @@ class TraceReader:
             raise ConfigError(f"{run_dir} is no directory")
         self.run_dir = run_dir
         self._local = threading.local()
+        self._searched = 0
+        self._texts: dict[int, str] = {}
+        """Of sequences of the file with that number that a search has seen, in small letters."""
 
     @property
     def has_index(self) -> bool:
@@ -120,6 +128,8 @@ class TraceReader:
                 if (version := self._local.db.execute("PRAGMA user_version").fetchone()[0]) != VERSION:
                     raise sqlite3.DatabaseError(f"it is of version {version}, this program reads {VERSION}")
                 self._local.identity = identity
+                if status.st_ino != self._searched:
+                    self._searched, self._texts = status.st_ino, {}
             return [dict(row) for row in self._local.db.execute(sql, values)]
         except OverflowError:  # no row has such a number
             return []
@@ -133,47 +143,68 @@ class TraceReader:
     ) -> list[dict[str, Any]]:
         """Sequences, the newest first; ``before``: the ``id`` of the last one that was read.
 
-        Each has ``id``, ``group`` (an id for ``group``), ``position`` in it, ``arrived`` (seconds since the epoch),
-        ``step``, ``environment``, ``state``, ``reason``, ``reward``, ``prompt_tokens``, ``tokens``,
-        ``trained_tokens``, ``first_version``, ``last_version`` (of its trained tokens), ``latency`` (seconds from its
-        first request to its last answer), ``session``, ``weight`` (rollouts that it stands for, since others were
-        removed) and ``excerpt``, the end of its text. What is not known is None.
+        Each has the columns of ``sequences``, ``group`` (an id for ``group``), ``position`` in it, ``latency`` (seconds
+        from its first request to its last answer), ``session`` and ``excerpt``, the end of its text. ``arrived`` is in
+        seconds since the epoch, ``weight`` the rollouts that it stands for, since others were removed; None: unknown.
         """
-        condition, values = (wanted or RolloutFilter()).where()
+        wanted, limit = wanted or RolloutFilter(), min(limit, _MOST_ROWS)
+        condition, values = wanted.where()
         if before is not None:
             condition, values = f"({condition}) AND id < ?", [*values, before]
-        return self._read(f"{_ROLLOUTS} {condition} ORDER BY id DESC LIMIT ?", [*values, min(limit, _MOST_ROWS)])
+        if wanted.text:
+            ids = f"SELECT id FROM sequences WHERE {condition} ORDER BY id DESC"
+            rows = self._read(f"SELECT json_group_array(id) AS ids FROM ({ids})", values)
+            found = self._saying(wanted.text.lower(), json.loads(rows[0]["ids"]) if rows else ())
+            condition = "id IN (SELECT value FROM json_each(?))"
+            values = [json.dumps(list(itertools.islice(found, limit)))]
+        return self._rows(f"{condition} ORDER BY id DESC LIMIT ?", [*values, limit])
+
+    def _rows(self, condition: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+        rows = self._read(f"{_ROLLOUTS} {condition}", values)
+        ids = json.dumps([row["id"] for row in rows])
+        asked = self._read(f"{_LATENCIES} WHERE sequence IN (SELECT value FROM json_each(?)) GROUP BY 1", [ids])
+        requests = {one.pop("sequence"): one for one in asked}
+        groups = {group: self._group_data(group) for group in {row["group"] for row in rows}}
+        for row in rows:
+            row |= requests.get(row["id"], {"latency": None, "session": None})
+            data = groups[row["group"]]
+            row["excerpt"] = data and self.decoder.text(_ids(data, row["position"])[-_EXCERPT:])[-_EXCERPT:]
+        return rows
+
+    def _group_data(self, group: int) -> GroupData | None:
+        found = self._read("SELECT data FROM data WHERE id = ?", [group])
+        return msgspec.msgpack.decode(found[0]["data"], type=GroupData) if found else None
+
+    def _saying(self, text: str, ids: Iterable[int]) -> Iterator[int]:
+        """Those of ``ids`` whose text holds ``text``. Looks at no more than is asked for."""
+        for id_ in ids:
+            if id_ not in self._texts and (data := self._group_data(id_ >> BITS)) is not None:
+                own = {id_ & ~_IN_GROUP | i: self.decoder.text(_ids(data, i)).lower() for i in range(len(data.sizes))}
+                self._texts.update(own)
+            if text in self._texts.get(id_, ""):
+                yield id_
 
     def group(self, id_: int) -> dict[str, Any]:
-        """One group: ``id``, ``arrived``, ``step``, ``environment``, ``state``, ``reason``, ``size``, mean ``reward``,
-        ``hash`` (the name of its file in ``quarantine/``), ``weight``, ``sequences`` as ``rollouts`` lists them.
-
-        Raises ``KeyError``: there is none, or it was removed since ``trace.bytes`` was full. So does ``sequence``."""
+        """The columns of one of ``groups`` (``hash``: name of its file in ``quarantine/``), and ``sequences`` as
+        ``rollouts`` lists them. Raises ``KeyError``: there is none, or ``trace.bytes`` was full; ``sequence`` too."""
         found = self._read("SELECT * FROM groups WHERE id = ?", [id_])
         if not found:
             raise KeyError(id_)
-        rows = self._read(f"{_ROLLOUTS} id >= ? AND id < ? ORDER BY id", [id_ << BITS, id_ + 1 << BITS])
+        rows = self._rows("id >= ? AND id < ? ORDER BY id", [id_ << BITS, id_ + 1 << BITS])
         return {**found[0], "sequences": rows}
 
     def sequence(self, id_: int) -> dict[str, Any]:
         """One sequence: what ``rollouts`` says of it, and
 
-        - ``turns``: ``role``, ``text`` without its header, ``start`` and ``stop`` (tokens, header included),
-          ``trained`` (some of it is);
-        - ``items``, one of each token: ``id``, ``text``, ``trained``, ``advantage``, ``logprob`` (of the policy that
-          sampled it), ``mismatch`` (the trainer's logprob before the update less that), ``version``, ``unmatched``
-          (nobody is known to have generated it).
-
-        Both are None while it is under way: its tokens are noted when its step ends.
+        - ``turns``: ``role``, ``text`` without its header, ``start``, ``stop`` (tokens, header included), ``trained``;
+        - ``items``, one of each token: ``mismatch`` is the trainer's logprob before the update less ``logprob``.
         """
-        rows = self._read(f"{_ROLLOUTS} id = ?", [id_])
+        rows = self._rows("id = ?", [id_])
         if not rows:
             raise KeyError(id_)
-        packed = self._read("SELECT data FROM data WHERE id = ?", [id_])
-        if not packed:
+        if (data := self._group_data(rows[0]["group"])) is None:
             return {**rows[0], "turns": None, "items": None}
-        data = msgspec.msgpack.decode(packed[0]["data"], type=SequenceData)
-        items = _items(data, self.decoder)
+        items = _items(data, rows[0]["position"], self.decoder)
         return {**rows[0], "turns": _turns(items, self.decoder), "items": items}
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -182,6 +213,8 @@ class TraceReader:
             "SELECT state, sum(g) AS groups, sum(s) AS sequences FROM ("
             "SELECT state, count(*) AS g, 0 AS s FROM groups GROUP BY 1 UNION ALL "
             "SELECT state, 0, count(*) FROM sequences GROUP BY 1 UNION ALL "
+            "SELECT state, 0, size FROM groups AS g WHERE state = 'under_way' "
+            f"AND NOT EXISTS (SELECT 1 FROM sequences AS s WHERE s.id = g.id << {BITS}) UNION ALL "
             "SELECT state, groups, sequences FROM thinned) GROUP BY 1"
         )
         return {kind: {row["state"]: row[kind] for row in rows if row[kind]} for kind in ("groups", "sequences")}
@@ -192,14 +225,15 @@ class TraceReader:
         """Rollouts that were begun against those that were trained on.
 
         A rollout is a sequence that came, or what no group brought: a request, or all those of a session. ``ends``:
-        how many by state; ``begun`` and ``trained`` leave out those under way. ``by``: for ``length`` (tokens that were
-        generated), ``latency`` (seconds), ``reward`` the ``edges`` of bins, ``begun`` and ``trained`` in each, their
-        means, and ``distance``, the Kolmogorov-Smirnov distance of the two (the largest difference of their
-        distribution functions); for ``environment`` both counts by environment, and the largest difference of a share.
-        ``distance`` is None where nothing is known.
+        how many by state; ``begun`` and ``trained`` leave out those under way. ``by`` length (generated tokens),
+        latency (seconds) and reward: ``edges`` of bins, ``begun`` and ``trained`` in each, their means, and
+        Kolmogorov-Smirnov ``distance``; by environment: both counts, and the largest difference of a share.
         """
-        columns = "environment, state, reward, tokens - prompt_tokens AS length, latency, weight"
-        rollouts = self._read(f"SELECT {columns} FROM sequences") + list(self._not_posted())
+        posted = self._read(
+            "SELECT environment, state, reward, tokens - prompt_tokens AS length, latency, weight FROM sequences "
+            f"LEFT JOIN ({_LATENCIES} GROUP BY 1) AS asked ON asked.sequence = id"
+        )
+        rollouts = [*posted, *self._not_posted()]
         begun = [one for one in rollouts if one["state"] != "under_way"]
         trained = [one for one in begun if one["state"] == "trained"]
         by: dict[str, Any] = {name: _compared(begun, trained, name) for name in ("length", "latency", "reward")}
@@ -229,7 +263,8 @@ class TraceReader:
             "max(s.state) AS session, max(r.session) AS name, max(known.environment) AS environment "
             "FROM requests AS r LEFT JOIN sessions AS s ON s.id = r.session "
             "LEFT JOIN known ON known.prompt = r.prompt WHERE r.sequence IS NULL "
-            "AND (r.session IS NULL OR r.session NOT IN (SELECT session FROM sequences WHERE session IS NOT NULL)) "
+            "AND (r.session IS NULL OR r.session NOT IN "
+            "(SELECT session FROM requests WHERE sequence IS NOT NULL AND session IS NOT NULL)) "
             "GROUP BY unit"
         )
         for row in rows:
@@ -241,11 +276,9 @@ class TraceReader:
                 state = "failed"
             yield {**row, "state": state, "reward": None}
 
-    # -- sessions ----------------------------------------------------------------------------------------------------
-
     def session(self, id_: str) -> dict[str, Any]:
-        """A session of the gateway as ``GET /sessions/ID`` describes it, with its ``tree``, and ``sequences``: those
-        that came of it, as ``rollouts`` lists them. Raises ``KeyError`` and ``ConfigError``."""
+        """A session as the gateway's ``GET /sessions/ID`` describes it, and the ``sequences`` that came of it. Raises
+        ``KeyError`` and ``ConfigError``."""
         from atropos_verl.gateway.sessions import stored_session
 
         directory = self.run_dir / "gateway"
@@ -253,8 +286,6 @@ class TraceReader:
         if found is None:
             raise KeyError(id_)
         return {**found, "sequences": self.rollouts(RolloutFilter(session=id_), _MOST_ROWS)}
-
-    # -- the tokenizer -----------------------------------------------------------------------------------------------
 
     @cached_property
     def decoder(self) -> "Decoder":
@@ -265,9 +296,8 @@ class TraceReader:
         return NO_DECODER
 
     def live(self) -> dict[str, Any]:
-        """What the run says of itself now: ``state``, the launcher's (services, ``api``, ``gateway``, ``rates``,
-        ``notes`` with the diagnosis of a stall; None where there was none), ``age`` (seconds since it was written),
-        ``ended`` (in order), ``running``."""
+        """``state.json`` of the launcher as ``state`` (None: there is none), its ``age`` in seconds, whether the launch
+        ``ended`` in order, and whether it is ``running``."""
         state, problem = read_json(self.run_dir / "state.json")
         if problem:
             return {"state": None, "age": None, "ended": False, "running": False}
@@ -284,15 +314,10 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
     ``ConfigError``, with file and line, for one that is no step."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # being written at this moment, or the machine stopped in the middle of it
-                return
-            raise ConfigError(f"{path}:{number} is not JSON: {line[:80]!r}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        if (value := parse_step(line)) is not None:
+            yield value
+        elif number < len(lines):  # the last one is being written, or the machine stopped in the middle of it
             raise ConfigError(f"{path}:{number} is no step: {line[:80]!r}")
-        yield value
 
 
 def _weighed(rollouts: Iterable[Mapping[str, Any]], column: str) -> dict[str, int]:
@@ -340,28 +365,29 @@ def distance(a: FloatArray, b: FloatArray, a_weights: FloatArray, b_weights: Flo
 class Decoder:
     """Token ids → text, special tokens shown."""
 
-    vocab_size: int
-    decode: Callable[[Sequence[int]], str]
-    piece: Callable[[int], str | None]
-    """The name of a token in the vocabulary."""
+    tokenizer: Any
+    """Of the tokenizers package; None: it knows no token."""
 
     def knows(self, ids: Sequence[int]) -> bool:
-        return all(0 <= token < self.vocab_size for token in ids)
+        size = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size()
+        return not ids or 0 <= min(ids) <= max(ids) < size
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
 
     def token(self, id_: int) -> str:
         """One token alone; the space that decoders leave out at the start of a text is kept."""
         if not self.knows([id_]):
             return ""
-        text = self.decode([id_])
-        return f" {text}" if (self.piece(id_) or "").startswith("\u2581") and not text.startswith(" ") else text
+        text, piece = self.decode([id_]), self.tokenizer.id_to_token(id_) or ""
+        return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
     def text(self, ids: Sequence[int]) -> str:
         """The ids themselves, where they are of another vocabulary."""
         return self.decode(ids) if self.knows(ids) else " ".join(map(str, ids))
 
 
-NO_DECODER = Decoder(0, lambda ids: "", str)
-"""Knows no token."""
+NO_DECODER = Decoder(None)
 
 
 def load_decoder(name: str) -> Decoder:
@@ -372,14 +398,10 @@ def load_decoder(name: str) -> Decoder:
         if file.is_file():  # read without transformers, whose import takes seconds
             from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-            fast = Tokenizer.from_file(str(file))
-            options = {"skip_special_tokens": False}
-            return Decoder(fast.get_vocab_size(), lambda ids: str(fast.decode(list(ids), **options)), fast.id_to_token)
+            return Decoder(Tokenizer.from_file(str(file)))
         from transformers import AutoTokenizer
 
-        slow = AutoTokenizer.from_pretrained(name)
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return Decoder(len(slow), lambda ids: str(slow.decode(list(ids), **options)), slow.convert_ids_to_tokens)
+        return Decoder(AutoTokenizer.from_pretrained(name).backend_tokenizer)
     except Exception as error:  # the tokenizers package raises a bare one for a file that it cannot read
         why = str(error).partition("\n")[0]
         raise ConfigError(f"no tokenizer at {name}: {why}", "--tokenizer") from error
@@ -409,21 +431,27 @@ def settings_of_run(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def _items(data: SequenceData, decoder: Decoder) -> list[dict[str, Any]]:
-    ids = np.frombuffer(data.ids, "<u4").tolist()
-    start = len(ids) - len(data.trained)
+def _ids(data: GroupData, i: int) -> list[int]:
+    """Of sequence ``i``."""
+    start = sum(data.sizes[:i])
+    return np.frombuffer(data.ids, "<i4")[start : start + data.sizes[i]].tolist() if i < len(data.sizes) else []
+
+
+def _items(data: GroupData, i: int, decoder: Decoder) -> list[dict[str, Any]]:
+    start, ids = sum(data.sizes[:i]), _ids(data, i)
+    marks = np.frombuffer(data.marks, np.uint8)
+    is_trained = marks & TRAINED > 0
+    trained, unmatched = is_trained[start : start + len(ids)], marks[start : start + len(ids)] & UNMATCHED > 0
+    first = int(np.count_nonzero(is_trained[:start]))
 
     def whole(values: Any, nothing: Any) -> Any:
         found = np.full(len(ids), nothing)
         if len(values):
-            found[start:] = values
+            found[trained] = values[first : first + np.count_nonzero(trained)]
         return found
 
-    trained, unmatched = (whole(np.frombuffer(marks, np.bool_), False) for marks in (data.trained, data.unmatched))
-    packed = (data.advantages, data.logprobs, data.trainer_logprobs)
-    advantages, logprobs, own = (
-        np.where(trained, whole(np.frombuffer(values, "<f4"), math.nan), math.nan) for values in packed
-    )
+    logprobs, own = (whole(np.frombuffer(values, "<f4"), math.nan) for values in (data.logprobs, data.trainer_logprobs))
+    advantages = whole([value for value, count in data.advantages for _ in range(count)], math.nan)
     versions = whole([version for version, count in data.versions for _ in range(count)], UNKNOWN_VERSION)
     texts = {id_: decoder.token(id_) for id_ in set(ids)}
     columns = {
@@ -465,3 +493,34 @@ def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder) -> list[dict[st
         is_trained = any(item["trained"] for item in part)
         turns.append({"role": role, "text": decoder.text(ids), "start": start, "stop": stop, "trained": is_trained})
     return turns
+
+
+# -- trackers ----------------------------------------------------------------------------------------------------------
+
+
+def send_rollouts(tracking: Any, reader: TraceReader, step: int) -> None:
+    """After step 2 and every tenth step from there on, sends the newest rollouts that were trained and are written as
+    ``rollouts`` to wandb and trackio. ``tracking``: verl's ``Tracking``, which takes them there."""
+    names = [name for name in ("wandb", "trackio") if name in tracking.logger]
+    if step % _TRACKED_EVERY != 2 or not names:
+        return
+    try:
+        found = [reader.sequence(one["id"]) for one in reader.rollouts(RolloutFilter(state="trained"), _TRACKED)]
+    except (ConfigError, KeyError) as error:  # KeyError: it was removed meanwhile
+        logger.warning("no rollouts for trackers: %s", error)
+        return
+    for one in found:
+        turns = one["turns"] or []
+        first = next((number for number, turn in enumerate(turns) if turn["trained"]), len(turns))
+        one["prompt"], one["answer"] = ("".join(t["text"] for t in part) for part in (turns[:first], turns[first:]))
+    rows = [[one[name] for name in _TRACKED_COLUMNS] for one in found]
+    for name in names if rows else ():
+        if name == "wandb":
+            shown: Any = tracking.logger[name].Table(columns=list(_TRACKED_COLUMNS), data=rows)
+        else:
+            from trackio import Trace  # type: ignore[import-not-found]
+
+            said = [[{"role": t["role"], "content": t["text"]} for t in one["turns"] or []] for one in found]
+            facts = [dict(zip(_TRACKED_COLUMNS[:5], row, strict=False)) for row in rows]
+            shown = [Trace(messages=m, metadata=f) for m, f in zip(said, facts, strict=True)]
+        tracking.log(data={"rollouts": shown}, step=step, backend=[name])

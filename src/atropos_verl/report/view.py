@@ -31,6 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.http_thread import bracketed, foreign_page, has_token, is_loopback, listen, reachable, uvicorn_config
 from atropos_verl.report.trace_reader import RolloutFilter, TraceReader
+from atropos_verl.training.step import parse_step
 
 _PAGE = Path(__file__).parent / "static"
 _TOKEN_VARIABLE = "ATROPOS_VIEW_TOKEN"
@@ -52,13 +53,8 @@ _SAFE_HEADERS = {
 
 
 class RunView:
-    """The ASGI app.
-
-    Args:
-        places: run directories, or directories that hold some.
-        token: what requests below ``/api/`` must carry; None: nothing.
-        hosts: names that ``Host`` may have; empty: any.
-    """
+    """The ASGI app. ``places``: run directories, or directories that hold some; ``token``: what requests below
+    ``/api/`` must carry; ``hosts``: names that ``Host`` may have, empty: any."""
 
     def __init__(self, places: Sequence[Path], token: str | None = None, hosts: Sequence[str] = ()) -> None:
         self._places, self._token, self._hosts = places, token, hosts
@@ -69,7 +65,6 @@ class RunView:
         self._app = Starlette(
             routes=[
                 Route("/", lambda _: FileResponse(_PAGE / "index.html")),
-                Route("/health", lambda _: Response("ok")),
                 Mount("/static", StaticFiles(directory=_PAGE)),
                 Route("/api/runs", self._list),
                 Route("/api/runs/{run}/events", self._events),
@@ -201,11 +196,7 @@ class _Tail:
             return False, []
         content = content[: content.rfind(b"\n") + 1]
         self._position += len(content)
-        lines = []
-        for text in content.splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-        return is_new, [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+        return is_new, list(filter(None, map(parse_step, content.splitlines())))
 
 
 def _sequence(reader: TraceReader, request: Request) -> dict[str, Any]:

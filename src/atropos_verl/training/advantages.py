@@ -47,11 +47,8 @@ def group_advantages(scores: FloatArray, estimator: str = "grpo", *, norm_by_std
 
 @dataclass(slots=True)
 class RunningMoments:
-    """Count, mean and sum of squared deviations of every value seen, merged batch by batch.
-
-    The merge is Chan, Golub and LeVeque's (1979) parallel form of Welford's update: exact in real numbers, whatever the
-    order and size of the batches, and stable where a running sum of squares cancels.
-    """
+    """Count, mean and sum of squared deviations of every value seen, merged batch by batch: Chan, Golub and LeVeque's
+    (1979) parallel form of Welford's update, stable where a running sum of squares cancels."""
 
     count: int = 0
     mean: float = 0.0
@@ -103,9 +100,8 @@ class SequenceAdvantage:
     """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T].
 
     ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's, not the
-    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``). ``weight``:
-    factor of the row's loss. Each loss here is proportional to the advantage where that has one sign, so it multiplies
-    the final advantages, and nothing else.
+    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``). ``weight``
+    multiplies the final advantages, to which each loss is proportional.
     """
 
     values: FloatArray

@@ -109,7 +109,6 @@ class BatchSource:
         self.quarantine = QuarantineStore(run_dir / "quarantine", config.journal.quarantine_bytes)
         self.trace = TraceWriter(run_dir, config.trace.bytes)
         self.note: Callable[[str], None] = lambda message: logger.info("%s", message)
-        """Tells the user what the source is waiting for."""
         self.is_registered = False
         self._step = 0
         self._early: deque[HeldBatch | RolloutData] = deque()
@@ -125,15 +124,15 @@ class BatchSource:
         self._check: Check = lambda: None
         self._attend: Check = lambda: None
         self._rescored: Callable[[ScoredGroup], ScoredGroup] | None = None
-        self._has_delivered = False
-        """A batch came from the API while this process trained."""
+        self._has_delivered = False  # a batch came from the API while this process trained
         self._is_explained = False
-        self._queue_watch: tuple[threading.Thread, threading.Event] | None = None
-        """The thread that tells the throttle of the API's queue, and what ends it."""
+        self._queue_watch: threading.Thread | None = None
+        """Tells the throttle of the API's queue until ``_is_over`` is set."""
+        self._is_over = threading.Event()
 
     def resume(self, step: int) -> int:
-        """Puts the batches of an earlier process that a run at ``step`` trains on first in front; returns how many. The
-        second call does nothing. Raises as ``LeasedBatches.resume``."""
+        """Puts the batches of an earlier process that a run at ``step`` trains on first in front, once; returns how
+        many. Raises as ``LeasedBatches.resume``."""
         if self._resumed is None:
             owed = self.batches.resume(step) if self.config.resume != "disable" else []
             self._early.extend(owed)
@@ -147,8 +146,7 @@ class BatchSource:
         self.journal.number_from(self.trace.begin(step) + 1)
 
     def register(self, step: int, batch_size: int, checkpoint_dir: Path | None = None) -> None:
-        """Registers the trainer, which is at ``step``, unless that is done. Call ``resume`` before. Raises as
-        ``protocol.client.register_trainer``."""
+        """Registers the trainer, which is at ``step``, once, after ``resume``. Raises as ``register_trainer``."""
         if self.is_registered:
             return
         self._step = step
@@ -170,10 +168,8 @@ class BatchSource:
             self._count_fetched()
 
     def attach(self, provenance: BatchProvenance, throttle: StalenessThrottle | None, totals: RunTotals) -> None:
-        """Gives the source what comes with the policy; batches can be decoded from now on. Lost and stale batches are
-        counted in ``totals``."""
+        """Gives the source what comes with the policy, to decode batches. ``totals`` count lost and stale ones."""
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
-        self.trace.decode = provenance.text_of
         self._count_fetched(len(self._early))
 
     def start(
@@ -186,10 +182,9 @@ class BatchSource:
     ) -> None:
         """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
 
-        ``check`` is called while waiting, and raises when a process of the run has died; ``attend`` is called in the
-        thread of ``take`` while that waits. ``starts_environment``: this run started the environment, so its first
-        batch may take ``env.startup_timeout``, and what keeps it is diagnosed by who watches the environment.
-        ``prepare``: prefetch one batch, and call this for it in the source's thread.
+        ``check`` is called while waiting, and raises when a process of the run has died; ``attend`` in the thread of
+        ``take``. ``starts_environment``: its first batch may take ``env.startup_timeout``, and who watches the
+        environment says what keeps it. ``prepare``: prefetch one batch, and call this for it in the source's thread.
         """
         self._check, self._attend, self._is_explained = check or self._check, attend, starts_environment
         if self.config.reward.path is not None:
@@ -198,23 +193,24 @@ class BatchSource:
         self._prepare, self._stopped = prepare, False
         if self._throttle is not None and self._queue_watch is None:
             self._throttle.active = True
-            ends = threading.Event()
-            told = (self._throttle, ends)
-            watch = threading.Thread(target=self._report_queue, args=told, name="atropos-verl-queue", daemon=True)
-            watch.start()
-            self._queue_watch = watch, ends
+            self._is_over.clear()
+            of = (self._throttle,)
+            self._queue_watch = threading.Thread(
+                target=self._report_queue, args=of, name="atropos-verl-queue", daemon=True
+            )
+            self._queue_watch.start()
 
     def take(self, *, more: bool) -> RolloutData:
         """The next batch. ``more``: another one will be wanted after it. Raises as ``next``."""
         if self._prepare is None:
             return self.next(self._check_and_attend)
-        batch = self._fetch_ahead()
+        batch = self._ahead or self._fetch_ahead(self._prepare)
         while not wait([batch], _ATTEND_SECONDS).done:
             self._attend()
         self._check()  # what died during a long optimiser step is known now, and the batch is kept
         data, self._ahead = batch.result(), None
         if more:
-            self._fetch_ahead()
+            self._fetch_ahead(self._prepare)
         return data
 
     def _check_and_attend(self) -> None:
@@ -226,34 +222,26 @@ class BatchSource:
             raise CancelledError  # which no retry catches
         self._check()
 
-    def _fetch_ahead(self) -> Future[RolloutData]:
-        """The batch under way, or ready, which is begun now if there is none."""
-        if self._ahead is None:
-            self._ahead = Future()
-            # Not an executor's thread, which the interpreter would wait for at its end.
-            threading.Thread(
-                target=self._prefetch, args=(self._ahead,), name="atropos-verl-prefetch", daemon=True
-            ).start()
+    def _fetch_ahead(self, prepare: Callable[[RolloutData], None]) -> Future[RolloutData]:
+        self._ahead = Future()
+        # Not an executor's thread, which the interpreter would wait for at its end.
+        of = (self._ahead, prepare)
+        threading.Thread(target=self._prefetch, args=of, name="atropos-verl-prefetch", daemon=True).start()
         return self._ahead
 
-    def _prefetch(self, batch: Future[RolloutData]) -> None:
-        assert self._prepare is not None
+    def _prefetch(self, batch: Future[RolloutData], prepare: Callable[[RolloutData], None]) -> None:
         try:
             started = time.perf_counter()
             data = self.next(self._stop_or_check)
-            self._prepare(data)
+            prepare(data)
             data.timings["prefetch"] = time.perf_counter() - started
             batch.set_result(data)
         except BaseException as error:  # noqa: BLE001 - the end of a thread: `take` raises it in the trainer's
             batch.set_exception(error)
 
     def next(self, check: Check | None = None) -> RolloutData:
-        """Waits for the next batch, with as many requests as it takes.
-
-        Raises:
-            AtroposTimeoutError: none came within ``env.startup_timeout`` or ``atropos.rollout_timeout``.
-            AtroposAPIError: the API failed, or lost more than five batches in a row.
-        """
+        """Waits for the next batch, with as many requests as it takes. Raises ``AtroposTimeoutError``: none came in
+        time; ``AtroposAPIError``: the API failed, or lost more than five batches in a row."""
         is_starting = self._is_explained and not self._has_delivered
         limit = self.config.env.startup_timeout if is_starting else self.config.atropos.rollout_timeout
         deadline = time.monotonic() + limit
@@ -288,8 +276,7 @@ class BatchSource:
                 self.note(f"{error.reason}; it keeps what is leased and queued, so it is awaited for {patience:g} s")
 
     def fetch(self, max_wait_time: float | None = None, should_stop: Check | None = None) -> RolloutData:
-        """The next batch, in one request of ``max_wait_time`` seconds (None: ``batch_max_wait_time``). Raises as
-        ``LeasedBatches.fetch``, and ``AtroposProtocolError`` for an answer that is not a batch."""
+        """The next batch, in one request. Raises as ``LeasedBatches.fetch``, and ``AtroposProtocolError``."""
         while self._early:
             first = self._early.popleft()
             if isinstance(first, RolloutData):
@@ -350,13 +337,13 @@ class BatchSource:
             self._provenance.consumed(data.matches or [])
 
     def ack(self, data: RolloutData) -> None:
-        """Lets the API forget the batch. See ``LeasedBatches.ack``."""
+        """Lets the API forget the batch."""
         if data.entry is not None:
             self.batches.ack(data.entry)
 
     def stop(self, *, give_back: bool) -> None:
-        """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. Idempotent. A batch
-        that was fetched and not trained on is the next one to be taken, unless ``give_back`` is asked for."""
+        """Training is over, or has failed: ends the prefetch, and holds no prompt back any more. A batch that was
+        fetched and not trained on is the next one to be taken, unless ``give_back`` is asked for. Idempotent."""
         self._stopped = True
         ahead, self._ahead = self._ahead, None
         if ahead is not None and not wait([ahead], _END_SECONDS).done:  # which a second Ctrl-C ends
@@ -388,8 +375,7 @@ class BatchSource:
                 self._throttle.batch_fetched()
 
     def done(self, stale: int = 0) -> None:
-        """A batch was trained on and the new weights are served, or it was given up; ``stale`` of its groups were left
-        out."""
+        """The new weights of a batch are served, or it was given up; ``stale`` of its groups were left out."""
         if self._throttle is not None:
             self._throttle.batch_done(stale)
 
@@ -397,13 +383,12 @@ class BatchSource:
         if self._throttle is not None:
             self._throttle.active = False
         if self._queue_watch is not None:
-            watch, ends = self._queue_watch
-            ends.set()
-            watch.join()
+            self._is_over.set()
+            self._queue_watch.join()
             self._queue_watch = None
 
-    def _report_queue(self, throttle: StalenessThrottle, ends: threading.Event) -> None:
-        while not ends.wait(_QUEUE_POLL_SECONDS):
+    def _report_queue(self, throttle: StalenessThrottle) -> None:
+        while not self._is_over.wait(_QUEUE_POLL_SECONDS):
             try:
                 throttle.queue_is(self.client.status().queue_size * self.config.group_size)
             except Exception as error:  # noqa: BLE001 - a thread that ends lets the throttle hold prompts back for ever

@@ -46,8 +46,7 @@ class RunState:
     policy_version: int = 0  # optimiser steps since the run began, resumes included
     moments: RunningMoments = field(default_factory=RunningMoments)
     totals: RunTotals = field(default_factory=RunTotals)
-    held_out: dict[str, float | None] = field(default_factory=dict)
-    """Scores of the held-out evaluations so far (``HeldOut.scores``)."""
+    held_out: dict[str, float | None] = field(default_factory=dict)  # ``HeldOut.scores``
 
     def save(self, directory: Path, config: RunConfig) -> None:
         """Writes ``directory/atropos.json``, with what ``changed_settings`` compares. Raises ``OSError``."""
@@ -95,9 +94,8 @@ def new_checkpoint(
 ) -> Iterator[Path]:
     """A directory into which the block writes the checkpoint of ``step``; at its end it is the newest one in ``root``.
     Then those beyond the newest ``keep`` go (None, 0 or less: none), but neither the best (``mark_best``) nor that of
-    step ``spare``. Raises ``CheckpointError`` when it cannot be written; what was there before then stays as it was.
-    ``in_place``: the directory has its final name at once, as disks of other nodes need it, and is no checkpoint before
-    the end; one of the same step is overwritten.
+    step ``spare``. Raises ``CheckpointError`` when it cannot be written; what was there then stays as it was.
+    ``in_place``: it has its final name at once, as disks of other nodes need it, and overwrites one of the same step.
     """
     final, unfinished = root / f"global_step_{step}", root / "unfinished"
     place, replaced = final if in_place else unfinished / final.name, unfinished / _REPLACED / final.name

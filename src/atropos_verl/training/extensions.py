@@ -43,10 +43,8 @@ _ARGUMENTS = {
 
 
 def check_extensions(config: RunConfig, prefix: str = "") -> None:
-    """Loads every function that ``config`` names, before anything slow starts. Raises as ``load_function``.
-
-    ``prefix`` is ``atropos.`` where the keys are in that block (the Ray backend).
-    """
+    """Loads every function that ``config`` names, before anything slow starts. ``prefix``: ``atropos.`` where the keys
+    are in that block (Ray). Raises as ``load_function``."""
     for key in _ARGUMENTS:
         if "." in key and (path := attrgetter(key)(config)) is not None:
             load_function(key, path, prefix)

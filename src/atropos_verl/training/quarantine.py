@@ -17,10 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 class _File(msgspec.Struct, kw_only=True):
-    """The content of a file. The group is under exactly one of the last three names.
-
-    ``group``: its JSON, byte for byte. ``raw``: text that is not JSON (NaN, cut short). ``raw_base64``: not even text.
-    """
+    """The content of a file, with the group under one name: ``group`` its JSON, byte for byte; ``raw`` text that is
+    not JSON (NaN, cut short); ``raw_base64`` not even text."""
 
     reason: str
     group_id: str
@@ -32,18 +30,16 @@ class _File(msgspec.Struct, kw_only=True):
 
 @dataclass
 class QuarantineStore:
-    """Writes refused groups to a directory, which it makes at the first one. Beyond ``bound`` bytes the oldest go.
-
-    The name is the group's id, a hash of its content: the same group refused again, or replayed, is one file.
-    """
+    """Writes refused groups to a directory, which it makes at the first one. Beyond ``bound`` bytes the oldest go. The
+    name is the group's id, a hash of its content: the same group refused again, or replayed, is one file."""
 
     directory: Path
     bound: int = 1 << 30
     _unseen: float = math.inf  # bytes written since the directory was measured
 
     def put(self, refused: QuarantinedGroup) -> Path | None:
-        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. None: the disk refuses it (it
-        is full, say), which the log says too; the group is not kept then, and the run goes on."""
+        """Writes ``DIRECTORY/GROUP_ID.json``, atomically, and says so in the log. None: the disk refuses it, which the
+        log says too, and the run goes on."""
         group, raw = refused.group, refused.group.raw or _encode(refused.group)
         group_id = re.sub(r"[^A-Za-z0-9_-]", "_", group.group_id)
         # A reason may quote lone surrogates of the group, which neither JSON nor the log can carry.
@@ -96,10 +92,10 @@ def parse_quarantine_file(content: bytes) -> tuple[str, bytes]:
 
 def _encode(group: ScoredGroup) -> bytes:
     """JSON of a group that came packed. Bad values are kept: NaN stays NaN."""
-    names = ("masks", "scores", "advantages", "inference_logprobs", "ref_logprobs", "overrides", "group_overrides")
-    others = ("generation_params", "messages", "env_id")
-    fields = {"tokens": group.token_ids, **{name: getattr(group, name) for name in (*names, *others)}}
+    names = (
+        "masks scores advantages inference_logprobs ref_logprobs overrides group_overrides generation_params "
+        "messages env_id"
+    )
+    fields = {"tokens": group.token_ids, **{name: getattr(group, name) for name in names.split()}}
     present = {name: value for name, value in fields.items() if value is not None}
-    return json.dumps(
-        present, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value)
-    ).encode()
+    return json.dumps(present, default=lambda of: of.tolist() if hasattr(of, "tolist") else repr(of)).encode()

@@ -34,11 +34,11 @@ from atropos_verl.training.advantages import (
 )
 from atropos_verl.training.extensions import load_advantage, load_filter
 from atropos_verl.training.staleness import stated_version
-from atropos_verl.training.teacher import Teacher
 from atropos_verl.types import (
     NO_LOGPROB,
     UNKNOWN_VERSION,
     FloatArray,
+    IntArray,
     QuarantinedGroup,
     SampleReport,
     SampleSettings,
@@ -69,18 +69,12 @@ def build_samples(
     Masks: ``-100`` is not trained, wherever it stands; position 0 never is, since nothing predicts it. Rollout
     logprobs: 1.0 becomes NaN, and a sequence without any value has None. Temperature: ``overrides[i]`` >
     ``generation_params`` > ``group_overrides`` > ``settings.default_temperature``; 0 (greedy) becomes 1, whose
-    logprobs engines report for greedy tokens. Advantages: one per rollout, which all its rows get, so that with the
-    mean over trained tokens a rollout's loss does not depend on how many rows it became; 1 for a sequence with the
-    override ``sft``; times ``ScoredGroup.weights``; what follows is in ``training.advantages``. An overlong sequence
-    counts in its group's baseline, and not in the batch's statistics.
+    logprobs engines report for greedy tokens. Advantages: one per rollout, which all its rows get; 1 with the override
+    ``sft``; times ``ScoredGroup.weights``; then ``training.advantages``, with the statistics of the run so far in
+    ``running``. An overlong sequence counts in its group's baseline, and not in the batch's statistics.
 
-    Args:
-        running: statistics of the run, for ``normalization="global"``; merged with this batch. None starts afresh.
-
-    Raises:
-        ConfigError: a setting is unknown or out of range.
-        UnsupportedFieldError: a sound group carries a field that is not used and not in ``settings.ignore_fields``.
-        DataError: a bad group with ``on_bad_group="error"``, or a long sequence with ``overlong="error"``.
+    Raises ``ConfigError`` (settings), ``UnsupportedFieldError`` (a field that is neither used nor in
+    ``settings.ignore_fields``), and ``DataError`` (``on_bad_group="error"``, ``overlong="error"``).
     """
     report, sequences = collect_samples(groups, settings)
     advantages = finish_advantages(sequences, settings.normalization, settings.clipping, running)
@@ -90,8 +84,8 @@ def build_samples(
 def collect_samples(
     groups: Iterable[ScoredGroup], settings: SampleSettings = _DEFAULTS
 ) -> tuple[SampleReport, list[SequenceAdvantage]]:
-    """``build_samples`` without normalising, clipping and forced zeros, which need the whole global batch: the report,
-    whose samples hold the advantages so far, and what ``finish_advantages`` needs, sample by sample."""
+    """``build_samples`` up to what needs the whole global batch: its samples hold the advantages so far; and what
+    ``finish_advantages`` needs, sample by sample."""
     _check_settings(settings)
     samples: list[TrainingSample] = []
     sequences: list[SequenceAdvantage] = []
@@ -262,3 +256,53 @@ def sample_settings(config: RunConfig, vocab_size: int | None) -> SampleSettings
         advantage=None if config.algorithm.advantage_path is None else load_advantage(config.algorithm.advantage_path),
         keeps=None if config.data.filter_path is None else load_filter(config.data.filter_path),
     )
+
+
+class Teacher:
+    """Gives groups without a teacher's values those of its own model, for each trained token."""
+
+    def __init__(self, config: RunConfig, vocab_size: int | None) -> None:
+        """Loads the model. Raises ``ConfigError`` when there is none, or its vocabulary does not hold the policy's."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from atropos_verl.engine.runner import ModelRunner
+
+        try:
+            path = config.with_values(model={"path": config.distill.teacher}).resolve_model_path()
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("model.path: "), "distill.teacher") from None
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype]
+        on_gpu = config.trainer.device != "cpu" and torch.cuda.is_available()
+        trusted = config.model.trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, trust_remote_code=trusted)
+        self._limit = config.max_token_len
+        self._runner = ModelRunner(model.to("cuda" if on_gpu else "cpu"), max_context_len=self._limit)
+        self._vocab_size = vocab_size or self._runner.vocab_size
+        if self._runner.vocab_size < self._vocab_size:
+            sizes = f"{self._runner.vocab_size} tokens, the policy's {self._vocab_size}"
+            raise ConfigError(
+                f"the vocabulary of {path} has {sizes}; a teacher needs the policy's tokenizer", "distill.teacher"
+            )
+        self._top_k = min(config.distill.top_k, self._vocab_size)
+        logger.info("the teacher is %s", path)
+
+    def complete(self, groups: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        """The groups, which must be sound; those that bring a teacher's values are left as they are."""
+        return [group if group.distill_token_ids is not None else self._taught(group) for group in groups]
+
+    def _taught(self, group: ScoredGroup) -> ScoredGroup:
+        pairs = [self._values(ids, group.trained(i)) for i, ids in enumerate(group.token_ids)]
+        ids, logprobs = zip(*pairs, strict=True)
+        return replace(group, distill_token_ids=ids, distill_logprobs=logprobs)
+
+    def _values(self, token_ids: IntArray, trained: np.ndarray) -> tuple[IntArray, FloatArray]:
+        """[T, top_k + 1] ids and logprobs of the likeliest tokens and of the sequence's own; -1 and -inf elsewhere."""
+        ids = np.full((len(token_ids), self._top_k + 1), -1, np.int64)
+        logprobs = np.full(ids.shape, -np.inf)
+        rows = self._runner.prompt_logprobs(token_ids[: self._limit].tolist(), self._top_k, 1.0)
+        for t, row in enumerate(rows):
+            if row is not None and trained[t]:
+                named = [(token, value) for token, value in row.items() if token < self._vocab_size]
+                ids[t, : len(named)], logprobs[t, : len(named)] = zip(*named, strict=True)
+        return ids, logprobs

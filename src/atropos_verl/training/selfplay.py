@@ -25,9 +25,8 @@ RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 @dataclass
 class SelfPlay:
-    """The trainer as its own environment. Registers trainer (``register_trainer``: with that many sequences per batch,
-    unless that is done) and environment at the API on first use. ``ledger`` gets every completion, as the gateway's
-    does."""
+    """The trainer as its own environment. At the first use it registers itself and, with that many sequences per batch,
+    the trainer (``register_trainer``). ``ledger`` gets every completion, as the gateway's does."""
 
     config: RunConfig
     engine: TransformersEngine
@@ -49,13 +48,9 @@ class SelfPlay:
         size = self.config.group_size
         texts, ids = zip(*(self._as_tokens(prompt) for prompt in prompts), strict=True)
         self._register(len(prompts) * size)
+        longest, temperature = self.config.max_response_length, self.config.temperature
         requests = [
-            GenerationRequest(
-                prompt_token_ids=tuple(tokens),
-                n=size,
-                max_tokens=self.config.max_response_length,
-                temperature=self.config.temperature,
-            )
+            GenerationRequest(prompt_token_ids=tuple(tokens), n=size, max_tokens=longest, temperature=temperature)
             for tokens in ids
         ]
         groups = self.engine.generate(requests)

@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import msgspec
@@ -51,6 +51,8 @@ _OLDEST_BUCKET = 8
 _BESIDE_BATCH = "ledger.msgpack"
 _COUNTS = ("looked_up_tokens", "unmatched_tokens", "template_tail_tokens", "spans", "repaired_spans")
 """Of a batch, by their names in ``RunTotals.count``."""
+_LARGEST = "largest_difference"
+"""Of logprobs that were compared, in nats."""
 _SHOWN = 40
 """Characters or tokens of each text in a message."""
 _MAX_ID = 1 << 31
@@ -88,9 +90,6 @@ class BatchProvenance:
         self.settings = settings
         self.resumed_at: int | None = None
         self.decode: Callable[..., str] = (lambda ids, **_: str(ids)) if tokenizer is None else tokenizer.decode
-        fast = None if tokenizer is None else getattr(tokenizer, "backend_tokenizer", tokenizer).decode
-        self.text_of = None if fast is None else lambda ids: str(fast(ids, skip_special_tokens=False))
-        """Token ids → text with special tokens, by the tokenizer's fast half where it has one, for the trace."""
         self._repairer = None
         if config.unmatched == "repair" and ledger is not None and tokenizer is not None:
             self._repairer = Repairer(ledger, TokenTexts(tokenizer))
@@ -138,30 +137,28 @@ class BatchProvenance:
     def apply(self, groups: Sequence[ScoredGroup], matches: BatchMatches, policy_version: int) -> Applied:
         """Puts the matches into the groups, and leaves out groups too stale for a step that updates the weights of
         ``policy_version``."""
-        figures = _LookUpFigures()
+        counts: Counter[str] = Counter()
         fresh: list[ScoredGroup] = []
         kept: list[int] = []
         bound = self.config.max_staleness
         for index, (group, found) in enumerate(zip(groups, matches, strict=True)):
             if any(match is not None for match in found):
                 group = with_repaired_tokens(group, found)
-                group = self._merge(group, found, figures)
+                group = self._merge(group, found, counts)
             if bound is None or group.defect or not is_stale(group_version(group), policy_version, bound):
                 fresh.append(group)
                 kept.append(index)
-        if mismatches := figures.counts["temperature_mismatches"]:
+        if mismatches := counts["temperature_mismatches"]:
             logger.warning(
                 "%d sequences of this batch name another temperature than their environment asked for; "
                 "the trainer computes with the one they name",
                 mismatches,
             )
         stale = len(groups) - len(fresh)
-        return Applied(fresh, kept, stale, {**figures.metrics(), "off_policy/dropped_stale_groups": stale})
+        return Applied(fresh, kept, stale, {**_figures(counts), "off_policy/dropped_stale_groups": stale})
 
-    def _merge(
-        self, group: ScoredGroup, matches: Sequence[SequenceMatch | None], figures: _LookUpFigures
-    ) -> ScoredGroup:
-        """Puts the ledger's token versions, logprobs and temperature into a sound ``group``; counts into ``figures``.
+    def _merge(self, group: ScoredGroup, matches: Sequence[SequenceMatch | None], counts: Counter[str]) -> ScoredGroup:
+        """Puts the ledger's token versions, logprobs and temperature into a sound ``group``, and counts.
 
         The ledger's logprobs win over the environment's; both are compared. The ledger's temperature fills in where the
         environment names none. What a chat template adds behind the policy's turns is not trained on. Other tokens that
@@ -182,7 +179,7 @@ class BatchProvenance:
                 "unmatched_spans": sum(bool(lost[start:stop].any()) for start, stop in trained_spans(trained)),
                 "repaired_spans": match.repaired_spans,
             }
-            figures.counts.update(
+            counts.update(
                 spans,
                 looked_up_tokens=int(trained.sum() - tail.sum()),
                 unmatched_tokens=int(lost.sum()),
@@ -192,13 +189,13 @@ class BatchProvenance:
                 ambiguous_texts=match.ambiguous_texts,
             )
             if group.env_id is not None:
-                figures.counts.update({f"env/{group.env_id}/{name}": count for name, count in spans.items()})
-            logprobs[i] = _merged_logprobs(logprobs[i], match, figures)
+                counts.update({f"env/{group.env_id}/{name}": count for name, count in spans.items()})
+            logprobs[i] = _merged_logprobs(logprobs[i], match, counts)
             if match.temperature is not None:
                 if stated_temperature(group, i) is None:
                     overrides[i] = {**overrides[i], "temperature": match.temperature}
                 elif abs(sampling_temperature(group, i, 1.0) - match.temperature) > 1e-6:
-                    figures.counts["temperature_mismatches"] += 1
+                    counts["temperature_mismatches"] += 1
         return replace(
             group,
             masks=tuple(masks),
@@ -297,37 +294,29 @@ def with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | N
     return replace(group, token_ids=tuple(tokens), masks=tuple(masks), advantages=tuple(advantages) or None)
 
 
-@dataclass(slots=True)
-class _LookUpFigures:
-    """Counts of one batch's look-up."""
+def _figures(counts: Mapping[str, float]) -> dict[str, float | int | None]:
+    """Counts of one batch's look-up (of one environment by ``env/N/NAME``) for ``metrics.jsonl``. A rate over nothing
+    is None."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    """By name, of one environment by ``env/N/NAME``."""
-    largest_difference: float = 0.0  # of logprobs that were compared, in nats
+    def rate(name: str, of: str) -> float | None:
+        return counts[name] / counts[of] if counts[of] else None
 
-    def metrics(self) -> dict[str, float | int | None]:
-        """For ``metrics.jsonl``. A rate over nothing is None, also that of one environment."""
-        counts = self.counts
-
-        def rate(name: str, of: str) -> float | None:
-            return counts[name] / counts[of] if counts[of] else None
-
-        found: dict[str, float | int | None] = {
-            **{f"data/{name}": counts[name] for name in (*_COUNTS, "ambiguous_texts", "temperature_mismatches")},
-            "data/unmatched_span_rate": rate("unmatched_spans", "spans"),
-            "data/unmatched_token_rate": rate("unmatched_tokens", "looked_up_tokens"),
-            "data/ambiguous_span_rate": rate("ambiguous_spans", "spans"),
-            "data/logprob_mismatch": rate("mismatched_logprobs", "compared_logprobs"),
-            "data/logprob_mismatch_max": self.largest_difference if counts["compared_logprobs"] else None,
-            "off_policy/dropped_unmatched_tokens": counts["dropped_tokens"],
-        }
-        for spans in [name for name in counts if name.endswith("/spans")]:
-            env = spans.removesuffix("spans")
-            found |= {f"{env}{name}_rate": rate(f"{env}{name}s", spans) for name in ("unmatched_span", "repaired_span")}
-        return found
+    found: dict[str, float | int | None] = {
+        **{f"data/{name}": counts[name] for name in (*_COUNTS, "ambiguous_texts", "temperature_mismatches")},
+        "data/unmatched_span_rate": rate("unmatched_spans", "spans"),
+        "data/unmatched_token_rate": rate("unmatched_tokens", "looked_up_tokens"),
+        "data/ambiguous_span_rate": rate("ambiguous_spans", "spans"),
+        "data/logprob_mismatch": rate("mismatched_logprobs", "compared_logprobs"),
+        "data/logprob_mismatch_max": counts[_LARGEST] if counts["compared_logprobs"] else None,
+        "off_policy/dropped_unmatched_tokens": counts["dropped_tokens"],
+    }
+    for spans in [name for name in counts if name.endswith("/spans")]:
+        env = spans.removesuffix("spans")
+        found |= {f"{env}{name}_rate": rate(f"{env}{name}s", spans) for name in ("unmatched_span", "repaired_span")}
+    return found
 
 
-def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: _LookUpFigures) -> FloatArray | None:
+def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, counts: Counter[str]) -> FloatArray | None:
     known = ~np.isnan(match.logprobs)
     own = np.maximum(match.logprobs, MIN_LOGPROB)
     if sent is None:
@@ -335,9 +324,9 @@ def _merged_logprobs(sent: FloatArray | None, match: SequenceMatch, figures: _Lo
     both = known & (sent != NO_LOGPROB) & (own != NO_LOGPROB)  # of constrained tokens the ledger has none
     if both.any():
         difference = np.abs(own[both] - sent[both])
-        figures.counts["compared_logprobs"] += int(both.sum())
-        figures.counts["mismatched_logprobs"] += int((difference > LOGPROB_MISMATCH).sum())
-        figures.largest_difference = max(figures.largest_difference, float(difference.max()))
+        counts["compared_logprobs"] += int(both.sum())
+        counts["mismatched_logprobs"] += int((difference > LOGPROB_MISMATCH).sum())
+        counts[_LARGEST] = max(counts[_LARGEST], float(difference.max()))  # type: ignore[assignment]
     return np.where(known, own, sent)
 
 
@@ -376,24 +365,23 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
     """How many optimiser steps the policy that wrote a batch is behind that of ``policy_version``, before the update. A
     group is as stale as its oldest trained token. In the histograms 8 stands for 8 and more."""
     oldest: dict[str, int | None] = {}
-    tokens: Counter[int] = Counter()
-    unknown_tokens = 0
+    written: Counter[int] = Counter()
     for sample in samples:
-        version, before = sample.policy_version, oldest.get(sample.group_id)
-        oldest[sample.group_id] = version if before is None else before if version is None else min(before, version)
-        if sample.token_versions is None:
-            unknown_tokens += int(sample.loss_mask.sum())
-            continue
-        trained = sample.token_versions[sample.loss_mask]
-        known = trained[trained != UNKNOWN_VERSION]
-        unknown_tokens += int(trained.size - known.size)
-        staleness, counts = np.unique(np.clip(policy_version - known, 0, _OLDEST_BUCKET), return_counts=True)
-        tokens.update(dict(zip(staleness.tolist(), counts.tolist(), strict=True)))
+        both = (sample.policy_version, oldest.get(sample.group_id))
+        oldest[sample.group_id] = min((version for version in both if version is not None), default=None)
+        versions = sample.token_versions
+        own = np.full(len(sample), UNKNOWN_VERSION) if versions is None else versions
+        for version, count in zip(*np.unique(own[sample.loss_mask], return_counts=True), strict=True):
+            written[int(version)] += int(count)
+    unknown_tokens = written.pop(UNKNOWN_VERSION, 0)
+    tokens: Counter[int] = Counter()
+    for version, count in written.items():
+        tokens[min(versions_behind(version, policy_version), _OLDEST_BUCKET)] += count
     exact = [versions_behind(version, policy_version) for version in oldest.values() if version is not None]
     groups = Counter(min(bucket, _OLDEST_BUCKET) for bucket in exact)
     metrics: dict[str, float | int | None] = {
         "off_policy/staleness_mean": sum(exact) / len(exact) if exact else None,
-        "off_policy/staleness_max": max(exact) if exact else None,
+        "off_policy/staleness_max": max(exact, default=None),
         "off_policy/groups_of_unknown_version": len(oldest) - len(exact),
         "off_policy/tokens_of_unknown_version": unknown_tokens,
     }

@@ -28,8 +28,6 @@ Figure = float | int | None
 
 
 class Progress(Protocol):
-    """The terminal of a run."""
-
     def phase(self, name: str) -> None: ...
     def note(self, message: str) -> None: ...
     def step(self, report: StepReport) -> None: ...
@@ -67,14 +65,9 @@ def step_report(
     seconds: Mapping[str, float | None],
     figures: Mapping[str, Figure],
 ) -> StepReport:
-    """Joins the figures of one step.
-
-    Args:
-        scores: raw scores of every sequence of the step's groups; ``environments``: the same by env_id.
-        counts: ``data/NAME``; ``trained_tokens`` must be among them.
-        seconds: ``timing/NAME``; ``step``, the duration of the whole step, must be among them.
-        figures: all others under their full names. They do not replace those above.
-    """
+    """Joins the figures of one step: raw scores of every sequence of its groups, and the same by env_id; ``counts`` as
+    ``data/NAME`` (``trained_tokens`` among them), ``seconds`` as ``timing/NAME`` (``step``, the whole, among them), and
+    all other ``figures`` under their full names, which do not replace these."""
     tokens, duration = counts["trained_tokens"], seconds["step"] or 0.0
     metrics: dict[str, Figure] = {
         "reward/mean": float(scores.mean()) if scores.size else None,
@@ -134,17 +127,15 @@ class RunTotals:
 
 
 class StepLog:
-    """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share.
-
-    Each line is ``{"step": 3, "policy_version": 3, "loss": 0.25, "reward/mean": 0.5, …}`` and reaches the operating
-    system before ``append`` returns, so it survives a ``kill -9``. A number that is not finite is written as null.
-    """
+    """``metrics.jsonl`` of a run that goes on at ``step``, with its rewards and the trainer's idle share. A line,
+    ``{"step": 3, "policy_version": 3, "loss": 0.25, "reward/mean": 0.5, …}``, reaches the operating system before
+    ``append`` returns, so it survives a ``kill -9``. A number that is not finite is null."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.exists() else []
         # Later steps will be taken again; a line that was cut short is of no use.
-        kept = [(line, value) for line in lines if (value := _step_up_to(line, step)) is not None]
+        kept = [(line, value) for line in lines if (value := parse_step(line)) and value["step"] <= step]
         if len(kept) < len(lines):
             removed = len(lines) - len(kept)
             logger.info("%s: %d of %d lines are after step %d and removed", self.path, removed, len(lines), step)
@@ -155,12 +146,9 @@ class StepLog:
         self._waited = self._total = 0.0
 
     def append(self, report: StepReport) -> None:
-        """Writes the step's line. Raises ``ValueError`` when a metric is called ``step``, ``policy_version`` or
-        ``loss``, and ``OSError``."""
+        """Writes the step's line. Raises ``OSError``."""
         own = {"step": report.step, "policy_version": report.policy_version, "loss": report.loss}
-        if clash := [key for key in own if key in report.metrics]:
-            raise ValueError(f"metric {clash[0]!r} has the name of a field of StepReport; choose another name")
-        line = {**own, **report.metrics}
+        line = {**report.metrics, **own}
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float | np.number)}
         if lost := sorted(key for key, value in numbers.items() if not math.isfinite(value)):
             named = ", ".join(f"{key} = {line[key]}" for key in lost)
@@ -206,7 +194,7 @@ def moment_of(label: str) -> str:
 
 @dataclass
 class HeldOut:
-    """The mean reward on held-out tasks before, between steps of, and after training."""
+    """The mean reward on held-out tasks."""
 
     _evaluations: Evaluations | None
     _progress: Progress
@@ -225,8 +213,8 @@ class HeldOut:
         return self._evaluations is None or not self._evaluations.is_evaluating(label)
 
     def finish(self, label: str, attend: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-        """Waits for an evaluation that was started, calls ``attend`` meanwhile, and notes the score. Returns figures
-        for the next line of ``metrics.jsonl``; {}: none was started."""
+        """Waits for an evaluation, calls ``attend`` meanwhile, and notes the score. Returns figures for the next line
+        of ``metrics.jsonl``; {}: none was started."""
         if self._evaluations is None or not self._evaluations.has_evaluation(label):
             return {}
         if not self.is_over(label):
@@ -285,7 +273,7 @@ def outcome(step: int, policy_version: int, rewards: Sequence[float], totals: Ru
 def write_summary(
     run_dir: Path, outcome: Mapping[str, Any], *, held_out: Mapping[str, float | None], seconds: float
 ) -> dict[str, Any]:
-    """Writes ``run_dir/summary.json``, atomically, and returns its content. ``held_out`` are ``HeldOut.scores``. Raises
+    """Writes ``summary.json``, atomically, and returns its content. ``held_out`` are ``HeldOut.scores``. Raises
     ``TypeError`` for a value that JSON cannot carry, and ``OSError``."""
     summary = {
         **outcome,
@@ -298,13 +286,13 @@ def write_summary(
     return {**summary, "run_dir": str(run_dir)}
 
 
-def _step_up_to(line: str, step: int) -> dict[str, Any] | None:
+def parse_step(line: str | bytes) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``; None: it is none, or was cut short."""
     try:
         value = json.loads(line)
     except ValueError:
         return None
-    is_step = isinstance(value, dict) and isinstance(value.get("step"), int)
-    return value if is_step and value["step"] <= step else None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,6 @@ docs/view.md.
 import functools
 import logging
 import math
-import queue
 import sqlite3
 import threading
 import time
@@ -45,115 +44,123 @@ Place = tuple[int, int]
 OfSequences = Mapping[tuple[int, int, int], FloatArray]
 """(batch, index, position in the group) → a value of each token [T]."""
 F = TypeVar("F", bound=Callable[..., Any])
-VERSION = 2
+VERSION = 3
 _LONGEST_REASON = 500
-_MOST_WAITING = 8192
+_MOST_WAITING = 1 << 15
 """Sequences and requests that wait for a slow disk; what comes beyond is not noted."""
-_GATHER_SECONDS = 0.5
+_GATHER_SECONDS = 2.0
 _SCHEMA = """
 CREATE TABLE groups (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, environment INTEGER, state TEXT, reason TEXT,
     size INTEGER, reward REAL, hash TEXT, weight INTEGER DEFAULT 1);
 CREATE TABLE sequences (id INTEGER PRIMARY KEY, arrived REAL, step INTEGER, environment INTEGER, state TEXT,
     reason TEXT, reward REAL, prompt_tokens INTEGER, tokens INTEGER, trained_tokens INTEGER, first_version INTEGER,
-    last_version INTEGER, latency REAL, session TEXT, weight INTEGER DEFAULT 1);
+    last_version INTEGER, weight INTEGER DEFAULT 1);
 CREATE TABLE data (id INTEGER PRIMARY KEY, data BLOB);
-CREATE VIRTUAL TABLE texts USING fts5(text, detail=none, columnsize=0);
-CREATE TABLE requests (id INTEGER PRIMARY KEY, record INTEGER UNIQUE, begun REAL, seconds REAL, prompt INTEGER,
-    prompt_tokens INTEGER, tokens INTEGER, version INTEGER, session TEXT, sequence INTEGER, reason TEXT,
-    weight INTEGER DEFAULT 1);
+CREATE TABLE requests (id INTEGER PRIMARY KEY, tokens INTEGER, version INTEGER, begun REAL, seconds REAL,
+    prompt INTEGER, prompt_tokens INTEGER, session TEXT, reason TEXT, sequence INTEGER, weight INTEGER DEFAULT 1);
 CREATE TABLE sessions (id TEXT PRIMARY KEY, state TEXT, reason TEXT);
 CREATE TABLE thinned (environment INTEGER, state TEXT, groups INTEGER, sequences INTEGER);
 """
+"""The id of a request is its number in the ledger, of one without an answer a negative number."""
+_GROUP_ROW = "INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)"
+TRAINED, POSTED, UNMATCHED = 1, 2, 4
+_TRAINED_MARKS = (TRAINED, TRAINED | POSTED, TRAINED | POSTED | UNMATCHED)
 
 
-class SequenceData(msgspec.Struct, array_like=True):
-    """The tokens of one sequence, packed: T ids. The arrays are about the last N of them: the first of these is the
-    first one that is trained, or would have been."""
+class GroupData(msgspec.Struct, array_like=True):
+    """The tokens of a group, sequence after sequence: T ids, of which N are trained, or would have been. What follows
+    from these, text above all, is the reader's to make: few of many thousand groups are ever looked at."""
 
+    sizes: list[int]
+    """Tokens of each sequence."""
     ids: bytes
-    """uint32 [T]"""
-    trained: bytes
-    """bool [N]"""
-    unmatched: bytes
-    """bool [N]: nobody is known to have generated it; empty: none."""
-    advantages: bytes
-    """float32 [N], or [1] where those of all trained tokens are equal; empty: not known."""
-    logprobs: bytes
-    """float32 [N], NaN: not known; of the policy that sampled; empty: not known."""
-    trainer_logprobs: bytes
-    """float32 [N]: the trainer's, before the update; empty: not known."""
+    """int32 [T]"""
+    marks: bytes
+    """uint8 [T]: ``TRAINED``; where that is not all that the environment posted as trained, ``POSTED`` is it, and
+    ``UNMATCHED`` what nobody is known to have generated of it."""
+    advantages: list[tuple[float, int]]
+    """(value, length) of each stretch of the N, NaN: not known; empty: none is. ``versions`` alike."""
     versions: list[tuple[int, int]]
-    """(policy version, tokens it wrote) of the N, in order; empty: not known."""
+    logprobs: bytes
+    """float32 [N] of the policy that sampled, NaN: not known; empty: none is."""
+    trainer_logprobs: bytes
+    """float32 [N] of the trainer before the update, alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A group whose samples are made, and that no step has trained on yet."""
+    """A group whose samples are made, and that no step has trained on yet. Where it has no sequence, an empty one."""
 
     arrived: float
     posted: ScoredGroup
-    """As it came."""
-    whole: ScoredGroup
-    """As the ledger completed it, where it got that far."""
+    ids: Sequence[IntArray]
+    """Those of the samples; of what has none, as the ledger completed them."""
     matches: Sequence[SequenceMatch | None]
     samples: Sequence[TrainingSample | None]
 
     def pack(
-        self, i: int, advantages: FloatArray | None, trainer_logprobs: FloatArray | None
-    ) -> tuple[tuple[Any, ...], bytes]:
-        """The columns of sequence ``i`` from ``prompt_tokens`` to ``last_version``, and its ``SequenceData``.
-        ``advantages`` and ``trainer_logprobs`` [T] are the step's; without, those of the sample, or not known."""
-        sample, match, group = self.samples[i], self.matches[i], self.whole
-        ids = np.clip(group.token_ids[i], 0, (1 << 32) - 1) if sample is None else sample.token_ids
-        size = len(ids)
-        marks = group.masks[i][:size] != NOT_TRAINED if i < len(group.masks) else np.zeros(0, dtype=np.bool_)
-        if len(marks) < size:
-            marks = np.zeros(size, dtype=np.bool_)
-        trained = marks if sample is None else sample.loss_mask
-        if match is not None:
-            marks = self.posted.masks[i][:size] != NOT_TRAINED if match.repaired is None else match.repaired.loss_mask
-        shown = trained | marks
-        shown[:1] = False  # nothing predicts the first token
-        start = int(shown.argmax()) if size else 0
-        start = start if size and shown[start] else size
-        trained, lost = trained[start:], b""
-        if match is not None and (missing := shown[start:] > match.found[start:size]).any():
-            lost = missing.tobytes()
-        count = 0 if sample is None else int(np.count_nonzero(trained))
-        if advantages is None and sample is not None:
-            advantages = sample.advantages
-        versions = None if group.token_versions is None else group.token_versions[i]
-        runs = [] if versions is None or start == size else _runs(versions[start:size])
-        known = [version for version, _ in runs if version != UNKNOWN_VERSION]
-        stated = None if sample is None else _stored(sample.policy_version)
-        data = SequenceData(
-            ids=ids.astype("<u4").tobytes(),
-            trained=trained.tobytes(),
-            unmatched=lost,
-            advantages=b"" if advantages is None or not trained.any() else _one_or_all(advantages[start:size], trained),
-            logprobs=_packed(None if sample is None else sample.rollout_logprobs, start),
-            trainer_logprobs=_packed(trainer_logprobs, start),
-            versions=runs,
+        self, advantages: Sequence[FloatArray | None], trainer_logprobs: Sequence[FloatArray | None]
+    ) -> tuple[list[tuple[int | None, ...]], bytes]:
+        """The columns of each sequence from ``prompt_tokens`` to ``last_version``, and the ``GroupData``, with values
+        [T] of each sequence that the step knows."""
+        sizes = [len(ids) for ids in self.ids]
+        marks = np.concatenate([self._marks(i, size) for i, size in enumerate(sizes)])
+        trained = marks & TRAINED > 0
+
+        def of_trained(rows: Sequence[FloatArray | IntArray | None], unknown: float) -> NDArray[Any]:
+            """[N]; [0] where all rows are None."""
+            if all(row is None for row in rows):
+                return np.zeros(0)
+            filled = [
+                np.full(size, unknown) if row is None else row[:size] for row, size in zip(rows, sizes, strict=True)
+            ]
+            return np.concatenate(filled)[trained]
+
+        versions = of_trained([None if match is None else match.versions for match in self.matches], UNKNOWN_VERSION)
+        logprobs = of_trained([None if s is None else s.rollout_logprobs for s in self.samples], math.nan)
+        data = GroupData(
+            sizes=sizes,
+            ids=np.concatenate(self.ids).astype("<i4").tobytes(),
+            marks=marks.tobytes(),
+            advantages=_stretches(of_trained(advantages, math.nan)),
+            versions=_stretches(versions),
+            logprobs=logprobs.astype("<f4").tobytes(),
+            trainer_logprobs=of_trained(trainer_logprobs, math.nan).astype("<f4").tobytes(),
         )
-        columns = (start, size, count, min(known, default=stated), max(known, default=stated))
+        columns: list[tuple[int | None, ...]] = []
+        written, first, stop = versions.tolist(), 0, 0
+        for sample, size in zip(self.samples, sizes, strict=True):
+            own, stop = data.marks[stop : stop + size], stop + size
+            count = sum(own.count(mark) for mark in _TRAINED_MARKS)
+            known = set(written[first : first + count]) - {UNKNOWN_VERSION}
+            stated = None if sample is None else _stored(sample.policy_version)
+            bounds = (min(known, default=stated), max(known, default=stated))
+            columns.append((size - len(own.lstrip(b"\0")), size, 0 if sample is None else count, *bounds))
+            first += count
         return columns, msgspec.msgpack.encode(data)
 
+    def _marks(self, i: int, size: int) -> NDArray[np.uint8]:
+        """[T] of sequence ``i``."""
+        sample, match, masks = self.samples[i], self.matches[i], self.posted.masks
+        if sample is not None and (match is None or not match.unmatched_tokens):
+            return sample.loss_mask.view(np.uint8)  # which is all that was posted
+        posted = np.zeros(size, np.bool_)
+        if match is not None and match.repaired is not None:
+            posted |= match.repaired.loss_mask[:size]
+        elif i < len(masks) and len(masks[i]) >= size:  # those of a refused group need not fit
+            posted |= masks[i][:size] != NOT_TRAINED
+        posted[:1] = False  # nothing predicts the first token
+        lost = posted & ~match.found[:size] if match is not None else np.zeros(size, np.bool_)
+        trained = posted if sample is None else sample.loss_mask
+        return trained * np.uint8(TRAINED) | posted * np.uint8(POSTED) | lost * np.uint8(UNMATCHED)
 
-def _packed(values: FloatArray | None, start: int) -> bytes:
-    return b"" if values is None else values[start:].astype("<f4").tobytes()
 
-
-def _one_or_all(values: FloatArray, trained: NDArray[np.bool_]) -> bytes:
-    own = values[trained]
-    return (own[:1] if (own == own[0]).all() else values).astype("<f4").tobytes()
-
-
-def _runs(values: IntArray) -> list[tuple[int, int]]:
-    """Value and length of each stretch of equal ones in [N], N at least 1."""
-    if (values == values[0]).all():
-        return [(int(values[0]), len(values))]
-    edges = [0, *((values[1:] != values[:-1]).nonzero()[0] + 1).tolist(), len(values)]
-    return [(int(values[a]), b - a) for a, b in pairwise(edges)]
+def _stretches(values: NDArray[Any]) -> list[tuple[Any, int]]:
+    """Value and length of each stretch of equal ones (NaN is equal to NaN) in [N] of 64 bits each."""
+    bits = values.view(np.int64)
+    starts = [0, *((bits[1:] != bits[:-1]).nonzero()[0] + 1).tolist()] if len(bits) else []
+    lengths = (stop - start for start, stop in pairwise([*starts, len(bits)]))
+    return list(zip(values[starts].tolist(), lengths, strict=True))
 
 
 def _noted(weight: Callable[..., int] = lambda *_: 0) -> Callable[[F], F]:
@@ -179,14 +186,12 @@ class TraceWriter:
 
     def __init__(self, run_dir: Path, most_bytes: int) -> None:
         self.path = run_dir / NAME
-        self.decode: Any = None
-        """Token ids → text, special tokens shown; None: no text is kept."""
         self.seconds = 0.0
         """Processor time of the writing thread."""
         self._most_bytes = most_bytes
         self._held: dict[int, _Held] = {}
-        self._jobs: queue.SimpleQueue[tuple[float, int, Callable[[], None] | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+        self._jobs: list[tuple[float, Callable[[], None]]] = []
         self._waiting = 0
         self._now = 0.0
         self._thread: threading.Thread | None = None
@@ -210,9 +215,8 @@ class TraceWriter:
 
     def close(self) -> None:
         """Writes what waits. Idempotent."""
+        self._is_closing.set()
         if self._thread is not None and self._thread.is_alive():
-            self._jobs.put((0.0, 0, None))
-            self._is_closing.set()
             self._thread.join(30.0)
         self._is_over = True
 
@@ -221,22 +225,10 @@ class TraceWriter:
     @_noted(lambda _, groups: sum(map(len, groups)))
     def arrived(self, batch: int, groups: Sequence[ScoredGroup]) -> None:
         """A batch was fetched; ``batch`` is its number in the journal."""
-        ended = "SELECT id FROM groups WHERE id >= ? AND id < ? AND step IS NOT NULL"
+        numbered = enumerate(groups[: 1 << BITS], batch << BITS)
+        rows = [_group_row(id_, group, self._now, "under_way", None, None) for id_, group in numbered]
         # A batch that is taken again may be trained on in part, and a checkpoint holds that.
-        known = {id_ for (id_,) in self._db.execute(ended, (batch << BITS, batch + 1 << BITS))}
-        new = [(id_, group) for id_, group in enumerate(groups[: 1 << BITS], batch << BITS) if id_ not in known]
-        self._put_groups([(id_, group, self._now, "under_way", None, None) for id_, group in new])
-        rows = []
-        for id_, group in new:
-            about, scores = (self._now, _stored(group.env_id)), _scores(group)
-            sizes = [len(ids) for ids in group.token_ids]
-            rows += [(id_ << BITS | i, *about, scores[i], size) for i, size in enumerate(sizes)]
-            rows += [] if sizes else [(id_ << BITS, *about, None, 0)]
-        self._db.executemany(
-            "INSERT OR REPLACE INTO sequences (id, arrived, environment, state, reward, tokens) "
-            "VALUES (?, ?, ?, 'under_way', ?, ?)",
-            rows,
-        )
+        self._db.executemany(f"INSERT OR IGNORE {_GROUP_ROW}", rows)
 
     @_noted(lambda places, posted, *_: sum(map(len, posted)))
     def collected(
@@ -264,10 +256,13 @@ class TraceWriter:
                 ends = "quarantined", refused[name]
             elif name in filtered:
                 ends = "filtered", "left out by data.filter_path"
-            samples = [
-                of.pop() if ends is None and (of := by_place.get((name, i))) else None for i in range(len(group))
+            numbers = range(max(len(group), 1))
+            samples = [of.pop() if ends is None and (of := by_place.get((name, i))) else None for i in numbers]
+            ids = [
+                sample.token_ids if sample is not None else np.clip(row, -1 << 31, (1 << 31) - 1)
+                for sample, row in zip(samples, whole.token_ids or [np.zeros(0, np.int64)], strict=True)
             ]
-            self._held[id_] = _Held(self._now, group, whole, found, samples)
+            self._held[id_] = _Held(self._now, group, ids, list(found) or [None], samples)
             if ends is not None:
                 self._end([id_], None, *ends, {}, {})
 
@@ -303,22 +298,15 @@ class TraceWriter:
         session: str | None = None,
         reason: str | None = None,
     ) -> None:
-        """The policy answered a request, or did not (``reason``).
-
-        Args:
-            records: (number in the ledger, tokens, policy version) of each completion.
-            prompt: hash of its ids.
-            begun: seconds since the epoch; it took ``seconds``.
-        """
+        """The policy answered a request, or did not (``reason``). ``records``: (number in the ledger, tokens, policy
+        version) of each completion; ``prompt``: hash of its ids; ``begun``: seconds since the epoch."""
         about = (begun, seconds, prompt, prompt_tokens, session)
         rows: list[tuple[Any, ...]] = [(*record, *about, None) for record in records]
-        rows += [(None, None, None, *about, reason[:_LONGEST_REASON])] if reason is not None else []
-        self._db.executemany(
-            "INSERT OR REPLACE INTO requests "
-            "(record, tokens, version, begun, seconds, prompt, prompt_tokens, session, reason) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
+        if reason is not None:
+            lowest = self._db.execute("SELECT min(id, 0) FROM requests ORDER BY id LIMIT 1").fetchone() or (0,)
+            rows.append((lowest[0] - 1, None, None, *about, reason[:_LONGEST_REASON]))
+        insert = "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 1)"
+        self._db.executemany(insert, rows)
 
     @_noted()
     def session(self, session: str, state: str, reason: str | None) -> None:
@@ -334,26 +322,20 @@ class TraceWriter:
             self._waiting += weight
             if weight and self._waiting > _MOST_WAITING:
                 logger.warning("%s lacks a part of what happens now: the disk is too slow for it", self.path)
-        self._jobs.put((time.time(), weight, job))
+            self._jobs.append((time.time(), job))
 
     def _run(self) -> None:
         try:
             size = self._db.execute("PRAGMA page_size").fetchone()[0]
             is_over = False
             while not is_over:
-                jobs = [self._jobs.get()]
-                self._is_closing.wait(_GATHER_SECONDS)  # a transaction costs more than what one request adds to it
-                while not self._jobs.empty():
-                    jobs.append(self._jobs.get())
-                with self._db:
-                    for self._now, _, job in jobs:
-                        if job is None:
-                            is_over = True
-                        else:
-                            self._do(job)
-                    self._thin_out(size)
+                is_over = self._is_closing.wait(_GATHER_SECONDS)  # a transaction costs more than what is in it
                 with self._lock:
-                    self._waiting -= sum(weight for _, weight, _ in jobs)
+                    jobs, self._jobs, self._waiting = self._jobs, [], 0
+                with self._db:
+                    for self._now, job in jobs:
+                        self._do(job)
+                    self._thin_out(size)
                 self.seconds = time.thread_time()
             self._db.close()
         except Exception:  # noqa: BLE001 - the run must not end of it
@@ -361,7 +343,7 @@ class TraceWriter:
 
     def _end_trace(self) -> None:
         logger.exception("%s is written no further; training goes on", self.path)
-        self._is_over, self._jobs = True, queue.SimpleQueue()
+        self._is_over, self._jobs = True, []
 
     def _do(self, job: Callable[[], None]) -> None:
         try:
@@ -370,15 +352,6 @@ class TraceWriter:
             raise
         except Exception:  # what came from outside holds a value that SQLite does not
             logger.exception("%s lacks a part of what happened", self.path)
-
-    def _put_groups(self, rows: Sequence[tuple[int, ScoredGroup, float, str, str | None, int | None]]) -> None:
-        values = []
-        for id_, group, arrived, state, reason, step in rows:
-            scores = [score for score in _scores(group) if score is not None]
-            mean = sum(scores) / len(scores) if scores else None
-            about = (_stored(group.env_id), state, reason, len(group), mean, group.group_id)
-            values.append((id_, arrived, step, *about))
-        self._db.executemany("INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1)", values)
 
     def _end(
         self,
@@ -391,52 +364,38 @@ class TraceWriter:
     ) -> None:
         """Groups that are held end."""
         reason = None if reason is None else reason.encode("utf-8", "backslashreplace").decode()[:_LONGEST_REASON]
-        ending = {id_: self._held.pop(id_) for id_ in ids}
+        ending = [(id_, self._held.pop(id_)) for id_ in ids]
         taken = [
             (id_ << BITS | i, order)
-            for id_, held in ending.items()
+            for id_, held in ending
             for i, match in enumerate(held.matches)
             for order in (() if match is None else match.records)
         ]
-        answers = self._db.execute(
-            "SELECT record, begun, begun + seconds, session FROM requests "
-            "WHERE record IN (SELECT value FROM json_each(?)) AND seconds IS NOT NULL",
-            (msgspec.json.encode([order for _, order in taken]).decode(),),
-        )
-        known = {record: about for record, *about in answers}
-        requests: dict[int, list[Any]] = {}
-        for key, order in taken:
-            requests.setdefault(key, []).extend([known[order]] if order in known else [])
-        groups, sequences, packed, texts = [], [], [], []
-        for id_, held in ending.items():
+        groups, sequences, packed = [], [], []
+        for id_, held in ending:
             scores, environment, states = _scores(held.posted), _stored(held.posted.env_id), set()
-            for i, sample in enumerate(held.samples):
-                key, place = id_ << BITS | i, (id_ >> BITS, id_ & (1 << BITS) - 1, i)
-                values, data = held.pack(i, advantages.get(place), trainer_logprobs.get(place))
+            places = [(id_ >> BITS, id_ & (1 << BITS) - 1, i) for i in range(len(held.samples))]
+            own_advantages = [
+                None if sample is None else advantages.get(place, sample.advantages)
+                for place, sample in zip(places, held.samples, strict=True)
+            ]
+            columns, data = held.pack(own_advantages, [trainer_logprobs.get(place) for place in places])
+            for i, (sample, values) in enumerate(zip(held.samples, columns, strict=True)):
                 own, why = state, reason
                 if state == "trained" and sample is None:
                     own, why = "overlong", f"{values[1]} tokens, more than data.max_token_len"
                 elif state == "trained" and not values[2]:
                     why = "it has no token to train on"
                 states.add(own)
-                latency = session = None
-                if of := requests.get(key):
-                    latency = max(end for _, end, _ in of) - min(begun for begun, _, _ in of)
-                    session = next((name for _, _, name in of if name is not None), None)
-                about = (held.arrived, step, environment, own, why, scores[i])
-                sequences.append((key, *about, *values, latency, session))
-                packed.append((key, data))
-                if self.decode is not None:
-                    ids_ = held.whole.token_ids[i] if sample is None else sample.token_ids
-                    texts.append((key, self.decode(np.maximum(ids_, 0).tolist())))
+                sequences.append((id_ << BITS | i, held.arrived, step, environment, own, why, scores[i], *values))
+            packed.append((id_, data))
             own_state = "overlong" if states == {"overlong"} else state
-            groups.append((id_, held.posted, held.arrived, own_state, reason, step))
-        self._put_groups(groups)
+            groups.append(_group_row(id_, held.posted, held.arrived, own_state, reason, step))
         run = self._db.executemany
-        run(f"INSERT OR REPLACE INTO sequences VALUES ({', '.join('?' * 14)}, 1)", sequences)
+        run(f"INSERT OR REPLACE {_GROUP_ROW}", groups)
+        run(f"INSERT OR REPLACE INTO sequences VALUES ({', '.join('?' * 12)}, 1)", sequences)
         run("INSERT OR REPLACE INTO data VALUES (?, ?)", packed)
-        run("INSERT OR REPLACE INTO texts (rowid, text) VALUES (?, ?)", texts)
-        run("UPDATE requests SET sequence = ? WHERE record = ?", taken)
+        run("UPDATE requests SET sequence = ? WHERE id = ?", taken)
 
     def _thin_out(self, page_size: int) -> None:
         execute = self._db.execute
@@ -454,12 +413,10 @@ class TraceWriter:
             "(SELECT *, row_number() OVER (ORDER BY id) AS place FROM groups WHERE id < ?) WHERE place % 2",
             (middle,),
         )
-        of_sequence = f"IN (SELECT s.id FROM gone JOIN sequences AS s ON s.id >> {BITS} = gone.id)"
         for statement, *values in (
             ("INSERT INTO thinned SELECT environment, state, count(*), sum(size) FROM gone GROUP BY 1, 2",),
-            (f"DELETE FROM texts WHERE rowid {of_sequence}",),
-            (f"DELETE FROM data WHERE id {of_sequence}",),
-            (f"DELETE FROM requests WHERE sequence {of_sequence}",),
+            ("DELETE FROM data WHERE id IN (SELECT id FROM gone)",),
+            (f"DELETE FROM requests WHERE sequence >> {BITS} IN (SELECT id FROM gone)",),
             (f"DELETE FROM sequences WHERE id >> {BITS} IN (SELECT id FROM gone)",),
             ("DELETE FROM groups WHERE id IN (SELECT id FROM gone)",),
             ("DELETE FROM requests WHERE sequence IS NULL AND begun < ? AND id % 2", began),
@@ -471,6 +428,14 @@ class TraceWriter:
             execute(statement, values)
 
 
+def _group_row(
+    id_: int, group: ScoredGroup, arrived: float, state: str, reason: str | None, step: int | None
+) -> tuple[Any, ...]:
+    scores = [score for score in _scores(group) if score is not None]
+    mean = sum(scores) / len(scores) if scores else None
+    return (id_, arrived, step, _stored(group.env_id), state, reason, len(group), mean, group.group_id)
+
+
 def _stored(value: int | None) -> int | None:
     """SQLite has 64 bits; what came from outside may have more."""
     return value if value is not None and abs(value) < 1 << 63 else None
@@ -478,7 +443,7 @@ def _stored(value: int | None) -> int | None:
 
 def _scores(group: ScoredGroup) -> list[float | None]:
     scores = [score if math.isfinite(score) else None for score in group.scores[: len(group)].tolist()]
-    return scores + [None] * (len(group) - len(scores))
+    return scores + [None] * (max(len(group), 1) - len(scores))
 
 
 def _open(path: Path, step: int | None) -> sqlite3.Connection:

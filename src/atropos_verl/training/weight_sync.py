@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class WeightSource(Protocol):
-    """The trainer's side; ``named_tensors`` are the full weights by Hugging Face name."""
+    """The trainer's side, with the full weights by Hugging Face name."""
 
     @property
     def policy_version(self) -> int: ...
@@ -35,10 +35,8 @@ class WeightSource(Protocol):
 
 
 class SyncableEngine(Protocol):
-    """The engine's side. ``update_weights_from_tensor`` may also take ``policy_version=`` and return the bytes copied.
-
-    For ``swap`` an engine has a second buffer: ``stage_weights_from_tensor`` fills it, ``swap_weights`` changes over.
-    """
+    """The engine's side. ``update_weights_from_tensor`` may also take ``policy_version=`` and return the bytes copied;
+    ``swap`` needs a second buffer, ``stage_weights_from_tensor`` and ``swap_weights``."""
 
     def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Any: ...
     def resume_memory_occupation(self) -> Any: ...
@@ -46,8 +44,6 @@ class SyncableEngine(Protocol):
 
 
 class PausableGate(Protocol):
-    """Stands between requests and the engine."""
-
     def pause(self, timeout: float) -> Any: ...
     def resume(self) -> Any: ...
 
@@ -60,8 +56,7 @@ class SyncReport:
     seconds: float
     bytes_copied: int
     canary_max_abs_logprob_diff: float | None  # None: there is no canary
-    paused_seconds: float | None
-    """For which a swap held generation; None: not a swap, nothing was being generated."""
+    paused_seconds: float | None  # for which a swap held generation; None: it was no swap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +65,7 @@ class Canary:
 
     trainer_logprobs: Callable[[], Sequence[float]]
     engine_logprobs: Callable[[], Sequence[float]]
-    staged_logprobs: Callable[[], Sequence[float]] | None = None
-    """Of the weights that ``swap_weights`` would put in place; needed for ``swap``."""
+    staged_logprobs: Callable[[], Sequence[float]] | None = None  # of the second buffer, for ``swap``
     threshold: float  # largest absolute difference of a logprob that passes, in nats
 
     def check(self, *, staged: bool = False) -> float:
@@ -95,9 +89,7 @@ class Canary:
 @dataclass
 class AtroposShardingManager:
     """Context manager around the rollout phase: newest weights in, gate open; gate shut, memory released.
-
-    ``pause_timeout`` are seconds to wait for the token boundary.
-    """
+    ``pause_timeout``: seconds to wait for the token boundary."""
 
     engine: SyncableEngine
     source: WeightSource
@@ -126,11 +118,8 @@ class AtroposShardingManager:
             exc.add_note(f"(leaving the rollout phase failed as well: {error!r})")
 
     def swap(self) -> SyncReport:
-        """Puts the source's weights into the open rollout phase; sequences in flight continue under them.
-
-        Raises ``WeightSyncError``, and the gate is shut: a tensor does not fit, the canary found a difference, or the
-        engine has one buffer only.
-        """
+        """Puts the source's weights into the open rollout phase; sequences in flight continue under them. Raises
+        ``WeightSyncError``, with the gate shut: a tensor does not fit, the canary differs, or there is one buffer."""
         return self._mending(self._swap, self.restore)
 
     def _swap(self) -> SyncReport:

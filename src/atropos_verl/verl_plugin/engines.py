@@ -26,8 +26,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from atropos_verl.engine.weights import trim_memory
 from atropos_verl.errors import ConfigError
-from atropos_verl.training.losses.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
-from atropos_verl.training.losses.policy import kl_loss, reference_kl
+from atropos_verl.training.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
+from atropos_verl.training.losses import kl_loss, reference_kl
 from atropos_verl.types import LossOutput
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE
 from atropos_verl.verl_plugin.prefix_forest import (

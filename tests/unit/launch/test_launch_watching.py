@@ -24,7 +24,7 @@ from atropos_verl.launch.plan import LaunchPlan
 from atropos_verl.launch.probes import Poller, StepTail
 from atropos_verl.launch.process import ServiceSpec, read_tail
 from atropos_verl.launch.supervisor import Supervisor, WatchedService
-from atropos_verl.report.launch_view import LaunchView, attach
+from atropos_verl.report.console import LaunchView, attach
 
 
 def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:

@@ -49,7 +49,6 @@ REGISTRATION = TrainerRegistration(
 SAFE: dict[str, tuple[Callable[[AtroposClient], object], object]] = {
     "/status": (lambda client: client.status(), STATUS),
     "/info": (lambda client: client.info(), INFO),
-    "/latest_example": (lambda client: client.latest_example(), {}),
     "/batch/renew": (lambda client: client.renew("lease-1", 60.0), {"status": "success"}),
     "/batch/ack": (lambda client: client.ack("lease-1"), {"status": "success"}),
 }

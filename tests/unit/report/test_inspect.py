@@ -9,24 +9,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from support.http_faults import FaultServer, answer
-from support.trajectory_server import UpstreamApi, registration
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.errors import AtroposAPIError, ConfigError, DataError
-from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.protocol.journal import BatchJournal
-from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.protocol.schema import check_group
-from atropos_verl.protocol.wire import decode_group, encode_group, join_packed, pack_group
+from atropos_verl.protocol.wire import decode_group, join_packed, pack_group
 from atropos_verl.report import inspect as inspection_command
-from atropos_verl.report.inspect import load_groups, read_path, read_url
+from atropos_verl.report.inspect import load_groups, read_path
 from atropos_verl.training.quarantine import QuarantineStore
 from atropos_verl.types import QuarantinedGroup
 
@@ -91,37 +86,6 @@ def test_on_a_terminal_trained_tokens_are_reversed_and_coloured(tmp_path: Path) 
     assert "    a[[\\x1b[b]]\n" in text
 
 
-def test_json_has_every_figure(tmp_path: Path) -> None:
-    path = write(tmp_path / "batch.json", {"batch": [GROUP]})
-    code, text = inspect(path, "--json", "--tokens", "--estimator", "rloo", "--clipping", "-0.5", "3")
-    assert code == 0
-    found = json.loads(text)
-    totals = {key: value for key, value in found.items() if key != "groups"}
-    trained = {"sequences": 2, "rollouts": 2, "trained_tokens": 4}
-    assert totals == {**trained, "mean_score": 0.5, "refused": 0, "dropped_overlong": 0}
-    first, second = found["groups"][0]["sequences"]
-    # RLOO of two: score minus the other's: +1 and -1; clipped to [-0.5, 3].
-    assert first["advantage"] == {"mean": 1.0, "min": 1.0, "max": 1.0, "count": 2}
-    assert second["advantage"] == {"mean": -0.5, "min": -0.5, "max": -0.5, "count": 2}
-    assert first["logprob"] == {"mean": -0.5, "min": -0.75, "max": -0.25, "count": 2}
-    assert second["logprob"] is None
-    assert first["pieces"] == [{"text": "ab\n", "trained": False}, {"text": "c<|im_end|>", "trained": True}]
-    assert first["tokens"][2:4] == [
-        {"position": 2, "id": 198, "text": "\n", "trained": False, "advantage": None, "logprob": None},
-        {"position": 3, "id": 66, "text": "c", "trained": True, "advantage": 1.0, "logprob": -0.25},
-    ]
-    assert (first["staleness"], first["policy_version"], first["temperature"]) == (None, 3, 0.9)
-
-
-def test_tokens_as_a_table(tmp_path: Path) -> None:
-    _, text = inspect(write(tmp_path / "group.json", GROUP), "--tokens")
-    rows = [line.split() for line in text.splitlines()]
-    assert ["position", "id", "text", "trained", "advantage", "logprob"] in rows
-    assert ["2", "198", r"'\n'"] in rows
-    assert ["3", "66", "'c'", "yes", "0.7071", "-0.2500"] in rows
-    assert ["5", "258", "'<|im_end|>'", "yes", "-0.7071"] in rows
-
-
 def test_every_refusal_has_its_reason(tmp_path: Path) -> None:
     wrong_mask = {**GROUP, "masks": [[-100, -100, -100, 1, END], GROUP["masks"][1]]}
     image = {**GROUP, "images": ["x.png"]}
@@ -134,7 +98,9 @@ def test_every_refusal_has_its_reason(tmp_path: Path) -> None:
     assert "  refused: masks: the field is missing\n" in text
     assert "  sequence 0: score 1.000, 2 of 5 tokens marked as trained\n" in text
     assert "groups: 1 used, 3 refused; sequences: 2 trained" in text
-    _, ignoring = inspect(path, "--ignore-field", "images")
+    _, ignoring = inspect(path, "--ignore-field", "images", "--estimator", "rloo", "--clipping", "-0.5", "3")
+    # RLOO of two: score minus the other's: +1 and -1; clipped to [-0.5, 3].
+    assert "advantage 1.000, logprob" in ignoring and "advantage -0.500, temp" in ignoring
     assert "groups: 2 used, 2 refused" in ignoring
 
 
@@ -156,8 +122,6 @@ def test_a_limit_hides_sound_groups_and_no_refusal(tmp_path: Path) -> None:
         "groups: 9 used, 1 refused; sequences: 18 trained, 0 dropped as overlong; "
         "trained tokens: 36; mean score: 0.500",
     ]
-    _, text = inspect(path, "--json", "--limit", "1")
-    assert [group["sequences"] is None for group in json.loads(text)["groups"]] == [False] + [True] * 9
 
 
 def test_ids_are_shown_where_the_tokenizer_does_not_fit(tmp_path: Path) -> None:
@@ -192,8 +156,6 @@ def test_quarantine_shows_what_the_run_said_and_what_is_said_now(tmp_path: Path)
         (["{good}", "--tokenizer", "{bad}"], 2, "no tokenizer at"),
         (["{good}", "--limit", "-1"], 2, "--limit: -1 must not be negative"),
         (["{good}", "--clipping", "3", "-3"], 2, "clipping: [3.0, -3.0] is not a range"),
-        (["http://127.0.0.1:1", "--timeout", "1"], 1, "ATROPOS API ERROR: Cannot connect to Atropos API at http://127"),
-        (["http://127.0.0.1:1/batch"], 2, "takes the batch away from the trainer; if that is meant, save it"),
     ],
 )
 def test_faults_and_exit_codes(
@@ -320,51 +282,6 @@ def test_a_run_directory_is_its_journal_and_what_it_refused(tmp_path: Path) -> N
     journal.discard_through(1)
     kept = ["batch_000001.json group 0", "batch_000001.json group 1", "batch_000003.json group 0", "batch_000004.json"]
     assert [f.origin for f in read_path(journal.directory)] == [*kept, "kept/batch_000002.json group 0"]
-
-
-@pytest.fixture
-def server() -> Iterator[FaultServer]:
-    with FaultServer() as server:
-        server.script("/prefix/status", answer({"current_step": 4, "queue_size": 0}))
-        server.script("/prefix/info", answer({"batch_size": 8, "max_token_len": 64}))
-        server.script("/prefix/latest_example", answer(G1))
-        server.script("/prefix/batch", answer(b'{"batch": [' + G1 + b"]}"))
-        yield server
-
-
-@pytest.fixture
-def url(server: FaultServer) -> str:
-    return f"{server.url}/prefix"
-
-
-def asked(server: FaultServer) -> list[str]:
-    return [request.path for request in server.requests]
-
-
-@pytest.mark.parametrize("end", ["", "/", "/latest_example"])
-def test_an_api_is_asked_for_its_latest_example_and_nothing_destructive(
-    server: FaultServer, url: str, end: str
-) -> None:
-    (found,) = read_url(url + end, 30.0, "secret")
-    assert (found.origin, found.group.token_ids[0].tolist()) == ("latest example", [5, 6])
-    assert asked(server) == ["/prefix/status", "/prefix/info", "/prefix/latest_example"]
-    assert server.requests[-1].headers["authorization"] == "Bearer secret"
-
-
-def test_a_server_that_is_no_api(server: FaultServer) -> None:
-    with pytest.raises(AtroposAPIError, match="HTTP 404"):
-        read_url(server.url)
-
-
-def test_the_real_trajectory_api(tmp_path: Path) -> None:
-    with UpstreamApi(tmp_path) as api:
-        assert read_url(api.url) == []
-        with AtroposClient(api.url) as client:
-            client.register(TrainerRegistration(**registration(batch_size=1)))
-            client.post_scored_data_list([encode_group(tokens=[[5, 6]], masks=[[-100, 6]], scores=[0.5])])
-        for _ in range(2):  # looking takes nothing away
-            (found,) = read_url(api.url)
-            assert (found.origin, found.group.scores.tolist()) == ("latest example", [0.5])
 
 
 @pytest.mark.parametrize("backend", ["local", "ray"])

@@ -63,7 +63,7 @@ def test_a_summary_of_fewer_steps_is_that_of_the_run_before_the_resume(tmp_path:
     ("name", "content", "words"),
     [
         ("metrics.jsonl", "", "run: no step is done yet"),
-        ("metrics.jsonl", "junk\n" + json.dumps(step(1, 0.5)) + "\n", "metrics.jsonl:1 is not JSON: 'junk'"),
+        ("metrics.jsonl", "junk\n" + json.dumps(step(1, 0.5)) + "\n", "metrics.jsonl:1 is no step: 'junk'"),
         ("metrics.jsonl", "[1]\n" + json.dumps(step(1, 0.5)) + "\n", r"metrics.jsonl:1 is no step: '\[1\]'"),
         ("summary.json", "{", "cannot read .*summary.json"),
     ],

@@ -9,20 +9,25 @@ import functools
 import io
 import json
 import sqlite3
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from rich.console import Console
 from support.serving import eventually
+from support.traced_run import write_run
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.protocol.journal import BatchJournal
 from atropos_verl.report import run_report as report
-from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, load_decoder
+from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, send_rollouts
+from atropos_verl.training import trace
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import NAME, TraceWriter
@@ -35,7 +40,6 @@ from atropos_verl.types import (
     SequenceMatch,
 )
 
-DECODER = load_decoder(str(demo_model_path()))
 PROMPT = [64, 65]
 
 
@@ -59,7 +63,6 @@ class Run:
         (run_dir / "config.json").write_text(json.dumps({"model": {"path": None}}))
         self.dir = run_dir
         self.writer = TraceWriter(run_dir, most_bytes)
-        self.writer.decode = DECODER.decode
         self.writer.begin(step)
 
     def arrive(self, batch: int, *groups: ScoredGroup) -> None:
@@ -96,7 +99,7 @@ def test_a_trained_group_is_told_token_by_token(tmp_path: Path) -> None:
     versions = np.array([-2, -2, 3, -2])
     one = group([66, 258], [64, 258], inference_logprobs=(np.array([1.0, 1.0, -0.5, -0.25]), None))
     one = ScoredGroup(**{name: getattr(one, name) for name in one.__slots__} | {"token_versions": (versions, None)})
-    match = SequenceMatch(found=found, versions=versions, logprobs=np.full(4, np.nan))
+    match = SequenceMatch(found=found, versions=versions, logprobs=np.full(4, np.nan), unmatched_tokens=1)
     run.arrive(1, one)
     run.collect(1, one, matches=[[match, None]], estimator="plain")
     run.writer.ended([(1, 0)], 7, trainer_logprobs={(1, 0, 0): np.array([0.0, 0.0, -0.75, -0.25])})
@@ -149,7 +152,8 @@ def test_every_group_has_an_end_and_a_reason(tmp_path: Path) -> None:
     run.step(1, *groups, stale=[3], max_token_len=5)
     run.arrive(2, group([66], [64], name="waits"))
     reader = run.read()
-    states = {row["hash"]: row["state"] for row in map(reader.group, {r["group"] for r in reader.rollouts()})}
+    ids = {row["group"] for row in reader.rollouts()} | {2 << 16}  # what is under way is not listed
+    states = {row["hash"]: row["state"] for row in map(reader.group, ids)}
     assert states == {"g": "trained", "bad": "quarantined", "long": "trained", "old": "stale", "waits": "under_way"}
     assert [row["state"] for row in reader.rollouts(RolloutFilter(state="overlong"))] == ["overlong"]
     [refused, _] = reader.rollouts(RolloutFilter(reason="NaN")) or reader.rollouts(RolloutFilter(reason="nan"))
@@ -355,17 +359,20 @@ def test_ids_go_on_behind_those_of_batches_that_the_journal_forgot(tmp_path: Pat
 
 
 def test_a_disk_that_is_too_slow_costs_a_part_of_the_trace_and_no_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trace, "_GATHER_SECONDS", 0.01)
+    monkeypatch.setattr(trace, "_MOST_WAITING", 1_000)
     run = Run(tmp_path)
     goes_on = threading.Event()
     run.writer._put(lambda: goes_on.wait(60), 0)
-    for number in range(10_000):
+    eventually(lambda: not run.writer._jobs, "the disk is waited for")
+    for number in range(2_000):
         run.writer.request([(number, 5, 1)], number, 9, 0.0, 1.0)
     run.writer.session("s", "finished", None)  # which is written all the same
-    assert run.writer._jobs.qsize() < 9_000 and caplog.text.count("the disk is too slow") == 1
+    assert len(run.writer._jobs) == 1_002 and caplog.text.count("the disk is too slow") == 1
     goes_on.set()
-    eventually(lambda: run.writer._waiting == 0, "all that was taken is written")
+    eventually(lambda: not run.writer._jobs, "all that was taken is written")
     run.step(1, group([66, 258]))
     assert [one["state"] for one in run.read().rollouts()] == ["trained"]
 
@@ -389,3 +396,25 @@ def test_a_locked_trace_is_kept_and_one_that_is_no_database_begins_anew(
     again = Run(tmp_path, step=1)
     again.step(2, group([66, 258]))
     assert [one["step"] for one in again.read().rollouts()] == [2] and "begins anew" in caplog.text
+
+
+def test_rollouts_of_a_step_are_a_table_in_wandb_and_conversations_in_trackio(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = TraceReader(write_run(tmp_path / "run", steps=3))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Trace=lambda **about: about))
+    tracking = Mock(logger={"wandb": SimpleNamespace(Table=lambda **about: about), "trackio": Mock(), "file": Mock()})
+    for step in range(1, 5):
+        send_rollouts(tracking, reader, step)
+    wandb, trackio = (call.kwargs for call in tracking.log.call_args_list)
+    assert (wandb["step"], wandb["backend"], trackio["backend"]) == (2, ["wandb"], ["trackio"])
+    table = wandb["data"]["rollouts"]
+    assert table["columns"][-2:] == ["prompt", "answer"]
+    assert table["data"][:2] == [
+        [2, 2 << 32 | 1, 0, 0.0, 4, "ab", "a<|im_end|>"],
+        [2, 2 << 32, 0, 1.0, 4, "ab", "c<|im_end|>"],
+    ]
+    assert [turn["content"] for turn in trackio["data"]["rollouts"][0]["messages"]] == ["ab", "a<|im_end|>"]
+    tracking.logger = {"tensorboard": Mock()}
+    send_rollouts(tracking, reader, 2)
+    assert tracking.log.call_count == 2

@@ -71,7 +71,7 @@ def test_pages_of_other_sites_and_requests_without_the_token_are_refused(run_dir
     assert local.get("/api/runs", headers={"origin": "http://evil.example"}).status_code == 403
     assert local.get("/api/runs", headers={"sec-fetch-site": "cross-site"}).status_code == 403
     remote = TestClient(RunView([run_dir], token="secret"), base_url="http://node7:8090")
-    assert [remote.get(path).status_code for path in ("/health", "/", "/static/main.js")] == [200, 200, 200]
+    assert [remote.get(path).status_code for path in ("/", "/static/main.js")] == [200, 200]
     for path in ("", "/known/events", "/known/rollouts", "/known/survivors"):
         assert remote.get(f"/api/runs{path}").status_code == 401
     assert remote.get("/api/runs", headers={"authorization": "Bearer secret"}).status_code == 200

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from atropos_verl.training.losses import lm_head
-from atropos_verl.training.losses.lm_head import linear_teacher_kl, linear_token_logprobs
-from atropos_verl.training.losses.policy import (
+from atropos_verl.training import lm_head
+from atropos_verl.training.lm_head import linear_teacher_kl, linear_token_logprobs
+from atropos_verl.training.losses import (
     advantage_weighted_sft_loss,
     clipped_ratio_loss,
     compute_advantage_weighted_sft_loss,

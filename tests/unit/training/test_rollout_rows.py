@@ -11,7 +11,7 @@ import torch
 from atropos_verl import SampleSettings, build_samples, decode_batch
 from atropos_verl.training.advantages import RunningMoments, turn_advantages
 from atropos_verl.training.extensions import load_advantage, load_rescoring
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss
+from atropos_verl.training.losses import advantage_weighted_sft_loss, clipped_ratio_loss
 from atropos_verl.types import SampleReport, TrainingSample
 
 SCORES = [1.0, 0.25, -2.0]

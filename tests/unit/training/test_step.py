@@ -49,13 +49,6 @@ def test_what_is_not_finite_is_null_and_named_in_the_log(tmp_path: Path, caplog:
     assert caplog.messages == [f"step 7: a = inf, c = nan, loss = nan; written as null to {log.path}"]
 
 
-def test_a_metric_may_not_take_the_name_of_a_field(tmp_path: Path) -> None:
-    log = StepLog(tmp_path, 0)
-    with pytest.raises(ValueError, match="metric 'loss' has the name of a field"):
-        log.append(StepReport(step=1, policy_version=1, loss=0.0, metrics={"loss": 1.0}))
-    assert not log.path.exists()
-
-
 def test_resuming_removes_later_steps_and_the_line_cut_short(tmp_path: Path) -> None:
     log = StepLog(tmp_path, 0)
     for step in (1, 2, 3, 4):

@@ -78,8 +78,7 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     keep_trackers_inside(run_dir)
     from verl.utils.tracking import Tracking
 
-    from atropos_verl.report.trace_reader import TraceReader
-    from atropos_verl.report.trackers import send_rollouts
+    from atropos_verl.report.trace_reader import TraceReader, send_rollouts
     from atropos_verl.verl_plugin.shims import let_trackers_fail
 
     let_trackers_fail()

@@ -336,7 +336,7 @@ class AtroposTrainer:
 
         Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the parameters.
         """
-        from atropos_verl.training.losses.policy import compute_advantage_weighted_sft_loss
+        from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
 
         logits = self.stack.worker.forward_logits(input_ids)
         return compute_advantage_weighted_sft_loss(

@@ -28,7 +28,7 @@ from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError, TrainingDivergedError
 from atropos_verl.training.extensions import load_loss
-from atropos_verl.training.losses.policy import (
+from atropos_verl.training.losses import (
     LARGEST,
     advantage_weighted_sft_loss,
     clipped_ratio_loss,

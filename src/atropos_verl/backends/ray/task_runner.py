@@ -9,8 +9,7 @@ import ray
 
 from atropos_verl.config.verl_keys import parameter_sync_step, public, read_run
 from atropos_verl.report.console import log_to_file
-from atropos_verl.report.trace_reader import TraceReader
-from atropos_verl.report.trackers import send_rollouts
+from atropos_verl.report.trace_reader import TraceReader, send_rollouts
 from atropos_verl.training.step import keep_trackers_inside
 from atropos_verl.types import StepReport
 

@@ -37,7 +37,7 @@ from atropos_verl.training.checkpoint_state import (
     mark_best,
     new_checkpoint,
 )
-from atropos_verl.training.losses.policy import summarise_importance
+from atropos_verl.training.losses import summarise_importance
 from atropos_verl.training.step import is_best, step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport

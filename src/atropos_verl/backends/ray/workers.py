@@ -23,7 +23,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from atropos_verl.backends.ray.replicas import forget_server
 from atropos_verl.training.extensions import load_loss
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss
+from atropos_verl.training.losses import advantage_weighted_sft_loss
 from atropos_verl.types import LossOutput
 from atropos_verl.verl_plugin import engines
 from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies

@@ -28,7 +28,7 @@ from atropos_verl.backends.local import worker as worker_module
 from atropos_verl.backends.local.worker import PolicyWorker, _meet, _verl_prints_to_log, split_for_ranks
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError
-from atropos_verl.training.losses.policy import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
+from atropos_verl.training.losses import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
 from atropos_verl.types import TrainingSample
 
 LR = 1e-2

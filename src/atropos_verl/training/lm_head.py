@@ -41,9 +41,8 @@ def linear_token_logprobs(
 ) -> torch.Tensor:
     """``log_softmax((hidden @ weight.T + bias) / temperature)[n, labels[n]]`` for each row n.
 
-    Sums, softmax and log, and the result [N], are in float32 (float64 for float64 input). On a CPU without bf16
-    instructions low-precision input is converted block by block and multiplied in float32, which is both faster there
-    and more exact. A half-precision weight's gradient is rounded once per ``keep_bytes`` of rows.
+    Sums, softmax and log, and the result [N], are in float32 (float64 for float64 input). A half-precision weight's
+    gradient is rounded once per ``keep_bytes`` of rows.
 
     Args:
         hidden: [N, H]; pass only rows that are trained, so that masked tokens cost nothing.
@@ -279,10 +278,8 @@ def _one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Chooses the dtype to multiply in: the input's, but float32 for half precision on a CPU that only emulates it.
-
-    Measured on two cores without such instructions: a bf16 product takes four times as long as a float32 one.
-    """
+    """The input's, but float32 for half precision on a CPU that only emulates it, where a bf16 product takes four
+    times as long (measured on two cores)."""
     if hidden.dtype in (torch.float32, torch.float64) or hidden.device.type != "cpu":
         return hidden.dtype
     # Private names of torch 2.13, so looked up with a default: without them the float32 path is taken.

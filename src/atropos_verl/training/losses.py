@@ -39,12 +39,11 @@ def advantage_weighted_sft_loss(
 
     Args:
         logprobs, advantages: [...]; entry t is of token t. The logprobs have a graph.
-        loss_mask: [...]; not 0 = trained. In ``[B, L]`` column 0 is never trained, whatever the mask says. A packed
-            [N] mask must itself leave out the first token of each sequence (``build_samples`` does).
+        loss_mask: [...]; not 0 = trained. In ``[B, L]`` column 0 never is. A packed [N] mask must itself leave out the
+            first token of each sequence (``build_samples`` does).
         num_loss_tokens: the denominator, trained tokens of the global batch. None: those of this mask.
         rollout_logprobs: [...] of the policy that sampled; NaN = no value. They also give the ``importance/*`` means.
-        tis_cap: cap of the importance weights w of trainer (these logprobs, without gradient) over rollout policy;
-            None: w = 1. importance, sequence_ids: see ``importance_weights``.
+        tis_cap, importance, sequence_ids: ``importance_weights`` w of these logprobs over them; None: w = 1.
 
     Returns ``loss`` [] float32 or float64, exactly 0, with gradients of 0, without a trained token; ``metrics`` are
     means over this call's trained tokens. Raises ``ValueError`` when the shapes differ.
