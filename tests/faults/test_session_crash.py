@@ -57,7 +57,7 @@ class Drill:
 
     def persist(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         """Send until it is answered whole, whatever happens to the gateway."""
-        deadline = time.monotonic() + self.wait
+        deadline, pause = time.monotonic() + self.wait, 0.02
         while True:
             try:
                 answer = self.client.request(method, path, json=body, headers=headers)
@@ -68,7 +68,8 @@ class Drill:
             except httpx.HTTPError:
                 self.counts["retries"] += 1
                 assert time.monotonic() < deadline, f"{method} {path} did not get through in {self.wait} s"
-                time.sleep(0.02)
+                time.sleep(pause)
+                pause = min(1.5 * pause, 1.0)
 
     def agent(self, number: int) -> None:
         """Sessions one after the other, until the drill ends."""
