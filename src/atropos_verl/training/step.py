@@ -51,6 +51,7 @@ def keep_trackers_inside(run_dir: Path) -> None:
     os.environ.setdefault("WANDB_DIR", str(run_dir))
     os.environ.setdefault("WANDB_CACHE_DIR", str(run_dir / "wandb" / "cache"))
     os.environ.setdefault("WANDB_DATA_DIR", str(run_dir / "wandb" / "data"))
+    os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))
     os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(run_dir / "verl_tracking.jsonl"))
 
 
