@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from atropos_verl.assets.smollm2 import NAME, smollm2_path
+from atropos_verl.assets import SMOLLM2, smollm2_path
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.types import Generation, GenerationRequest
 
@@ -33,7 +33,7 @@ Turn = tuple[tuple[int, ...], Generation]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=NAME, help="smollm2-135m, or a directory")
+    parser.add_argument("--model", default=SMOLLM2, help="smollm2-135m, or a directory")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--conversations", type=int, default=16)
     parser.add_argument("--turns", type=int, default=8)
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    path, dtype = smollm2_path() if options.model == NAME else options.model, getattr(torch, options.dtype)
+    path, dtype = smollm2_path() if options.model == SMOLLM2 else options.model, getattr(torch, options.dtype)
     seconds: dict[str, list[float]] = {"reused": [], "computed_again": []}
     processor: dict[str, list[float]] = {"reused": [], "computed_again": []}
     counts: dict[str, Any] = {}

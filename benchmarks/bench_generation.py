@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from atropos_verl.assets.smollm2 import NAME, smollm2_path
+from atropos_verl.assets import SMOLLM2, smollm2_path
 from atropos_verl.engine.runner import engine_threads
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -63,7 +63,7 @@ def main() -> None:
     if options.model:
         from transformers import AutoModelForCausalLM
 
-        path = smollm2_path() if options.model == NAME else options.model
+        path = smollm2_path() if options.model == SMOLLM2 else options.model
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
     else:
         model = build_model().to(dtype)

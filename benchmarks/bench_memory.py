@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from atropos_verl.backends.local.worker import PolicyWorker
     from atropos_verl.config.schema import RunConfig
     from atropos_verl.engine.embedded import TransformersEngine
-    from atropos_verl.launch.memory import Plan, predict, shape_of
+    from atropos_verl.launch.doctor import Plan, predict, shape_of
     from atropos_verl.types import GenerationRequest, TrainingSample
 
     trainer = {"device": "cpu", "max_token_len_per_gpu": options.token_budget}

@@ -27,8 +27,7 @@ from typing import Any
 
 import httpx
 
-from atropos_verl.assets import demo_model_path
-from atropos_verl.assets.smollm2 import NAME, smollm2_path
+from atropos_verl.assets import SMOLLM2, demo_model_path, smollm2_path
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.types import GenerationRequest
@@ -38,7 +37,7 @@ QUESTION = "What is {} plus {}?"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"Hugging Face directory, or {NAME}; default: the demo model")
+    parser.add_argument("--model", help=f"Hugging Face directory, or {SMOLLM2}; default: the demo model")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16, help="of each completion")
@@ -49,7 +48,7 @@ def main() -> None:
 
     from atropos_verl.engine.embedded import TransformersEngine
 
-    path = smollm2_path() if options.model == NAME else Path(options.model or demo_model_path())
+    path = smollm2_path() if options.model == SMOLLM2 else Path(options.model or demo_model_path())
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     seconds: dict[str, list[float]] = {"engine": [], "gateway": [], "sessions": []}
     cpu: dict[str, list[float]] = {name: [] for name in seconds}

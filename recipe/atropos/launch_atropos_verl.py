@@ -3,7 +3,6 @@
 python recipe/atropos/launch_atropos_verl.py                       # the demo, on this machine's CPU
 python recipe/atropos/launch_atropos_verl.py --config-name two_environments
 python recipe/atropos/launch_atropos_verl.py steps=100 --dry-run   # what would be started
-python recipe/atropos/launch_atropos_verl.py attach runs/NAME      # from a second terminal
 python recipe/atropos/launch_atropos_verl.py --help                # every key
 """
 

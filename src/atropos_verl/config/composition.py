@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
+from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.model_checks import defaults_for
 from atropos_verl.config.schema import (
     Row,
@@ -36,14 +36,13 @@ _OF_THE_DEMO = ("optim.lr", "data.max_prompt_length", "max_response_length")
 """Keys whose default in the schema suits the demo model only."""
 _SCHEMAS = ("atropos_schema", "launch_schema")
 """What files build on, and what is composed without a file: the defaults."""
-_OPEN_SECTIONS = ("atropos.headers", "model.override_config", "env.env")
-"""Keys whose value is a dictionary with keys of the user's own."""
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> RunConfig:
     """Compose and validate the settings of a training run. Raises ``ConfigError``, which names the key."""
     values = _compose(overrides, config_dir, config_name or _SCHEMAS[0])
-    values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
+    if of_launch := [key for key in values if key in LaunchConfig.model_fields]:
+        raise ConfigError("a key of `atropos-verl launch`, in a file or word for train", of_launch[0])
     values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
     config = fitted_to_model(values)
     check_bounds(bounds_of(config))
@@ -54,9 +53,8 @@ def load_launch(
     overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None
 ) -> tuple[RunConfig, LaunchConfig]:
     """Compose and validate both halves of a launch, as ``load_config``. The gateway gets a key if it has none."""
-    values = _compose(overrides, config_dir, config_name or _SCHEMAS[1], is_launch=True)
+    values = _compose(overrides, config_dir, config_name or _SCHEMAS[1])
     launch = LaunchConfig.from_mapping({key: values.pop(key) for key in LaunchConfig.model_fields if key in values})
-    values = apply_environment(values, command_line_keys=set(map(key_of, overrides)))
     gateway = dict(values.get("gateway") or {})
     if launch.starts("trainer") and not gateway.get("api_key"):
         values["gateway"] = {**gateway, "api_key": gateway_key(values.get("run_dir"), launch.starts("environments"))}
@@ -124,11 +122,9 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
         lines = [line.strip() for line in str(inner).strip().splitlines()]
         text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
         if word := getattr(error, "override", None):
-            text = f"{word!r} cannot be read: {lines[0]}"
+            text = f"{word.lstrip('+')!r} cannot be read: {lines[0]}"
         if found := re.search(r"Environment variable '(.+)' not found", text):
             text = f"environment variable {found[1]} is not set; set it, or give the key another value"
-        if getattr(error, "missing_cfg_file", None) == _SCHEMAS[1]:
-            text = f"{config_name} is a configuration of `atropos-verl launch`"
         raise ConfigError(text, str(getattr(inner, "full_key", None) or "")) from None
     except (yaml.YAMLError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{config_name} cannot be read: {' '.join(str(error).split())}") from None
@@ -148,35 +144,25 @@ def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str])
         return compose(config_name=config_name, overrides=list(words))
 
 
-def _compose(
-    overrides: Sequence[str], config_dir: Path | None, config_name: str, *, is_launch: bool = False
-) -> dict[str, Any]:
-    """A plain mapping, not yet validated. Raises ``ConfigError``: an unknown key, or a file that cannot be composed."""
+def _compose(overrides: Sequence[str], config_dir: Path | None, config_name: str) -> dict[str, Any]:
+    """A plain mapping, not yet validated: the schema says which keys there are. Environment variables are in it."""
     from hydra.core.config_store import ConfigStore
 
-    rows = [*describe(), *describe_launch(), ("environments",), ("agents",)] if is_launch else describe()
-    known = [name for name, *_ in rows]
-    names = (*_OPEN_SECTIONS, *(("environments", "agents", "trainer_process.env") if is_launch else ()))
-    sections = tuple(f"{name}{end}" for name in names for end in (".", "="))
-    for word in overrides:
-        key = check_form(word, "--help lists all keys")
-        if key not in known and not key.startswith(sections):
-            raise ConfigError(f"unknown key{did_you_mean(key, known)} (--help lists all keys)", key)
-    # Hydra wants ++ before a key that is added; users should not have to write it.
-    words = [f"++{word}" if word.startswith(sections) else word for word in overrides]
+    keys = {check_form(word, "--help lists all keys") for word in overrides}
+    words = [word if word.startswith("~") else f"++{word.lstrip('+')}" for word in overrides]
     if any(word.startswith("environments=") for word in overrides):  # all of them: those of the file go
         words.insert(0, "~environments")
     defaults = RunConfig().model_dump(mode="json")
     for key in _OF_THE_DEMO:  # null where neither the file nor a word sets it
         section, _, name = key.rpartition(".")
         (defaults[section] if section else defaults)[name] = None
-    ConfigStore.instance().store(name=_SCHEMAS[0], node=defaults)
-    if is_launch:
-        # Without environments: files name their own, and composing merges mappings.
-        of_launch = {**defaults, **LaunchConfig().model_dump(mode="json"), "environments": {}}
-        ConfigStore.instance().store(name=_SCHEMAS[1], node=of_launch)
+    # Without environments: files name their own, and composing merges mappings.
+    of_launch = {**LaunchConfig().model_dump(mode="json"), "environments": {}}
+    for name, node in zip(_SCHEMAS, (defaults, {**defaults, **of_launch}), strict=True):
+        ConfigStore.instance().store(name=name, node=node)
     with composition_errors(config_name):
-        return plain(compose_with_hydra(config_dir or SHIPPED, config_name, words))
+        values = plain(compose_with_hydra(config_dir or SHIPPED, config_name, words))
+    return apply_environment(values, command_line_keys=keys)
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -201,9 +187,7 @@ def check_form(word: str, advice: str) -> str:
 
 _SCRIPTS = ("main_atropos.py", "launch_atropos_verl.py")
 _OF_LAUNCH = """
-  --dry-run            print every command and stop
-
-  attach RUN_DIR       show a launch that goes on; with --once, one time"""
+  --dry-run            print every command and stop"""
 _HELP = """\
 usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
 

@@ -134,10 +134,8 @@ class LaunchConfig(Section):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], prefix: str = "") -> Self:
-        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong.
-
-        An environment that is null is left out; without any, and without agents, the demo's is taken.
-        """
+        """Validate a nested mapping. Raises ``ConfigError`` naming every key that is wrong. An environment that is null
+        is left out; without any, and without agents, the demo's is taken."""
         values = dict(values)
         named = values.pop("environments", None) or {}
         if isinstance(named, Mapping):
@@ -180,10 +178,8 @@ def describe_launch() -> list[Row]:
 
 
 def note_of_unused_keys(config: RunConfig, prefix: str = "") -> str:
-    """Names the keys that are set and without effect on a trainer whose API and environments run elsewhere, or "".
-
-    An evaluation that is switched off is not among them. The backend puts ``prefix`` before its keys.
-    """
+    """Names the keys that are set and without effect on a trainer whose API and environments run elsewhere, or "". An
+    evaluation that is switched off is not among them. The backend puts ``prefix`` before its keys."""
     evaluation = {} if config.eval.commands_file is not None else _changed(config.eval)
     names = [f"env.{name}" for name in _changed(config.env)]
     names += [f"eval.{name}" for name, value in evaluation.items() if value is not False]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atropos_verl.assets import smollm2
+from atropos_verl.assets import SMOLLM2, SMOLLM2_CONTEXT, SMOLLM2_PARAMETERS
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
@@ -63,10 +63,8 @@ def check_model(config: RunConfig, model_path: Path) -> list[Finding]:
 
 def check_usable(config: RunConfig, model_path: Path, prefix: str = "") -> None:
     """Raises ``ConfigError`` when there are no weights, or the tokenizer has ids that the model has no embedding for.
-
     Without this the failure comes when everything else has started, or is an index error in the embedding, or (on a
-    GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys.
-    """
+    GPU) a device assert that names nothing. ``prefix`` is what the backend has before its keys."""
     for found in check_model(config, model_path):
         if found.status == "missing" and found.name in ("weights", "tokenizer"):
             is_own = found.name == "tokenizer" and config.model.tokenizer_path
@@ -78,8 +76,8 @@ def defaults_for(path: str | None) -> dict[str, Any]:
     settings: dict[str, Any]
     if path is None:
         return {}
-    if path == smollm2.NAME:  # it may not have been made yet
-        size, settings = smollm2.PARAMETERS, {"max_position_embeddings": smollm2.CONTEXT}
+    if path == SMOLLM2:  # it may not have been made yet
+        size, settings = SMOLLM2_PARAMETERS, {"max_position_embeddings": SMOLLM2_CONTEXT}
     else:
         directory = Path(path).expanduser()
         settings, _ = read_json(directory / "config.json")

@@ -12,18 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from atropos_verl.assets import demo_model_path, smollm2
+from atropos_verl.assets import SMOLLM2, demo_model_path, smollm2_path
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import is_loopback
 
@@ -84,16 +75,12 @@ class AtroposConfig(Section):
     """The trajectory API."""
 
     api_url: str | None = Field(None, description="URL of a running trajectory API; null: start one for this run")
-    server: Literal["embedded", "upstream"] = Field(
-        "embedded", description="API to start where api_url is null; embedded: ours, upstream: atroposlib's"
-    )
+    server: Literal["embedded", "upstream"] = Field("embedded", description="API to start: ours, or atroposlib's")
     timeout: PositiveFloat = Field(30.0, description="seconds; bound on one call to the API, its retries included")
     token: str | None = Field(None, description="bearer token for a protected API; this run's own has one")
     headers: dict[str, str] = Field(default_factory=dict, description="extra HTTP headers for the API")
     ca_file: str | None = Field(None, description="certificate authority file for https; null: the system's")
-    lease_seconds: PositiveFloat | None = Field(
-        120.0, description="seconds until the API takes a batch back from a trainer that is gone; null: no leases"
-    )
+    lease_seconds: PositiveFloat | None = Field(120.0, description="until a gone trainer's batch returns; null: never")
     rollout_timeout: PositiveFloat = Field(600.0, description="seconds without a batch after which the run ends")
     reset: bool = Field(False, description="GET /reset_data before registering (forgets what an earlier run left)")
 
@@ -113,7 +100,7 @@ class OwnModelConfig(Section):
 class ModelConfig(OwnModelConfig):
     """The policy."""
 
-    path: str | None = Field(None, description=f"Hugging Face model directory, or {smollm2.NAME}; null: the demo model")
+    path: str | None = Field(None, description=f"Hugging Face model directory, or {SMOLLM2}; null: the demo model")
     tokenizer_path: str | None = Field(None, description="tokenizer directory; null: the model's")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the trained (master) weights")
     compute_dtype: Literal["fp32", "bf16"] = Field("fp32", description="dtype of forward and backward")
@@ -245,16 +232,6 @@ class InferenceConfig(Section):
     max_context_len: PositiveInt | None = Field(None, description="tokens; null: the sequence bound of the data")
     release_weights: bool = Field(True, description="free the engine's weights, too, while the trainer trains")
     num_threads: PositiveInt | None = Field(None, description="torch's, of the engine; null: on CPU 1 for small models")
-    placement: Literal["thread"] | None = Field(None, description="no effect: the engine is a thread of the trainer")
-
-    @field_validator("placement", mode="before")
-    @classmethod
-    def _refuse_process(cls, value: Any) -> Any:
-        if value == "process":
-            raise ValueError(
-                "the engine no longer runs in a process of its own, which made no run faster; remove this key"
-            )
-        return value
 
 
 class ProgramConfig(Section):
@@ -304,9 +281,7 @@ class SyncConfig(Section):
 class OverlapConfig(Section):
     """Rollouts that go on while the trainer trains (``mode=overlap``)."""
 
-    kv_after_swap: Literal["recompute", "keep"] = Field(
-        "recompute", description="KV when weights change; keep: no prefill, and logprobs of a mixture of versions"
-    )
+    kv_after_swap: Literal["recompute", "keep"] = Field("recompute", description="keep: logprobs of mixed versions")
 
 
 class TrainerConfig(Section):
@@ -336,12 +311,7 @@ class SuperviseConfig(Section):
 class JournalConfig(Section):
     """Batches that are kept on disk."""
 
-    keep: int = Field(
-        4,
-        ge=0,
-        description="trained batches to keep in run_dir/journal/kept, beside those that only the newest checkpoint "
-        "holds; 0: none, and falling back to the checkpoint before loses them",
-    )
+    keep: int = Field(4, ge=0, description="trained batches to keep, for falling back to the checkpoint before")
     quarantine_bytes: PositiveInt = Field(1 << 30, description="bytes of refused groups to keep; the oldest go first")
 
 
@@ -414,24 +384,22 @@ class RunConfig(CommonConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        loss, weighted, clipping = self.loss, self.use_advantage_weighting, self.advantage_clipping
         if self.batch_size % self.group_size:
             raise ValueError(f"batch_size ({self.batch_size}) is no multiple of group_size ({self.group_size})")
-        clipping = self.advantage_clipping
         if clipping is not None and not clipping[0] < clipping[1]:
             raise ValueError(f"advantage_clipping {list(clipping)}: the lower bound must be below the upper one")
         if self.eval.keep_best and self.save_freq <= 0:
             raise ValueError(f"eval.keep_best needs checkpoints, and save_freq={self.save_freq} writes none")
-        weighted = self.use_advantage_weighting
-        if weighted is not None and self.loss.type is not None and weighted != (self.loss.type != "grpo"):
-            raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={self.loss.type}; set one")
+        if weighted is not None and loss.type is not None and weighted != (loss.type != "grpo"):
+            raise ValueError(f"use_advantage_weighting={weighted} contradicts loss.type={loss.type}; set one")
         if self.data.max_token_len is not None and self.data.max_token_len <= self.max_response_length:
             text = f"({self.data.max_token_len}) leaves no room for a prompt beside max_response_length"
             raise ValueError(f"data.max_token_len {text} ({self.max_response_length})")
-        if self.loss.path is not None and (self.loss.type is not None or weighted is not None):
+        if loss.path is not None and (loss.type is not None or weighted is not None):
             raise ValueError("loss.path is the loss; leave loss.type and use_advantage_weighting null beside it")
-        is_repeated = self.loss.ppo_epochs > 1 or self.loss.ppo_mini_batches > 1
         taught = self.distill.alone and self.distill.teacher is not None  # the KL is the whole loss
-        if is_repeated and self.loss.path is None and self.loss_type != "grpo" and not taught:
+        if loss.ppo_epochs * loss.ppo_mini_batches > 1 and not (loss.path or taught or self.loss_type == "grpo"):
             raise ValueError("loss.ppo_epochs and loss.ppo_mini_batches above 1 need loss.type=grpo (its ratio)")
         if self.gateway.api_key is None and not is_loopback(self.gateway.host):
             text = "serves the policy to the network without a key; set gateway.api_key"
@@ -490,8 +458,8 @@ class RunConfig(CommonConfig):
         """The model directory. Raises ``ConfigError`` naming ``model.path`` when it is not one."""
         if self.model.path is None:
             return demo_model_path()
-        if self.model.path == smollm2.NAME:
-            return smollm2.smollm2_path()
+        if self.model.path == SMOLLM2:
+            return smollm2_path()
         path = Path(self.model.path).expanduser()
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} is not a Hugging Face model directory (no config.json in it)", "model.path")
@@ -513,8 +481,6 @@ def hide_secrets(atropos: dict[str, Any], gateway: dict[str, Any], *with_variabl
 
 Bound = tuple[str, float, str, float | None, str]
 """A setting and its value, the setting that bounds it and its value (None: none), and what happens above it."""
-
-
 NO_MICRO_BATCH = "no micro-batch has room for such a sequence"
 
 
@@ -547,24 +513,21 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
     """pydantic's error about a ``model``, with every wrong key by its dotted name (below ``prefix``, which ends in a
     dot)."""
-    lines, first = [], ""
+    found = list[tuple[str, str]]()
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         key = f"{prefix}{key}".rstrip(".")
         message = str(item["msg"]).removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            name_of = str(item["loc"][:2][-1])
-            known = [name.replace(".NAME.", f".{name_of}.") for name, *_ in describe(model, prefix)]
-            hint = did_you_mean(key, known)
-            message = f"unknown key{hint} (--help lists all keys)"
+            known = [name.replace(".NAME.", f".{item['loc'][:2][-1]}.") for name, *_ in describe(model, prefix)]
+            message = f"unknown key{did_you_mean(key, known)} (--help lists all keys)"
         elif item["type"] != "value_error":
             message = f"{message}, got {item['input']!r}"
-        first = first or key
-        lines.append(f"{key}: {message}" if key else message)
-    if len(lines) == 1 and first:
-        return ConfigError(lines[0].removeprefix(f"{first}: "), first)
-    result = ConfigError("\n".join(lines))
-    result.key = first
+        found.append((key, message))
+    if len(found) == 1:
+        return ConfigError(found[0][1], found[0][0])
+    result = ConfigError("\n".join(f"{key}: {message}" if key else message for key, message in found))
+    result.key = next((key for key, _ in found if key), "")
     return result
 
 
@@ -599,8 +562,7 @@ def describe(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[Row]:
 
 def help_rows(rows: Sequence[Row], values: Mapping[str, Any]) -> str:
     """The rows of ``describe`` as lines of ``--help``, with the values of a configuration, as YAML has them."""
-    width = max(len(name) for name, *_ in rows)
-    lines = []
+    width, lines = max(len(name) for name, *_ in rows), []
     for name, value, text in rows:
         found: Any = values
         for part in name.split("."):  # of environments.NAME there is none

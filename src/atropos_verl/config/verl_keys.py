@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from atropos_verl.assets import smollm2
+from atropos_verl.assets import SMOLLM2
 from atropos_verl.config.composition import (
     SHIPPED,
     check_form,
@@ -41,11 +41,7 @@ from atropos_verl.config.schema import (
 )
 from atropos_verl.errors import ConfigError
 
-_OF_THE_DEMO = {
-    "actor_rollout_ref.actor.optim.lr": 2e-4,
-    "data.max_prompt_length": 48,
-    "data.max_response_length": 16,
-}
+_OF_THE_DEMO = {"actor_rollout_ref.actor.optim.lr": 2e-4, "data.max_prompt_length": 48, "data.max_response_length": 16}
 """In the order of ``defaults_for``: what ``ray_cpu_demo.yaml`` has for the demo model."""
 RAY_DEFAULT = "ray_cpu_demo"
 """The file that is composed where none is named."""
@@ -105,7 +101,7 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
         config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
     config.run_dir = str(Path(config.run_dir).expanduser().absolute())
     model, block = config.actor_rollout_ref.model, config.atropos
-    if model.path in (None, smollm2.NAME):  # verl takes no names of ours
+    if model.path in (None, SMOLLM2):  # verl takes no names of ours
         model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())
     if "trainer" in (config.get("only") or ["trainer"]):
         block.gateway = with_key_for_network(block.get("gateway"), config.run_dir, block)

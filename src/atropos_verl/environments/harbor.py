@@ -22,7 +22,7 @@ from atropos_verl.errors import ConfigError
 
 @contextlib.asynccontextmanager
 async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterator[Environment]:
-    """Raises ``ConfigError``: there is no such data set, a setting is wrong, or no agent would ask the policy."""
+    """Raises ``ConfigError`` where no agent would ask the policy, and Harbor's errors about data set and settings."""
     weights, source = settings.pop("rewards", {"reward": 1.0}), settings.pop("dataset", {})
     agent = settings.get("agent", {})
     if agent.get("name", "oracle") in ("oracle", "nop") and not agent.get("import_path"):
@@ -30,12 +30,9 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
     directory = launch_directory() / target
     name, _, version = target.partition("@")
     source |= {"path": directory} if directory.is_dir() else {"name": name, "version": version or None}
-    try:
-        tasks = await DatasetConfig(**source).get_task_configs()
-        for task in tasks[:1]:
-            TrialConfig(**{**settings, "task": task})
-    except Exception as error:  # also what the registry's client raises
-        raise ConfigError(f"harbor:{target}: {type(error).__name__}: {error}", "environment") from error
+    tasks = await DatasetConfig(**source).get_task_configs()
+    for task in tasks[:1]:
+        TrialConfig(**{**settings, "task": task})
 
     async def play(task: Any, session: AgentSession) -> Reward:
         own = {"task": task, "agent": {"env": session.variables}}

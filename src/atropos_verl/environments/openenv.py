@@ -42,7 +42,7 @@ def action_of(text: str, schema: Mapping[str, Any]) -> dict[str, Any] | None:
 
 @contextlib.asynccontextmanager
 async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterator[Environment]:
-    """Raises ``ConfigError``: a setting is unknown, or the server at the URL does not answer."""
+    """Raises ``ConfigError`` for an unknown setting, and httpx's errors where no server answers at the URL."""
     if unknown := settings.keys() - _KNOWN:
         raise ConfigError(f"{min(unknown)} is none of {', '.join(sorted(_KNOWN))}", "--set")
     resets = settings.get("resets") or [{"seed": seed} for seed in range(settings.get("seeds", 1000))]
@@ -51,40 +51,35 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
     async with httpx.AsyncClient(timeout=None) as http:
 
         async def schema_of(url: str) -> dict[str, Any]:
-            answer = await http.get(f"{url}/schema", timeout=30.0)
-            answer.raise_for_status()
+            answer = (await http.get(f"{url}/schema", timeout=30.0)).raise_for_status()
             schema: dict[str, Any] = answer.json()["action"]
             return schema
 
-        if is_url:
-            try:
-                schema = await schema_of(target.rstrip("/"))
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                text = f"no OpenEnv server answers at {target}/schema: {type(error).__name__} {error}"
-                raise ConfigError(text, "environment") from error
+        schema = await schema_of(target.rstrip("/")) if is_url else {}
 
         async def play(reset: Mapping[str, Any], session: AgentSession) -> Reward:
-            if is_url:
-                client = GenericEnvClient(base_url=target)
-            else:
-                client = await GenericEnvClient.from_env(target, use_docker=settings.get("use_docker", False))
+            docker = settings.get("use_docker", False)
+            client = (
+                GenericEnvClient(base_url=target)
+                if is_url
+                else await GenericEnvClient.from_env(target, use_docker=docker)
+            )
             rewards: list[float] = []
             async with client:
-                action_schema = schema if is_url else await schema_of(client._base_url.replace("ws", "http", 1))
-                if action_schema.get("title") in ("Action", "CallToolAction", "ListToolsAction"):
+                actions = schema if is_url else await schema_of(client._base_url.replace("ws", "http", 1))
+                if actions.get("title") in ("Action", "CallToolAction", "ListToolsAction"):
                     listed = await client.step({"type": "list_tools"})
                     form = {"type": "call_tool", "tool_name": "NAME", "arguments": {}}
-                    action_schema = {"action": form, "tools": listed.observation["tools"]}
+                    actions = {"action": form, "tools": listed.observation["tools"]}
                 result = await client.reset(**reset)
-                first = {"observation": result.observation, "action_schema": action_schema}
-                messages = [{"role": "user", "content": json.dumps(first, ensure_ascii=False)}]
-                if settings.get("system_prompt"):
-                    messages.insert(0, {"role": "system", "content": settings["system_prompt"]})
-                stop = "max_turns"
+                shown, stop = {"observation": result.observation, "action_schema": actions}, "max_turns"
+                system = (
+                    [{"role": "system", "content": settings["system_prompt"]}] if settings.get("system_prompt") else []
+                )
+                messages = [*system, {"role": "user", "content": json.dumps(shown, ensure_ascii=False)}]
                 for _ in range(settings.get("max_turns", 10)):
                     said = await _answer(http, session, messages, settings.get("sampling") or {})
-                    action = action_of(said["content"] or "", action_schema)
-                    if action is None:
+                    if (action := action_of(said["content"] or "", actions)) is None:
                         stop = "no_action"
                         break
                     result = await client.step(action)

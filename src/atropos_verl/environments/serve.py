@@ -72,11 +72,9 @@ def adapter_of(named: str) -> tuple[Open, str]:
     except metadata.PackageNotFoundError:
         found = "none"
     if found.split(".")[:2] != release.split("."):
-        raise ConfigError(
-            f"{named} needs {package} {release} in {sys.executable}, which has {found}: pip install "
-            f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)",
-            "environment",
-        )
+        text = f"{named} needs {package} {release} in {sys.executable}, which has {found}: pip install"
+        advice = f"'{package}=={release}.*' there, or name another interpreter (python: in a launch)"
+        raise ConfigError(f"{text} {advice}", "environment")
     search_launch_directory()  # tasksets of the user's own
     module = importlib.import_module(f"atropos_verl.environments.{prefix.replace('-', '_')}")
     return module.open_environment, target
@@ -87,42 +85,44 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
-        *parents, last = name.split(".")
-        inner = settings
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{word}: {parent} is {inner!r} already", "--set")
-        if not equals or not last:
+        if not equals or name.endswith(".") or not name:
             raise ConfigError(f"{word!r} is not KEY=VALUE", "--set")
         try:
-            inner[last] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{word!r} is not KEY=VALUE with a value in YAML: {error}", "--set") from error
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        settings = merged(settings, value)
     return settings
 
 
 def merged(defaults: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Both, nested mappings too; ``over`` wins."""
-    result = dict(defaults)
-    for name, value in over.items():
-        known = result.get(name)
-        both = isinstance(known, Mapping) and isinstance(value, Mapping)
-        result[name] = merged(known, value) if both else value  # type: ignore[arg-type]
-    return result
+    both = {name for name, value in over.items() if isinstance(value, dict) and isinstance(defaults.get(name), dict)}
+    return {**defaults, **over, **{name: merged(defaults[name], over[name]) for name in both}}
 
 
 @contextlib.asynccontextmanager
 async def opened(options: argparse.Namespace) -> AsyncIterator[tuple[Solve, Sequence[Any]]]:
-    """The environment with those of its tasks that the action is for: the last ones are held out."""
+    """The environment with those of its tasks that the action is for: the last ones are held out. Raises
+    ``ConfigError``, also for what the ecosystem's own code says of target and settings."""
     open_environment, target = adapter_of(options.environment)
-    async with open_environment(target, settings_of(options.set)) as environment:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            opening = open_environment(target, settings_of(options.set))
+            environment = await stack.enter_async_context(opening)
+        except ConfigError:
+            raise
+        except Exception as error:
+            words = "".join(f" --set {word}" for word in options.set)
+            text = f"{options.environment}{words}: {type(error).__name__}: {error}"
+            raise ConfigError(text, "environment") from error
 
         async def solve(task: Any, session: AgentSession) -> None:
             await give(session, await environment.play(task, session))
 
-        tasks = environment.tasks
-        if not tasks:
+        if not (tasks := environment.tasks):
             raise ConfigError(f"{options.environment} has no tasks", "environment")
         first = len(tasks) - min(options.held_out, len(tasks) // 5)
         yield solve, (tasks[first:] or tasks) if options.action == "evaluate" else tasks[:first]

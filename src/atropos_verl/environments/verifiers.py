@@ -20,14 +20,11 @@ _KEY = "ATROPOS_SESSION_API_KEY_"  # verifiers hands no variable with API_KEY in
 
 @contextlib.asynccontextmanager
 async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterator[Environment]:
-    """Raises ``ConfigError``: there is no such taskset, its settings are wrong or cannot be carried, it is endless."""
+    """Raises ``ConfigError`` where settings cannot be carried or the taskset is endless, and verifiers' own errors."""
     sampling, select = settings.pop("sampling", {}), settings.pop("select", {})
-    try:
-        env = vf.load_environment(vf.resolve_env_config(merged({"taskset": {"id": target}}, settings)))
-        taskset = env.taskset.select(vf.SelectConfig(**select))
-        context = {"model": "policy", "sampling": vf.SamplingConfig(**sampling)}
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"verifiers:{target}: {error}", "environment") from error
+    env = vf.load_environment(vf.resolve_env_config(merged({"taskset": {"id": target}}, settings)))
+    taskset = env.taskset.select(vf.SelectConfig(**select))
+    context = {"model": "policy", "sampling": vf.SamplingConfig(**sampling)}
     if not taskset.bounded:
         raise ConfigError(f"verifiers:{target} has no end; bound it: --set select.include.idx=0:1000", "--set")
     _check(env.config)
@@ -48,13 +45,10 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
             raise PlayError(f"verifiers: {text}", getattr(error, "status_code", None))
         if len(traces) > 1 or not traces[0].agent.trainable:
             told = ", ".join(f"{trace.agent.name} (trained: {trace.agent.trainable})" for trace in traces)
-            raise ConfigError(
-                f"verifiers:{target} asks the policy as {told}; a session trains one trace", "environment"
-            )
+            raise ConfigError(f"verifiers:{target} asks the policy as {told}; a session trains one", "environment")
         (trace,) = traces
-        rewards = {
-            name: reward and {"score": reward.score, "weight": reward.weight} for name, reward in trace.rewards.items()
-        }
+        given = trace.rewards.items()
+        rewards = {name: reward and {"score": reward.score, "weight": reward.weight} for name, reward in given}
         info = {"rewards": rewards, "metrics": trace.metrics, "stop_condition": trace.stop_condition}
         return Reward(trace.reward, info=info)
 
@@ -70,11 +64,8 @@ def _check(config: Any) -> None:
     roles = {name: role for name, role in config if isinstance(role, vf.AgentConfig)}
     policy = [name for name, role in roles.items() if role.client is None]
     if len(policy) != 1:
-        raise ConfigError(
-            f"{', '.join(policy) or 'no role'} would be the policy, and a session trains one role: give each other one "
-            f"of {', '.join(roles)} an address (--set ROLE.client.base_url=URL)",
-            "--set",
-        )
+        text = f"{', '.join(policy) or 'no role'} would be the policy, and a session trains one role: give each other"
+        raise ConfigError(f"{text} one of {', '.join(roles)} an address (--set ROLE.client.base_url=URL)", "--set")
     for name, part in {"": config, f"{policy[0]}.": roles[policy[0]]}.items():
         if part.retries.max_retries or part.retries.rules:
             text = "would train the attempts that failed with the reward of the last; the runner replaces rollouts"

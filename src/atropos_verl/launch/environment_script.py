@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def script_of(program: Sequence[str], settings: EnvironmentConfig) -> Path | Non
     paths = [Path(program[-1])]
     if settings.module is not None:
         entries = settings.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")).split(os.pathsep)
-        name = Path(*settings.module.split(".")).with_suffix(".py")
+        name = f"{settings.module.replace('.', '/')}.py"
         paths = [Path(entry, name) for entry in (settings.cwd or ".", *entries)]
     return next((path for path in paths if path.is_file()), None)
 
@@ -76,25 +76,21 @@ def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[s
     if source and b".cli(" not in source and b"env_manager" not in source:
         notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
     if settings.module is None and re.search(rb"^from \.", source, re.MULTILINE):
-        notes.append(
-            f"{program[-1]} imports from its own package: start it as a module, with PYTHONPATH (module=a.b.c)"
-        )
+        text = "imports from its own package: start it as a module, with PYTHONPATH (module=a.b.c)"
+        notes.append(f"{program[-1]} {text}")
     if settings.python is None and b"tokenize_for_trainer" in source and metadata.version("transformers") >= "5":
         notes.append("its tokenize_for_trainer needs transformers 4, and this interpreter has 5: set its python")
     url = option_value(settings.args, "--openai.base_url")
     if url and url.rstrip("/") != f"{config.gateway.advertise_url}/v1":
-        notes.append(
-            f"its arguments send it to {url}, not to the gateway of this run: what it samples is not the policy's"
-        )
+        text = "not to the gateway of this run: what it samples is not the policy's"
+        notes.append(f"its arguments send it to {url}, {text}")
     return notes
 
 
 def server_count(source: bytes) -> int | None:
     """The number of servers in the literal list that ``config_init`` returns; 0: it returns no list; None: not known.
-
     With a list of one, Atropos takes ``--openai`` arguments; with more it exits; without a list it ignores them and
-    asks localhost:9004-9007 for ever.
-    """
+    asks localhost:9004-9007 for ever."""
     try:
         tree = parse_script(source, Path("environment"))
         functions = [node for node in ast.walk(tree) if isinstance(node, _FUNCTION) and node.name == "config_init"]
@@ -104,8 +100,8 @@ def server_count(source: bytes) -> int | None:
         return None
     nodes, assigned = list(ast.walk(functions[0])), defaultdict[str, list[ast.expr | None]](list)
     for node in nodes:
-        for target in node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]:
-            assigned[getattr(target, "id", "")].append(getattr(node, "value", None))
+        for name in _names_set(node):
+            assigned[name].append(getattr(node, "value", None))
 
     def followed(value: ast.expr | None) -> ast.expr | None:
         while isinstance(value, ast.Name):
@@ -123,11 +119,8 @@ def server_count(source: bytes) -> int | None:
 
 
 def imported_modules(tree: ast.Module) -> list[str]:
-    """Lists the modules that a script imports when it is loaded, without the standard library's; of atroposlib, which
-    is pinned, also the names: ``atroposlib.utils.x:name``.
-
-    Imports inside functions and under ``try`` may be optional and are not counted.
-    """
+    """The modules that a script imports in every case when it is loaded, without the standard library's; of atroposlib,
+    which is pinned, also the names: ``atroposlib.utils.x:name``."""
     found: dict[str, None] = {}
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -141,123 +134,113 @@ def imported_modules(tree: ast.Module) -> list[str]:
 
 _OWN_DIRECTORY = ("os.path.dirname(os.path.abspath(__file__))", "os.path.dirname(__file__)")
 _HARMLESS = r"print|info|warning|error|join|dirname|abspath|exists|from_pretrained|Field|super|__init__|list|\w+Error"
-_MAKES_NO_FILE = re.compile(rf"(super\(\)\.|\w+\.)*({_HARMLESS})")
-_ONLY_SOMETIMES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp | ast.Match
+_MAKES_NO_FILE = re.compile(rf"(super\(\)\.|\w+\.)*(({_HARMLESS})\(.*|[A-Z]\w*\(\))", re.DOTALL)
+"""What is known to make none, and a constructor that gets nothing, so no path."""
+_BRANCHES = ast.If | ast.IfExp | ast.For | ast.AsyncFor | ast.While | ast.BoolOp | ast.Match | ast.Lambda | ast.Try
 _ELSEWHERE = {"data_files", "data_dir", "cache_dir", None}
 """Arguments that say where something is; None: ``**arguments``."""
 
 
-class Needs(ast.NodeVisitor):
-    """What a script loads in every case when it starts: at its top, in ``__init__`` and ``setup`` of the class whose
-    ``.cli()`` it calls; not under a condition, in a loop, or where a failure is caught. Values are literal, or settings
-    with a literal default."""
+def _own_classes(tree: ast.Module) -> list[tuple[ast.ClassDef, dict[str, ast.FunctionDef | ast.AsyncFunctionDef]]]:
+    """The classes whose ``.cli()`` is called, with their methods."""
+    called = re.findall(r"\b(\w+)\.cli\(", ast.unparse(tree))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in called]
+    return [(node, {part.name: part for part in node.body if isinstance(part, _FUNCTION)}) for node in classes]
 
-    def __init__(self, tree: ast.Module, args: Sequence[str], place: Path) -> None:
-        self.found: dict[tuple[str, str], None] = {}
-        """(kind, name), in order."""
-        text, nodes = ast.unparse(tree), list(ast.walk(tree))
-        self.sends_no_group = False
-        """Atropos's own code fails on what ``collect_trajectories`` returns."""
-        self._args, self._place = args, place
-        self._classes = re.findall(r"\b(\w+)\.cli\(", text)
-        self._makes_files = False
-        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-        self._modules = {alias.name: node.module for node in imports for alias in node.names}
-        if "nltk.data.path" in text:  # its corpora are elsewhere
-            self._modules = {name: module for name, module in self._modules.items() if module != "nltk.corpus"}
-        self._values: defaultdict[str, list[ast.expr]] = defaultdict(list)
-        for node in nodes:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            names = [getattr(target, "id", getattr(target, "attr", None)) for target in targets]
-            for name in [node.arg] if isinstance(node, ast.keyword) else names:
-                if name and isinstance(value := getattr(node, "value", None), ast.expr):
-                    self._values[name].append(value)
-        self.visit(tree)
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:  # ast's name
-        if node.name in self._classes:
-            own = {part.name: part for part in node.body if isinstance(part, _FUNCTION)}
-            for method in (method for name, method in own.items() if name in ("__init__", "setup")):
-                for statement in method.body:
-                    self.visit(statement)
-                    if any(isinstance(part, ast.Return) for part in ast.walk(statement)):
-                        break
-            sends_it = [ast.unparse(base) for base in node.bases] == ["BaseEnv"] and "postprocess_histories" not in own
-            if "collect_trajectories" in own and sends_it:
-                self.sends_no_group = _returns_a_list_of_tuples(own["collect_trajectories"])
-
-    def visit(self, node: ast.AST) -> None:
-        if isinstance(node, _FUNCTION | ast.Lambda):
+def _reached(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, bool]]:
+    """What is run, up to the first ``return``, and whether it is in every case: not under a condition, in a loop, or
+    where a failure is caught."""
+    for node in body:
+        if isinstance(node, ast.With | ast.AsyncWith) and "suppress(" not in ast.unparse(node).partition("\n")[0]:
+            yield from ((item.context_expr, True) for item in node.items)
+            yield from _reached(node.body)
+        elif isinstance(node, ast.Try) and all(_RAISES.search(ast.unparse(part)) for part in node.handlers):
+            yield from _reached(node.body)
+        elif isinstance(node, _FUNCTION | ast.ClassDef):
+            continue
+        else:
+            yield node, not any(isinstance(part, _BRANCHES | ast.With) for part in ast.walk(node))
+        if any(isinstance(part, ast.Return) for part in ast.walk(node)):
             return
-        is_caught = isinstance(node, ast.Try) and not all(
-            _RAISES.search(ast.unparse(handler)) for handler in node.handlers
-        )
-        if isinstance(node, ast.With | ast.AsyncWith):
-            is_caught = any("suppress(" in ast.unparse(item.context_expr) for item in node.items)
-        if is_caught or isinstance(node, _ONLY_SOMETIMES):
-            self._makes_files |= any(map(_may_make_files, ast.walk(node)))
-            return
-        if isinstance(node, ast.Call):
-            self._call(ast.unparse(node.func), node.args, {item.arg: item.value for item in node.keywords})
-        super().visit(node)
-        self._makes_files |= _may_make_files(node)  # after what is in its arguments
 
-    def _call(self, function: str, args: list[ast.expr], named: dict[str | None, ast.expr]) -> None:
-        owner, _, last = function.rpartition(".")
-        path = args[0] if args else named.get("path", named.get("name"))
-        mode = args[1] if len(args) > 1 else named.get("mode", ast.Constant("r"))
-        is_elsewhere = len(args) > 2 or not _ELSEWHERE.isdisjoint(named)
-        if last == "load_dataset" and (owner or self._modules.get(last)) == "datasets" and not is_elsewhere:
-            self._add("data set", self._text(path))
-        elif last == "from_pretrained" and isinstance(path, ast.Constant) and not is_elsewhere:
-            self._add("model", self._text(path))
-        elif self._modules.get(owner) == "nltk.corpus":
-            self._add("NLTK corpus", owner)
-        elif function == "open" and str(getattr(mode, "value", "")).startswith("r") and not self._makes_files:
-            self._add("file", self._text(path))
 
-    def _text(self, value: ast.expr | None, depth: int = 3) -> str | None:
+def needs_of(tree: ast.Module, args: Sequence[str], place: Path) -> list[tuple[str, str]]:
+    """(kind, name) of what a script loads in every case when it starts: at its top, in ``__init__`` and ``setup`` of
+    the class whose ``.cli()`` it calls. Values are literal, or settings with a literal default."""
+    values, modules = defaultdict[str, list[ast.expr | None]](list), dict[str, str | None]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            modules |= {alias.name: node.module for alias in node.names}
+        for name in [node.arg] if isinstance(node, ast.keyword) else _names_set(node):
+            values[name or ""].append(getattr(node, "value", None))
+
+    def text_of(value: ast.expr | None, depth: int = 3) -> str | None:
         if isinstance(value, ast.Constant):
             return value.value if isinstance(value.value, str) else None
         if isinstance(value, ast.Call):
-            function, named = ast.unparse(value.func), {item.arg: item.value for item in value.keywords}
             if ast.unparse(value) in _OWN_DIRECTORY:
-                return str(self._place)
-            if function == "Field":
-                return self._text(value.args[0] if value.args else named.get("default"), depth)
-            parts = [part for item in value.args if (part := self._text(item, depth - 1))]
-            is_whole = function == "os.path.join" and len(parts) == len(value.args)
-            return str(Path(*parts)) if is_whole else None
+                return str(place)
+            if (function := ast.unparse(value.func)) == "Field":
+                return text_of(
+                    [*value.args, *(item.value for item in value.keywords if item.arg == "default")][0], depth
+                )
+            parts = [part for item in value.args if (part := text_of(item, depth - 1))]
+            return str(Path(*parts)) if function == "os.path.join" and len(parts) == len(value.args) else None
         name = getattr(value, "attr", getattr(value, "id", None))
-        if name is None or depth <= 0 or "--config" in self._args:
+        if name is None or depth <= 0 or "--config" in args:
             return None
-        found = {self._text(item, depth - 1) for item in self._values[name]}
-        return option_value(self._args, f"--env.{name}") or (found.pop() if len(found) == 1 else None)
+        found = {text_of(item, depth - 1) for item in values[name] if item is not None}
+        return option_value(args, f"--env.{name}") or (found.pop() if len(found) == 1 else None)
 
-    def _add(self, kind: str, name: str | None) -> None:
-        if name and "://" not in name:
-            self.found[kind, name] = None
+    reached = list[tuple[ast.AST, bool]]()
+    own = {node.name: methods for node, methods in _own_classes(tree)}
+    for node in tree.body:
+        methods = own.get(node.name, {}) if isinstance(node, ast.ClassDef) else {}
+        for body in ([node], *(methods[name].body for name in ("__init__", "setup") if name in methods)):
+            reached += _reached(body)
+    found, makes_files = dict[tuple[str, str | None], None](), False
+    for node, is_certain in reached:
+        calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+        for call in calls if is_certain else ():
+            function, named = ast.unparse(call.func), {item.arg: item.value for item in call.keywords}
+            owner, _, last = function.rpartition(".")
+            path = call.args[0] if call.args else named.get("path", named.get("name"))
+            mode = call.args[1] if len(call.args) > 1 else named.get("mode", ast.Constant("r"))
+            is_elsewhere = len(call.args) > 2 or not _ELSEWHERE.isdisjoint(named)
+            if last == "load_dataset" and (owner or modules.get(last)) == "datasets" and not is_elsewhere:
+                found["data set", text_of(path)] = None
+            elif last == "from_pretrained" and isinstance(path, ast.Constant) and not is_elsewhere:
+                found["model", text_of(path)] = None
+            elif modules.get(owner) == "nltk.corpus" and "nltk.data.path" not in ast.unparse(tree):
+                found["NLTK corpus", owner] = None
+            elif function == "open" and str(getattr(mode, "value", "")).startswith("r") and not makes_files:
+                found["file", text_of(path)] = None
+        makes_files |= not all(_MAKES_NO_FILE.fullmatch(ast.unparse(call)) for call in calls)
+    return [(kind, name) for kind, name in found if name and "://" not in name]
 
 
-def _may_make_files(node: ast.AST) -> bool:
-    """A call, but not of what is known to make none, nor of a constructor that gets nothing, so no path."""
-    if not isinstance(node, ast.Call):
-        return False
-    name = ast.unparse(node.func)
-    is_bare = name.rpartition(".")[2][0].isupper() and not node.args and not node.keywords
-    return not is_bare and _MAKES_NO_FILE.fullmatch(name) is None
+def _names_set(node: ast.AST) -> list[str]:
+    """The variables and attributes that a statement sets."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [name for target in targets if (name := getattr(target, "id", getattr(target, "attr", None)))]
 
 
-def _returns_a_list_of_tuples(function: ast.AST) -> bool:
-    """Whether what it returns first is a list to which it appends tuples and nothing else."""
-    nodes = list(ast.walk(function))
-    returned = [node.value for node in nodes if isinstance(node, ast.Return)]
-    names = {ast.unparse(value.elts[0]) if isinstance(value, ast.Tuple) and value.elts else "" for value in returned}
-    name = min(names, default="")
-    stored = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
-    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == f"{name}.append"]
-    is_made_once = len(names) == 1 and sum(node.id == name for node in stored) == 1
-    return is_made_once and {type(argument) for call in calls for argument in call.args} == {ast.Tuple}
+def sends_tuples(tree: ast.Module) -> bool:
+    """Whether Atropos's own code fails on what ``collect_trajectories`` returns: a list to which it appends tuples."""
+    for node, methods in _own_classes(tree):
+        function = methods.get("collect_trajectories")
+        if function is None or "postprocess_histories" in methods or [*map(ast.unparse, node.bases)] != ["BaseEnv"]:
+            continue
+        nodes = list(ast.walk(function))
+        values = [part.value for part in nodes if isinstance(part, ast.Return)]
+        names = {ast.unparse(value.elts[0]) if isinstance(value, ast.Tuple) and value.elts else "" for value in values}
+        name = min(names, default="")
+        calls = [part for part in nodes if isinstance(part, ast.Call) and ast.unparse(part.func) == f"{name}.append"]
+        is_made_once = len(names) == 1 and [word for part in nodes for word in _names_set(part)].count(name) == 1
+        if is_made_once and {type(argument) for call in calls for argument in call.args} == {ast.Tuple}:
+            return True
+    return False
 
 
 _LOOK = r"""
@@ -342,15 +325,15 @@ def _lacking(python: str, program: Sequence[str], settings: EnvironmentConfig, r
         place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
     if b"sys.path" in source:
         modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
-    needs = Needs(tree, settings.args, script.parent.absolute())
-    asked = {"place": place, "modules": modules, "needs": list(needs.found), "cwd": str(cwd.absolute())}
+    needs = needs_of(tree, settings.args, script.parent.absolute())
+    asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
     command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
     options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
     seen: dict[str, Any] = json.loads(answer.stdout)
     names = ", ".join(name.replace(":", ".") for name in seen["lacking"])
     refused = [f"imports {names}, which {python} has not: install what provides them, or set python"] if names else []
-    if needs.sends_no_group:
+    if sends_tuples(tree):
         text = "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever"
         refused.append(f"{text} arrive: have it return what score() makes of them, or define postprocess_histories")
     unmet = (f"needs the {kind} {', '.join(names)} ({why})" for kind, (why, names) in seen["unmet"].items())

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,33 +54,28 @@ _ROUNDING = 1e-9
 def plan_environments(
     config: RunConfig, launch: LaunchConfig, *, own_api: bool, of_training: bool = False
 ) -> tuple[list[ServiceSpec], list[str]]:
-    """The processes of all chosen environments, and warnings. ``of_training``: the one of ``main_atropos.py``.
-
-    Raises ``ConfigError``: none is left; a script does not exist; sizes or allocations do not fit the batch.
-    """
-    chosen = launch.chosen
-    if not chosen:
+    """The processes of all chosen environments, and warnings. ``of_training``: the one of ``main_atropos.py``. Raises
+    ``ConfigError``: none is left; a script does not exist; sizes or allocations do not fit the batch."""
+    if not (chosen := launch.chosen):
         raise ConfigError("no environment to start; name some, or leave environments out of only", "environments")
     embedded = own_api and config.atropos.server == "embedded"
-    warnings = _check_groups(config, launch, embedded=embedded)
     allocations, notes = allocate(config, launch, embedded=embedded)
-    warnings += notes
+    warnings = [*_check_groups(config, launch, embedded=embedded), *notes]
     if config.atropos.token and not embedded:
         text = "environments send the API's token as a password (HTTP Basic), all that Atropos's client can do: an API"
         warnings.append(f"{text} that demands a bearer token refuses them (401 in their logs)")
     found = check_tokenizer(Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser())
     warnings += [f"tokenizer: {item.found}; {item.todo}" for item in found if item.status != "ok"]
-    services: list[ServiceSpec] = []
-    run_dir = config.resolve_run_dir()
+    services, run_dir = list[ServiceSpec](), config.resolve_run_dir()
     for name, settings in chosen.items():
         section = "env" if of_training else f"environments.{name}"
         if name in launch.agents:
             _check_agent(launch.agents[name], settings, run_dir, f"agents.{name}")
         program = program_of(section, settings)
-        own = [] if name in launch.agents or settings.ecosystem is not None else notes_of(config, settings, program)
         python = interpreter(settings.python, f"{section}.python")
         check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
-        warnings += [f"environments.{name}: {note}" for note in own]
+        if name not in launch.agents and settings.ecosystem is None:
+            warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program)]
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))
@@ -93,17 +88,17 @@ def plan_environments(
 def _check_agent(agent: AgentConfig, settings: EnvironmentConfig, run_dir: Path, section: str) -> None:
     """What can be known without its code being run. Raises ``ConfigError``: a file or a module that is not there."""
     for key in ("tasks", "eval_tasks"):
-        if (file := getattr(agent, key)) is not None and not Path(file).expanduser().is_file():
-            raise ConfigError(f"there is no {Path(file).expanduser().absolute()}", f"{section}.{key}")
+        if (file := getattr(agent, key)) is not None and not (path := Path(file).expanduser().absolute()).is_file():
+            raise ConfigError(f"there is no {path}", f"{section}.{key}")
     env = {**os.environ, **import_path(), **settings.env}
     entries = [str(run_dir / entry) for entry in env.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    directory = env[LAUNCH_DIRECTORY]
+    places = [*entries, env[LAUNCH_DIRECTORY]]
     for key in ("agent", "scorer"):
         if (path := getattr(agent, key)) is None:
             continue
         name = split_path(f"{section}.{key}", path)[0].partition(".")[0]  # below it, finding would be importing
-        if agent.python is None and not (PathFinder.find_spec(name, [*entries, directory]) or find_spec(name)):
-            text = f"there is no module {name}; it is looked for in {directory} and on PYTHONPATH"
+        if agent.python is None and not (PathFinder.find_spec(name, places) or find_spec(name)):
+            text = f"there is no module {name}; it is looked for in {places[-1]} and on PYTHONPATH"
             raise ConfigError(text, f"{section}.{key}")
 
 
@@ -122,10 +117,8 @@ def environment_spec(
     ``embedded`` API get a token that does not allow ``/reset_data``."""
     cwd = run_dir = config.resolve_run_dir()
     section = "env" if of_training else f"environments.{name}"
-    if settings.cwd is not None:
-        cwd = Path(settings.cwd).expanduser().absolute()
-        if not cwd.is_dir():
-            raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
+    if settings.cwd is not None and not (cwd := Path(settings.cwd).expanduser().absolute()).is_dir():
+        raise ConfigError(f"{cwd} is not a directory", f"{section}.cwd")
     process = name if copy == 1 else f"{name}-{copy}"
     program = program_of(section, settings)
     short = Path(program[-1]).stem if settings.module is None else settings.module.rpartition(".")[2]
@@ -146,8 +139,9 @@ def environment_spec(
         "api_key": config.gateway.api_key or "none",  # the openai client refuses to start without one
     }
     policy: dict[str, Any] = {}
+    api_url, token = config.atropos.api_url, config.atropos.token
     if evaluation is not None:
-        process = f"evaluate_{evaluation}" if of_training else f"evaluate_{evaluation}.{name}"
+        process, api_url = f"evaluate_{evaluation}" if of_training else f"evaluate_{evaluation}.{name}", None
         ours["--env.data_dir_to_save_evals"] = str(evaluation_directory(config, name, evaluation, of_training))
     else:
         ours |= {
@@ -155,27 +149,25 @@ def environment_spec(
             "--env.max_batches_offpolicy": str(settings.max_batches_offpolicy or config.max_batches_offpolicy),
             "--env.inference_weight": f"{settings.weight / settings.copies:g}",
             "--slurm": "false",
+            **({} if allocation is None else {"--env.min_batch_allocation": repr(allocation)}),
         }
-        if allocation is not None:
-            ours["--env.min_batch_allocation"] = repr(allocation)
         policy = {
             "kind": "environment",
             "restarts": settings.max_restarts if settings.restart == "always" else 0,
             "startup_timeout": settings.startup_timeout,
             "registers_as": option_value(settings.args, _NAME_OPTION) or ours[_NAME_OPTION],
         }
-    file, api_url = run_dir / "launch" / f"{process}.yaml", config.atropos.api_url if evaluation is None else None
-    token = config.atropos.token
     url = None if api_url is None else with_token(api_url, environment_token(token) if token and embedded else token)
-    servers = server_count(source_of(program, settings))
+    servers, file = server_count(source_of(program, settings)), run_dir / "launch" / f"{process}.yaml"
     last, files = last_words(settings, server, url, servers=servers, file=file, cwd=cwd, section=section)
-    words = ["serve" if evaluation is None else "evaluate"]
-    for option, value in ours.items():
-        if option not in settings.omit and option not in settings.args and option_value(settings.args, option) is None:
-            words += [option, value]
+    given = {*settings.omit, *(word.partition("=")[0] for word in settings.args)}
+    own = [word for option, value in ours.items() if option not in given for word in (option, value)]
     return ServiceSpec(
         name=process,
-        command=(interpreter(settings.python, f"{section}.python"), *program, *words, *last),
+        command=(
+            *(interpreter(settings.python, f"{section}.python"), *program),
+            *("serve" if evaluation is None else "evaluate", *own, *last),
+        ),
         env={**CHILD_ENV, "TMPDIR": str(own_temporary(run_dir)), **import_path(), **direct(config), **settings.env},
         cwd=cwd,
         log_path=run_dir / "logs" / (f"{process}.log" if of_training else f"{process}.1.log"),
@@ -230,13 +222,10 @@ def last_words(
     cwd: Path,
     section: str,
 ) -> tuple[tuple[str, ...], dict[Path, str]]:
-    """The end of one environment's command, and the private files that must exist when it starts.
-
-    Our file holds the user's ``--config`` too; the user's arguments come last and win. With ``--config`` among ``omit``
-    everything is an argument. ``server``: our gateway, as ``APIServerConfig``; ``servers``: see ``server_count``.
-
-    Raises ``ConfigError``: the user's ``--config`` cannot be read, or is left out where it is needed.
-    """
+    """The end of one environment's command, and the private files that must exist when it starts. Our file holds the
+    user's ``--config`` too; the user's arguments come last and win. With ``--config`` among ``omit`` everything is an
+    argument. ``server``: our gateway, as ``APIServerConfig``; ``servers``: see ``server_count``. Raises
+    ``ConfigError``: the user's ``--config`` cannot be read, or is left out where it is needed."""
     args, omit = list(settings.args), settings.omit
     wanted = {f"{_SERVER_PREFIX}{key}": value for key, value in server.items()}
     wanted |= {} if api_url is None else {_URL_OPTION: api_url}
@@ -245,10 +234,11 @@ def last_words(
         if servers not in (None, 1):
             raise ConfigError("config_init returns no list of one server, so its --config is needed", f"{section}.omit")
         return (*(word for item in wanted.items() for word in item), *args), {}
-    own = {name.removeprefix(_SERVER_PREFIX): value for name, value in wanted.items() if name != _URL_OPTION}
+    url = wanted.pop(_URL_OPTION, None)
+    own = {name.removeprefix(_SERVER_PREFIX): value for name, value in wanted.items()}
     given = option_value(args, _FILE_OPTION)
     content = {} if given is None else _read(cwd / Path(given).expanduser(), f"{section}.args")
-    args = _without(args, lambda name: name == _FILE_OPTION)
+    args, _ = _split(args, _FILE_OPTION)
     listed = content.get("openai") or {}
     entries = listed if isinstance(listed, list) else [listed]
     if len(entries) > 1:  # several servers of the user's own: those with an address keep it, and get no key of ours
@@ -256,26 +246,25 @@ def last_words(
     else:
         entries = [{**entries[0], **own} if entries else own]
         if servers != 1:
-            names = [word.partition("=")[0] for word in args if word.startswith(_SERVER_PREFIX)]
-            given_too = {name.removeprefix(_SERVER_PREFIX): option_value(args, name) for name in names}
-            args = _without(args, lambda name: name.startswith(_SERVER_PREFIX))
+            args, given_too = _split(args, "--openai")
             entries = [{**entries[0], **given_too} for _ in range(max(2, servers or 0))]
     content["openai"] = entries
-    if _URL_OPTION in wanted:
-        content["env"] = {**(content.get("env") or {}), "rollout_server_url": wanted[_URL_OPTION]}
+    if url is not None:
+        content["env"] = {**(content.get("env") or {}), "rollout_server_url": url}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     return (_FILE_OPTION, str(file), *args), {file: text}
 
 
-def _without(args: Sequence[str], is_ours: Callable[[str], bool]) -> list[str]:
-    """``args`` without some ``--option value`` and ``--option=value``."""
-    kept, rest = [], iter(args)
+def _split(args: Sequence[str], option: str) -> tuple[list[str], dict[str, str]]:
+    """``args`` without ``--option value``, ``--option=value`` and those of ``--option.key``, and what these say."""
+    kept, taken, rest = list[str](), dict[str, str](), iter(args)
     for word in rest:
-        if not is_ours(word.partition("=")[0]):
+        name, equals, value = word.partition("=")
+        if name == option or name.startswith(f"{option}."):
+            taken[name.removeprefix(f"{option}.")] = value if equals else next(rest, "")
+        else:
             kept.append(word)
-        elif "=" not in word:
-            next(rest, None)
-    return kept
+    return kept, taken
 
 
 def with_token(url: str, token: str | None) -> str:
@@ -307,9 +296,15 @@ def own_temporary(run_dir: Path) -> Path:
 def direct(config: RunConfig) -> dict[str, str]:
     """The variables by which a child asks no proxy for the parts of this run."""
     urls = (config.gateway.advertise_url, config.atropos.api_url)
-    hosts = ["127.0.0.1", "localhost", "::1", *(urlsplit(url).hostname or "" for url in urls if url)]
-    given = ",".join(filter(None, (os.environ.get(name) for name in ("no_proxy", "NO_PROXY")))).split(",")
-    value = ",".join(dict.fromkeys(filter(None, [*(host.strip() for host in given), *hosts])))
+    given = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")).split(",")
+    hosts = [
+        *map(str.strip, given),
+        "127.0.0.1",
+        "localhost",
+        "::1",
+        *(urlsplit(url or "").hostname or "" for url in urls),
+    ]
+    value = ",".join(dict.fromkeys(filter(None, hosts)))
     return {"NO_PROXY": value, "no_proxy": value}
 
 
@@ -324,11 +319,9 @@ def _read(path: Path, key: str) -> dict[str, Any]:
 
 
 def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:
-    """``--env.min_batch_allocation`` of one process of each environment, and warnings.
-
-    In Atropos a weight alone moves nothing, a least share of every batch does. Where weights differ, each environment
-    gets its share of what explicit allocations leave, in whole groups; the rest is filled with the oldest groups.
-    """
+    """``--env.min_batch_allocation`` of one process of each environment, and warnings. In Atropos a weight alone moves
+    nothing, a least share of every batch does. Where weights differ, each environment gets its share of what explicit
+    allocations leave, in whole groups; the rest is filled with the oldest groups."""
     chosen = launch.chosen
     total = sum(settings.min_batch_allocation or 0.0 for settings in chosen.values())
     if total > 1 + _ROUNDING:
@@ -415,21 +408,15 @@ def _older_tokenizer(config: RunConfig) -> tuple[Path, dict[str, Any] | None]:
     """The tokenizer's directory, and ``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is
     there, or nothing can be done."""
     directory = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
-    settings, problem = read_json(directory / _TOKENIZER_SETTINGS)
-    if problem:
-        return directory, None
-    extra, name = settings.get("extra_special_tokens"), settings.get("tokenizer_class")
+    settings, _ = read_json(directory / _TOKENIZER_SETTINGS)
+    older = dict(settings)
+    if settings.get("tokenizer_class") in NAMES_OF_TRANSFORMERS_5:
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = older.pop("extra_special_tokens")
+        older["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
     # transformers 5 ignores it for BPE; 4 would strip spaces before punctuation from what the policy wrote.
     model = read_json(directory / "tokenizer.json")[0].get("model") if settings.get(_CLEANS) else None
-    cleans = isinstance(model, Mapping) and model.get("type") == "BPE"
-    is_newer = name in NAMES_OF_TRANSFORMERS_5 or isinstance(extra, list) or cleans
-    if not is_newer or not (directory / "tokenizer.json").is_file():
-        return directory, None
-    if cleans:
-        settings[_CLEANS] = False
-    if name in NAMES_OF_TRANSFORMERS_5:
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(extra, list):
-        del settings["extra_special_tokens"]
-        settings["additional_special_tokens"] = [*(settings.get("additional_special_tokens") or ()), *extra]
-    return directory, settings
+    if isinstance(model, Mapping) and model.get("type") == "BPE":
+        older[_CLEANS] = False
+    return directory, older if older != settings and (directory / "tokenizer.json").is_file() else None

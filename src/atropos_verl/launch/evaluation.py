@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from atropos_verl.config.launch_schema import LaunchConfig
+from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import environment_spec, evaluation_directory
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 _DURING = "during"
 """Label of the plan for evaluations between steps, whose own are ``step_N``."""
-_SILENT_SECONDS = 30.0
-"""Between two notes about an evaluation that is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +45,13 @@ def plan_evaluations(
     if not (launch.starts("trainer") and launch.starts("environments") and chosen):
         return {}
     wanted = {"before": config.eval.before, _DURING: config.eval.every is not None, "after": config.eval.after}
-    plan: dict[str, list[PlannedEvaluation]] = {label: [] for label in wanted if wanted[label]}
-    for label, planned in plan.items():
-        for name, settings in chosen.items():
-            spec = environment_spec(config, name, settings, of_training=of_training, evaluation=label)
-            result = evaluation_directory(config, name, label, of_training) / "metrics.json"
-            planned.append(PlannedEvaluation(name, settings.weight, spec, result))
-    return plan
+
+    def planned(name: str, settings: EnvironmentConfig, label: str) -> PlannedEvaluation:
+        spec = environment_spec(config, name, settings, of_training=of_training, evaluation=label)
+        result = evaluation_directory(config, name, label, of_training) / "metrics.json"
+        return PlannedEvaluation(name, settings.weight, spec, result)
+
+    return {label: [planned(*item, label) for item in chosen.items()] for label in wanted if wanted[label]}
 
 
 EVALUATIONS = TypeAdapter(dict[str, list[PlannedEvaluation]])
@@ -70,9 +68,7 @@ def read_evaluations(path: Path) -> dict[str, list[PlannedEvaluation]]:
 
 class EvaluationProcesses:
     """Runs what was planned. An evaluation that fails is noted and does not end the run: many environments have none.
-
-    ``timeout``: seconds for those of one label together; ``check``, called while waiting, raises what ends the run.
-    """
+    ``timeout``: seconds for those of one label together; ``check``, called while waiting, raises what ends the run."""
 
     def __init__(
         self,
@@ -83,16 +79,11 @@ class EvaluationProcesses:
         note: Callable[[str], None],
         check: Callable[[], None],
     ) -> None:
-        self._plan = plan
-        self._timeout = timeout
-        self._note = note
-        self._check = check
+        self._plan, self._timeout, self._note, self._check = plan, timeout, note, check
         self._running: dict[str, list[tuple[PlannedEvaluation, ManagedProcess]]] = {}
         self._begun: dict[str, float] = {}
         """Label → when the evaluation was first waited for: one may have been started long before."""
-        self._told = 0.0
         self._directory = run_dir / "eval"
-        self._progress = self._directory / "progress.json"
         self._scores: dict[str, dict[str, float | None]] = {}
         self._report(None)
 
@@ -111,19 +102,12 @@ class EvaluationProcesses:
 
     def is_evaluating(self, label: str) -> bool:
         """True while those of ``label`` run and ``eval.timeout`` is not over. Raises what ends the run."""
-        now = time.monotonic()
         if label not in self._begun:
-            self._begun[label] = self._told = now
+            self._begun[label] = time.monotonic()
             self._report(label)
-        running = [(planned.spec, process) for planned, process in self._running[label] if process.is_running()]
-        seconds = now - self._begun[label]
-        if not running or seconds > self._timeout:
+        is_late = time.monotonic() - self._begun[label] > self._timeout
+        if is_late or not any(process.is_running() for _, process in self._running[label]):
             return False
-        if now - self._told > _SILENT_SECONDS:
-            self._told = now
-            for spec, process in running:
-                text = f"{spec.name}: still running after {seconds:.0f} s (eval.timeout is {self._timeout:g}), its log"
-                self._note(f"{text} {spec.log_path} ends: {process.log_tail(1)}")
         self._check()
         return True
 
@@ -141,12 +125,13 @@ class EvaluationProcesses:
         finally:
             stop_all([process for _, process in started])
             self._report(None)
-        weights = {planned.environment: planned.weight for planned, _ in started}
-        known = {name: score for name, score in scores.items() if score is not None}
-        if (total := sum(weights[name] for name in known)) <= 0:
+        weights = {
+            planned.environment: planned.weight for planned, _ in started if scores[planned.environment] is not None
+        }
+        if (total := sum(weights.values())) <= 0:
             return {}
         each = {f"{name}/score": score for name, score in scores.items() if len(scores) > 1}
-        return {"mean_reward": sum(weights[name] * score for name, score in known.items()) / total, **each}
+        return {"mean_reward": sum(weight * (scores[name] or 0.0) for name, weight in weights.items()) / total, **each}
 
     def stop(self) -> None:
         """End those that still run."""
@@ -154,27 +139,28 @@ class EvaluationProcesses:
         self._running.clear()
 
     def _score(self, planned: PlannedEvaluation, process: ManagedProcess) -> float | None:
-        name = planned.spec.name
+        spec = planned.spec
         for path in planned.result.parent.glob("*.yaml"):
-            blot_out(path, planned.spec.secrets)
+            blot_out(path, spec.secrets)
         if process.is_running():
-            self._note(f"{name} took longer than eval.timeout={self._timeout:g} s; its log is {planned.spec.log_path}")
+            text = f"{spec.name} took longer than eval.timeout={self._timeout:g} s; its log {spec.log_path}"
+            self._note(f"{text} ends: {process.log_tail(1)}")
             return None
         try:
-            metrics = json.loads(planned.result.read_text())["results"]["all"]
+            return held_out_score(json.loads(planned.result.read_text())["results"]["all"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            text = f"{name} (exit code {process.returncode}) gave no score: {error}; its log is {planned.spec.log_path}"
+            text = f"{spec.name} (exit code {process.returncode}) gave no score: {error}; its log is {spec.log_path}"
             self._note(f"{text}. Without evaluation: eval.before=false eval.after=false")
             return None
-        return held_out_score(metrics)
 
     def _report(self, running: str | None) -> None:
+        path = self._directory / "progress.json"
         try:
             # Private: Atropos writes its configuration, with the gateway's key, beside the scores.
-            self._progress.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomic(self._progress, json.dumps({"running": running, "scores": self._scores}), private=True)
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomic(path, json.dumps({"running": running, "scores": self._scores}), private=True)
         except OSError as error:  # of use to those that look on only
-            logger.warning("%s cannot be written: %s", self._progress, error)
+            logger.warning("%s cannot be written: %s", path, error)
 
 
 class EvaluationWatch:
@@ -192,21 +178,18 @@ class EvaluationWatch:
     def poll(self) -> list[str]:
         """The news since the last call, as lines for the user."""
         try:
-            stamp = self._path.stat().st_mtime_ns
-            if stamp == self._stamp:
+            if (stamp := self._path.stat().st_mtime_ns) == self._stamp:
                 return []
-            content = json.loads(self._path.read_text())
+            content, self._stamp = json.loads(self._path.read_text()), stamp
         except (OSError, ValueError):
             return []
-        self._stamp = stamp
-        running, scores = content.get("running"), content.get("scores") or {}
-        lines = []
+        running, lines = content["running"], []
         if running and running != self.running:
             lines.append(f"evaluating on held-out tasks {moment_of(running)}")
         self.running = running
-        for label, found in scores.items():
+        for label, scores in content["scores"].items():
             if label not in self._told:
-                self._told.add(label)
-                listed = (f"{name} {'unknown' if score is None else f'{score:.3f}'}" for name, score in found.items())
+                listed = (f"{name} {'unknown' if score is None else f'{score:.3f}'}" for name, score in scores.items())
                 lines.append(f"held-out mean reward {moment_of(label)}: {', '.join(listed)}")
+        self._told |= content["scores"].keys()
         return lines

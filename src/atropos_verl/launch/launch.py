@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from atropos_verl.config.composition import SHIPPED, as_yaml, gateway_key, help_
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig, hide_secrets
-from atropos_verl.config.verl_keys import RAY_DEFAULT, compose_run, public, read_run
+from atropos_verl.config.verl_keys import compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import is_loopback
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
@@ -31,28 +30,25 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
     """Run the launch command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["attach"]:
-        return _attach(words[1:])
     from atropos_verl.report.console import output_may_close
 
     parser = command_parser()
     parser.add_argument("--dry-run", action="store_true")
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_known_args(argv)
     try:
-        config, launch, ray = load_settings(overrides, options.config_dir, options.config_name, config_name)
+        config, launch, verl = load_settings(overrides, options.config_dir, options.config_name, config_name)
         if options.cfg or options.help:
             of_launch = launch.model_dump(mode="json")
             named = (*of_launch["environments"].values(), *of_launch["agents"].values())
             hide_secrets({}, {}, of_launch["trainer_process"], *named)
-            values = {**(config.public() if ray is None else public(ray.verl)), **of_launch}
+            values = {**(config.public() if verl is None else public(verl)), **of_launch}
             sys.stdout.write(_help(values) if options.help else as_yaml(values))
             return 0
-        plan = build_plan(config, launch, ray)
+        plan = build_plan(config, launch, verl)
         if options.dry_run:
             sys.stdout.write(plan.text() + "\n")
             return 0
-        if ray is None and launch.starts("trainer"):
+        if verl is None and launch.starts("trainer"):
             check_gpu(config)
         with ExitStack() as stack:
             take_run_dir(stack, plan.run_dir, is_launch=True)
@@ -76,20 +72,31 @@ def command_parser() -> argparse.ArgumentParser:
 
 def load_settings(
     words: Sequence[str], config_dir: Path, config_name: str | None, default_name: str | None
-) -> tuple[RunConfig, LaunchConfig, RayLaunch | None]:
-    """Compose and validate the settings of a launch with either backend. Raises ``ConfigError``."""
+) -> tuple[RunConfig, LaunchConfig, dict[str, Any] | None]:
+    """Compose and validate the settings of a launch: those of the run, in the local backend's keys, of the launch, and
+    with backend=ray every composed key, verl's own among them. Raises ``ConfigError`` naming the key."""
     if backend_of(words, config_dir, config_name) == "local":
         return (*load_launch(words, config_dir, config_name or default_name), None)
-    ray = load_ray_launch(words, config_dir, config_name)
-    return ray.config, ray.launch, ray
+    # A file need not have the launch's sections, so its words may add what it lacks.
+    of_launch = {word for word in words if re.split(r"[.@]", key_of(word))[0] in LaunchConfig.model_fields}
+    own = [f"++{word.lstrip('+')}" if word in of_launch else word for word in words if not word.startswith("backend=")]
+    composed = compose_run(own, config_dir, config_name)
+    verl = plain(composed)
+    sections = {key: verl.pop(key) for key in LaunchConfig.model_fields if key in verl}
+    launch = LaunchConfig.from_mapping({**sections, "backend": "ray"})
+    if launch.trainer_process.nproc > 1:
+        raise ConfigError("Ray places the workers: trainer.n_gpus_per_node, trainer.nnodes", "trainer_process.nproc")
+    if launch.starts("trainer") and not composed.atropos.gateway.get("api_key"):
+        composed.atropos.gateway.api_key = gateway_key(composed.run_dir, launch.starts("environments"))
+    return read_run(composed).run, launch, verl
 
 
-def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = None) -> LaunchPlan:
+def build_plan(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any] | None = None) -> LaunchPlan:
     """Choose ports, hand addresses and keys over, and list what is started. Raises ``ConfigError``."""
-    model_path, prefix = config.resolve_model_path(), "" if ray is None else "actor_rollout_ref."
+    model_path, prefix = config.resolve_model_path(), "" if verl is None else "actor_rollout_ref."
     if launch.starts("trainer"):
         check_usable(config, model_path, prefix)
-    check_extensions(config, "atropos." if ray is not None else "")
+    check_extensions(config, "" if verl is None else "atropos.")
     own_api = config.atropos.api_url is None and launch.starts("api")
     if not own_api and config.atropos.api_url is None:
         raise ConfigError("give the URL of the API that runs elsewhere (or ATROPOS_API_URL)", "atropos.api_url")
@@ -116,8 +123,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig, ray: RayLaunch | None = 
         atropos={"api_url": api_url, "token": token},
         gateway={"port": gateway_port, "advertise_url": gateway_url or None},
     )
-    ray_words = None if ray is None else ray.trainer_words
-    return make_plan(filled, launch, own_api=own_api, probe_url=probe_url, ray_words=ray_words)
+    return make_plan(filled, launch, own_api=own_api, probe_url=probe_url, verl=verl)
 
 
 def _port(host: str, port: int, key: str) -> int:
@@ -129,40 +135,6 @@ def _port(host: str, port: int, key: str) -> int:
         raise ConfigError(text, key) from error
 
 
-@dataclass(frozen=True, slots=True)
-class RayLaunch:
-    """The settings of a command line with ``backend=ray``."""
-
-    config: RunConfig
-    """The run in the local backend's keys, for environments, API and supervisor."""
-    launch: LaunchConfig
-    verl: dict[str, Any]
-    """Every composed key, verl's own among them."""
-    config_dir: Path
-    config_name: str
-    words: tuple[str, ...]
-    """Settings of the trainer."""
-
-    def trainer_words(self, config: RunConfig) -> tuple[str, ...]:
-        """The words of the trainer's command for ``config`` (addresses filled in), relative paths made absolute."""
-        settings = {
-            "run_dir": config.run_dir,
-            "actor_rollout_ref.model.path": str(config.resolve_model_path()),
-            "atropos.gateway.port": config.gateway.port,
-            "atropos.gateway.advertise_url": config.gateway.advertise_url,
-            "atropos.eval.commands_file": config.eval.commands_file,
-        }
-        own = tuple(f"{key}={_quoted(value)}" for key, value in settings.items() if value is not None)
-        given = tuple(word for word in self.words if key_of(word) not in settings)
-        place = ("--config-dir", str(self.config_dir.absolute()), "--config-name", self.config_name)
-        return ("backend=ray", *place, *given, *own)
-
-
-def is_launch_key(word: str) -> bool:
-    """True for a ``key=value`` word of the launch; the others are the trainer's."""
-    return re.split(r"[.@]", key_of(word), maxsplit=1)[0] in LaunchConfig.model_fields
-
-
 def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
     """As a word says, else the file or one that it builds on, else local. Raises ``ConfigError`` for another."""
     of_words = (word.partition("=")[2] for word in reversed(words) if word.startswith("backend="))
@@ -170,23 +142,6 @@ def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) 
     if found not in ("local", "ray"):
         raise ConfigError(f"{found!r} is neither local nor ray", "backend")
     return found
-
-
-def load_ray_launch(words: Sequence[str], config_dir: Path, config_name: str | None) -> RayLaunch:
-    """Compose and validate. Raises ``ConfigError`` naming the key."""
-    name = config_name or RAY_DEFAULT
-    own = tuple(word for word in words if not is_launch_key(word))
-    # A file need not have the launch's sections, so its words may add what it lacks.
-    of_launch = [f"++{word.lstrip('+')}" for word in words if is_launch_key(word) and not word.startswith("backend=")]
-    composed = compose_run([*own, *of_launch], config_dir, name)
-    verl = plain(composed)
-    sections = {key: verl.pop(key) for key in LaunchConfig.model_fields if key in verl}
-    launch = LaunchConfig.from_mapping({**sections, "backend": "ray"})
-    if launch.trainer_process.nproc > 1:
-        raise ConfigError("Ray places the workers: trainer.n_gpus_per_node, trainer.nnodes", "trainer_process.nproc")
-    if launch.starts("trainer") and not composed.atropos.gateway.get("api_key"):
-        composed.atropos.gateway.api_key = gateway_key(composed.run_dir, launch.starts("environments"))
-    return RayLaunch(read_run(composed).run, launch, verl, config_dir, name, own)
 
 
 def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | None:
@@ -203,14 +158,6 @@ def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | Non
     below = [item for item in content.get("defaults") or () if isinstance(item, str) and item != "_self_"]
     found = (_backend_in(config_dir, item, depth - 1) for item in reversed(below))
     return next((backend for backend in found if backend), None)
-
-
-def _quoted(value: object) -> str:
-    """As Hydra's grammar reads it back."""
-    if re.fullmatch(r"[A-Za-z0-9_./:@%+-]*", str(value)):
-        return str(value)
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _supervise(plan: LaunchPlan) -> int:
@@ -248,24 +195,6 @@ def _closing(plan: LaunchPlan, code: int) -> str:
         return "\n".join([f"training finished; {plan.run_dir}", *(f"  {figure}" for figure in figures)])
     words = {0: "finished", 130: "interrupted; the same command with this run_dir goes on"}
     return f"{words.get(code, f'ended with code {code}')}; {plan.run_dir}"
-
-
-def _attach(words: Sequence[str]) -> int:
-    from atropos_verl.report.console import attach
-
-    parser = argparse.ArgumentParser(
-        prog="atropos-verl launch attach", description="Watch a launch from another terminal."
-    )
-    parser.add_argument("run_dir", type=Path, help="its run directory")
-    parser.add_argument("--once", action="store_true", help="show it once")
-    options = parser.parse_args(list(words))
-    try:
-        return attach(options.run_dir, once=options.once)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    except KeyboardInterrupt:
-        return 0
 
 
 def _help(values: Mapping[str, Any]) -> str:

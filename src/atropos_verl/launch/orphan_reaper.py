@@ -44,15 +44,11 @@ def signal_service(pgid: int | None, token: str, signum: int) -> None:
 
 
 def _is_gone(pgid: int | None, token: str) -> bool:
-    if carriers(token):
-        return False
-    if pgid is None:
-        return True
-    try:
-        os.killpg(pgid, 0)
-    except (ProcessLookupError, PermissionError):
-        return True
-    return False
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if pgid is not None:
+            os.killpg(pgid, 0)
+            return False
+    return not carriers(token)
 
 
 def watch(token: str, owner: int, grace: float) -> None:

@@ -1,11 +1,11 @@
-"""Configuration → everything that a run starts, as data: pure, so a plan can be printed, tested and run by hand."""
+"""Configuration → everything that a run starts, as data, to be printed, tested and run by hand; its directory."""
 
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
-from atropos_verl.config.schema import EnvConfig, EvalConfig, ProgramConfig, RunConfig
+from atropos_verl.config.schema import ProgramConfig, RunConfig
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environment_script import import_path
@@ -31,7 +31,6 @@ from atropos_verl.launch.evaluation import EVALUATIONS, PlannedEvaluation, plan_
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.storage import locked, write_atomic
 
-_TRAINER_SETTINGS = Path("launch", "trainer.yaml")
 _EVALUATIONS = Path("launch", "evaluations.json")
 _LAUNCH_OF = "ATROPOS_VERL_LAUNCH_OF"
 """Variable: the run directory of the launch that started this process."""
@@ -67,8 +66,8 @@ class LaunchPlan:
         return self.config.gateway.advertise_url or ""
 
     def describe(self) -> dict[str, Any]:
-        """The content of ``plan.json``: every command with its directory and variables, keys and tokens left out while
-        words are words: quoted, a key may look different."""
+        """The content of ``plan.json``, keys and tokens left out while words are words: quoted, a key may look
+        different."""
         hide = self._without_secrets
         return {
             "run_dir": str(self.run_dir),
@@ -92,13 +91,13 @@ class LaunchPlan:
         """The output of ``--dry-run``: the commands as one would type them, keys left out."""
         plan = self.describe()
         lines = [f"{key:<11} {plan[key]}" for key in ("run_dir", "api_url", "gateway_url")]
-        for spec in self.services:
-            entry = plan["services"][spec.name]
+        for spec, entry in zip(self.services, plan["services"].values(), strict=True):
             command = shlex.join(["env", *(f"{key}={value}" for key, value in entry["env"].items()), *entry["command"]])
             lines += ["", f"{spec.name} ({spec.kind}; restarts: {spec.restarts}, log {spec.log_path})"]
             lines.append(f"  cd {shlex.quote(str(spec.cwd))} && {command}")
-            for path, text in spec.files.items():
-                lines += [f"  {path}:", indent(self._without_secrets(text.rstrip()), "    ")]
+            if spec.kind == "environment":
+                for path, text in spec.files.items():
+                    lines += [f"  {path}:", indent(self._without_secrets(text.rstrip()), "    ")]
         return "\n".join(lines + [f"\nwarning: {warning}" for warning in plan["warnings"]])
 
     def _without_secrets(self, text: str) -> str:
@@ -113,10 +112,10 @@ def make_plan(
     *,
     own_api: bool,
     probe_url: str | None,
-    ray_words: Callable[[RunConfig], tuple[str, ...]] | None = None,
+    verl: Mapping[str, Any] | None = None,
     trains_here: bool = False,
 ) -> LaunchPlan:
-    """The services of a run; ``ray_words``: of the trainer with ``backend=ray``. Raises as ``plan_environments``."""
+    """The services of a run; ``verl``: every key of a trainer on Ray. Raises as ``plan_environments``."""
     run_dir = config.resolve_run_dir()
     evaluations = plan_evaluations(config, launch, of_training=trains_here)
     if evaluations and not trains_here:
@@ -130,7 +129,7 @@ def make_plan(
         services += environments
         warnings += notes
     if launch.starts("trainer") and not trains_here:
-        services.append(_trainer(launch, config, run_dir, ray_words(config) if ray_words else None))
+        services.append(_trainer(launch, config, run_dir, verl))
     return LaunchPlan(
         run_dir=run_dir,
         config=config,
@@ -181,9 +180,8 @@ def _api(launch: LaunchConfig, config: RunConfig, run_dir: Path, log: str) -> Se
     )
 
 
-def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: tuple[str, ...] | None) -> ServiceSpec:
-    file, settings = run_dir / _TRAINER_SETTINGS, launch.trainer_process
-    words = ray_words or ("--config-dir", str(file.parent), "--config-name", file.stem)
+def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, verl: Mapping[str, Any] | None) -> ServiceSpec:
+    file, settings = run_dir / "launch" / "trainer.yaml", launch.trainer_process
     ranks: tuple[str, ...] = ()
     if settings.nproc > 1:
         ranks = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.nproc}")
@@ -197,13 +195,14 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: 
         "ATROPOS_GATEWAY_KEY": config.gateway.api_key,
     }
     given = {name: value for name, value in variables.items() if value}
+    program = ("-m", "atropos_verl.cli", "train", "--config-dir", str(file.parent), "--config-name", file.stem)
+    # JSON, which YAML is a superset of.
+    text = json.dumps(_trainer_settings(config, verl), indent=1)
     return ServiceSpec(
         name="trainer",
-        command=(
-            *(interpreter(settings.python, "trainer_process.python"), *ranks),
-            *("-m", "atropos_verl.cli", "train", *words),
-        ),
+        command=(interpreter(settings.python, "trainer_process.python"), *ranks, *program),
         env={**given, **import_path(), **direct(config), **settings.env},
+        files={file: f"{text}\n"},
         secrets=secrets_of(config),
         cwd=run_dir,
         log_path=run_dir / "logs" / "trainer.1.log",
@@ -211,22 +210,29 @@ def _trainer(launch: LaunchConfig, config: RunConfig, run_dir: Path, ray_words: 
         restarts=settings.max_restarts if settings.on_death == "restart" else 0,
         startup_timeout=settings.startup_timeout,
         # It goes on from the newest checkpoint, whatever the first start was told.
-        restart_words=("trainer.resume_mode=auto" if ray_words else "resume=auto",),
+        restart_words=("resume=auto" if verl is None else "trainer.resume_mode=auto",),
     )
+
+
+def _trainer_settings(config: RunConfig, verl: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The trainer's file; environments, and the plan of evaluations, are the launch's."""
+    evaluation = {} if config.eval.commands_file is None else config.eval.model_dump(mode="json")
+    ours: dict[str, Any] = {"env": {}, "eval": evaluation}
+    if verl is None:
+        return {**config.model_dump(mode="json"), **ours}
+    of_model = {**verl["actor_rollout_ref"]["model"], "path": str(config.resolve_model_path())}
+    return {
+        **verl,
+        "backend": "ray",
+        "run_dir": config.run_dir,
+        "actor_rollout_ref": {**verl["actor_rollout_ref"], "model": of_model},
+        "atropos": {**verl["atropos"], **ours, "gateway": config.gateway.model_dump(mode="json")},
+    }
 
 
 def url_of(host: str, port: int) -> str:
     """The URL at which this machine reaches what listens on ``host``:``port``."""
     return f"http://{bracketed(reachable(host))}:{port}"
-
-
-def trainer_settings_text(config: RunConfig) -> str:
-    """The content of ``launch/trainer.yaml``: JSON, which YAML is a superset of."""
-    values = config.model_dump(mode="json")
-    values["env"] = EnvConfig().model_dump(mode="json")  # environments are the launch's
-    if config.eval.commands_file is None:
-        values["eval"] = EvalConfig().model_dump(mode="json")
-    return json.dumps(values, indent=1) + "\n"
 
 
 def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) -> None:
@@ -265,17 +271,17 @@ def unwritable(run_dir: Path, error: OSError) -> ConfigError:
 def prepare_run_dir(plan: LaunchPlan) -> None:
     """Make the run directory with its private files. Raises ``ConfigError`` when that fails, or the disk is full."""
     run_dir = plan.run_dir
+    files = {run_dir / "plan.json": f"{json.dumps(plan.describe(), indent=1)}\n".encode()}
+    if plan.launch.starts("trainer") and not plan.launch.starts("environments"):
+        files[run_dir / KEY_FILE] = f"{plan.config.gateway.api_key}\n".encode()
+    if plan.evaluations:
+        files[run_dir / _EVALUATIONS] = EVALUATIONS.dump_json(plan.evaluations, indent=1)
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "launch").mkdir(exist_ok=True)
-        write_atomic(run_dir / "plan.json", json.dumps(plan.describe(), indent=1) + "\n", private=True)
-        if plan.launch.backend == "local":
-            write_atomic(run_dir / _TRAINER_SETTINGS, trainer_settings_text(plan.config), private=True)
-        if plan.launch.starts("trainer") and not plan.launch.starts("environments"):
-            write_atomic(run_dir / KEY_FILE, f"{plan.config.gateway.api_key}\n", private=True)
+        for path, content in files.items():
+            write_atomic(path, content, private=True)
         write_tokenizer(plan.config)
-        if plan.evaluations:
-            write_atomic(run_dir / _EVALUATIONS, EVALUATIONS.dump_json(plan.evaluations, indent=1), private=True)
     except OSError as error:
         raise unwritable(run_dir, error) from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:

@@ -1,20 +1,20 @@
-"""A look at a running system from outside: ports, the API's status, the gateway's health, new lines of the metrics."""
+"""A look at a running system from outside: ports, API, gateway, steps, logs; and why no batch comes."""
 
-import http.client
-import json
 import logging
-import os
 import re
 import socket
 import threading
 import time
-import urllib.request
-from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.training.step import StepTail
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,40 @@ _RATED = 21
 _PREFIX = "atropos_verl_gateway_"
 _KEPT_STEPS = 8
 _KEPT_REWARDS = 400
+_SHOWN = 3
+_SHOWN_LENGTH = 300
+_KEY_LENGTH = 120
+_ERROR = re.compile(r"\b(ERROR|CRITICAL|WARNING)\b|\bskipping\b|^(\w+\.)*\w*(Error|Exception)\b", re.IGNORECASE)
+_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
+_FAILURE = re.compile(r"error|exception|fail", re.IGNORECASE)
+_SILENT = "does not answer"
+_FEW = 3
+"""Lines of a log that say more than an accident at the start."""
+_LINE_PREFIX = re.compile(r"^[\d:, .T-]*(?:\w+ - )?\[?(?:ERROR|CRITICAL|WARNING|INFO)\]?(?:[ :][a-z_][\w.]*:)?[: -]*")
+_VARYING = re.compile(r"0x[0-9a-f]+|[0-9a-f-]{36}|\d+|'[^']*'|\"[^\"]*\"")
+"""What may differ between two lines that say the same."""
+_REFUSAL = re.compile(r"(?:WARNING|ERROR) \S+: (.*(?:\brefused\b|no such endpoint).*)")
+_REFUSED_CLIENT = re.compile(r"BadRequestError|AuthenticationError|PermissionDenied|NotFoundError|ClientResponseError")
+"""What a client raises whose request was refused."""
+_UPSTREAM_REFUSAL = re.compile(r"Client error: (\d+), not retrying")
+_CONNECTION = re.compile(
+    r"APIConnectionError|Connection error|Cannot connect|Connect(ion)?Error|ProxyError|getaddrinfo", re.IGNORECASE
+)
+_TOO_LONG = re.compile(r"position|context|too long|longer than|max_model_len|leaves no room", re.IGNORECASE)
+_DROPS = {
+    "Scores are the same": (
+        "drops every group, since all scores of a group are equal",
+        "Is the task too hard, too easy, or scored wrongly? --env.ensure_scores_are_not_same false sends such groups",
+    ),
+    "Token length is too long": (
+        "drops every group, since a sequence of it has --env.max_token_length tokens or more",
+        "raise max_response_length or data.max_prompt_length, or have the environment ask for fewer tokens",
+    ),
+}
+"""What atroposlib logs when it drops a group instead of sending it → what that means, what to do."""
+_HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+"""For all threads: each client reads the system's certificates, for 20 ms. A connection that is kept may be of a
+service that has died."""
 
 
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
@@ -43,36 +77,26 @@ def request_json(
     url: str, *, token: str | None = None, body: Mapping[str, Any] | None = None, timeout: float = _PROBE_SECONDS
 ) -> Any:
     """The JSON answer to a GET, or a POST of ``body``, without a proxy; text if it is none; None when it fails."""
-    headers = {"Accept": "application/json", "Content-Type": "application/json"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    data = None if body is None else json.dumps(body).encode()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
-        with opener.open(urllib.request.Request(url, data=data, headers=headers), timeout=timeout) as answer:
-            content = answer.read()
-    except (OSError, http.client.HTTPException):  # HTTPError (4xx, 5xx) and timeouts are OSErrors
+        answer = _HTTP.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout)
+        answer.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL):
         return None
     try:
-        return json.loads(content)
+        return answer.json()
     except ValueError:
-        return content.decode("utf-8", "replace")
+        return answer.text
 
 
 class Poller:
-    """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody.
-
-    Times are ``time.monotonic()`` seconds of the last answer, 0.0: none yet. It ``generates`` once through a gateway
-    that is up; otherwise its health is believed.
-    """
+    """Asks API and gateway every half second from threads of its own, so that a frozen one blocks nobody. Times are
+    ``time.monotonic()`` seconds of the last answer, 0.0: none yet. It ``generates`` once through a gateway that is up;
+    otherwise its health is believed."""
 
     def __init__(self, config: RunConfig, gateway_url: str | None, *, generates: bool = True) -> None:
-        self._api_url = config.atropos.api_url
-        self._api_token = config.atropos.token
-        self._gateway_url = gateway_url
-        self._gateway_key = config.gateway.api_key
+        self._config, self._gateway_url, self._generates = config, gateway_url, generates
         self._model_name = str(config.resolve_model_path())
-        self._generates = generates
         self.api: Mapping[str, Any] | None = None
         """``/status``; None: does not answer now."""
         self.api_at = 0.0
@@ -83,19 +107,14 @@ class Poller:
         self.gateway_at = 0.0
         self.generated_at = 0.0
         """Time of the first generation through the gateway that succeeded, since the trainer's last start."""
-        self.served = 0
-        """Requests of others that the gateway has answered with 200."""
-        self.refused = 0
-        """Requests that the gateway has answered with an error."""
+        self.served = self.refused = 0
+        """Requests of others that the gateway has answered with 200, and with an error."""
         self.tokens_per_second: float | None = None
         self.requests_per_second: float | None = None
         self._ended = threading.Event()
         self._rated: deque[tuple[float, float, float]] = deque(maxlen=_RATED)
-        asked = {"api": self.ask_api} | ({"gateway": self._ask_gateway} if gateway_url else {})
-        self._threads = [
-            threading.Thread(target=self._loop, args=(ask,), name=f"poll-{name}", daemon=True)
-            for name, ask in asked.items()
-        ]
+        asks = [self.ask_api, *([self._ask_gateway] if gateway_url else [])]
+        self._threads = [threading.Thread(target=self._loop, args=(ask,), daemon=True) for ask in asks]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -122,21 +141,24 @@ class Poller:
 
     def ask_api(self) -> bool:
         """Ask for the API's status now; whether it answered."""
-        status = request_json(f"{self._api_url}/status", token=self._api_token)
-        good = isinstance(status, dict) and "current_step" in status
-        if good and isinstance(status.get("environments"), int):  # ours: the number here, one row each there
-            page = request_json(f"{self._api_url}/page-data", token=self._api_token)
+        url, token = self._config.atropos.api_url, self._config.atropos.token
+        status = request_json(f"{url}/status", token=token)
+        if not isinstance(status, dict) or "current_step" not in status:
+            self.api = None
+            return False
+        if isinstance(status.get("environments"), int):  # ours: the number here, one row each there
+            page = request_json(f"{url}/page-data", token=token)
             page = page if isinstance(page, dict) else {}
             status = {**status, "environments": page.get("environments"), "refused": page.get("refused")}
-        if good and self.api is not None and status["current_step"] > self.api["current_step"]:
-            self.batch_at = time.monotonic()
-        self.api = status if good else None
-        if good:
-            self.api_at = time.monotonic()
-        return good
+        now = time.monotonic()
+        if self.api is not None and status["current_step"] > self.api["current_step"]:
+            self.batch_at = now
+        self.api, self.api_at = status, now
+        return True
 
     def _ask_gateway(self) -> None:
-        health = request_json(f"{self._gateway_url}/health")
+        url, key = self._gateway_url, self._config.gateway.api_key
+        health = request_json(f"{url}/health")
         if not isinstance(health, dict):
             self.gateway = self.tokens_per_second = self.requests_per_second = None
             return
@@ -145,13 +167,12 @@ class Poller:
         # The step of a busy machine may begin while the API does not answer.
         if self.generated_at and health.get("paused") and not was_paused:
             self.batch_at = self.gateway_at
-        text = request_json(f"{self._gateway_url}/metrics", token=self._gateway_key)
+        text = request_json(f"{url}/metrics", token=key)
         self._count(_counters(text) if isinstance(text, str) else {})
         if not self.generated_at and not health.get("paused") and health.get("policy_version", -1) >= 0:
-            body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
-            url = f"{self._gateway_url}/v1/completions"
             if self._generates:
-                answer = request_json(url, token=self._gateway_key, body=body, timeout=_GENERATION_SECONDS)
+                body = {"model": self._model_name, "prompt": "a", "max_tokens": 1, "temperature": 1.0}
+                answer = request_json(f"{url}/v1/completions", token=key, body=body, timeout=_GENERATION_SECONDS)
                 if not isinstance(answer, dict) or not answer.get("choices"):
                     return
             self.generated_at = time.monotonic()
@@ -173,20 +194,18 @@ class Poller:
                 self.tokens_per_second = max(0.0, tokens) / seconds
 
 
-def _counters(text: str) -> dict[str, float]:
+def _counters(text: str) -> Mapping[str, float]:
     """Prometheus text → name without our prefix → value, labels summed up; ``served_total``: answers of 200,
     ``refused_total``: of errors."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    found: defaultdict[str, float] = defaultdict(float)
+    found = defaultdict[str, float](float)
     for sample in (sample for family in text_string_to_metric_families(text) for sample in family.samples):
-        name = sample.name.removeprefix(_PREFIX)
-        found[name] += sample.value
-        status = int(sample.labels.get("status", 0)) if name == "requests_total" else 0
-        if status == 200:
-            found["served_total"] += sample.value
-        elif status >= 400 and status != 499:  # 499 is a client that went away
-            found["refused_total"] += sample.value
+        names, status = [sample.name.removeprefix(_PREFIX)], int(sample.labels.get("status", 0))
+        if names == ["requests_total"] and (status == 200 or status >= 400) and status != 499:  # a client that left
+            names.append("served_total" if status == 200 else "refused_total")
+        for name in names:
+            found[name] += sample.value
     return found
 
 
@@ -208,24 +227,16 @@ def connected_entries(status: Mapping[str, Any] | None, name: str) -> list[Mappi
     ]
 
 
-class StepTail:
-    """Reads the new lines of ``metrics.jsonl`` at each ``poll``.
-
-    A resumed run replaces the file by one without the steps that it will take again: that one is read anew, and only
-    what goes beyond the last step is news.
-    """
+class StepWatch:
+    """The steps that a run has in ``metrics.jsonl``. Of a resumed run, which takes some again, only what goes beyond
+    the last step is news."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.path = path
         self.recent: deque[dict[str, Any]] = deque(maxlen=_KEPT_STEPS)
         self.rewards: deque[float | None] = deque(maxlen=_KEPT_REWARDS)
         self.last_at: float | None = None
         """``clock()`` when the last new line was seen; None: none yet."""
-        self._clock = clock
-        self._file: tuple[int, int] | None = None
-        self._position = 0
-        self._rest = b""
-        self._is_first = path.exists()
+        self._tail, self._clock, self._is_first = StepTail(path), clock, path.exists()
 
     @property
     def step(self) -> int:
@@ -234,36 +245,176 @@ class StepTail:
 
     def poll(self) -> list[dict[str, Any]]:
         """Steps taken since the last call (those that were there before the first call are not)."""
-        before = self.step
-        try:
-            with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                key = (status.st_dev, status.st_ino)
-                if replaced := key != self._file or status.st_size < self._position:
-                    self._file, self._position, self._rest = key, 0, b""
-                    self.recent.clear()
-                    self.rewards.clear()
-                file.seek(self._position)
-                content = file.read()
-        except OSError:
-            return []
-        self._position += len(content)
-        *lines, self._rest = (self._rest + content).split(b"\n")
-        found = [line for line in map(_step, lines) if line is not None]
+        before, (is_new, found) = self.step, self._tail.read()
+        if is_new:
+            self.recent.clear()
+            self.rewards.clear()
         self.recent.extend(found)
         self.rewards.extend(line.get("reward/mean") for line in found)
-        if self._is_first:
-            self._is_first = False
-            return []
-        fresh = [line for line in found if not replaced or line["step"] > before]
+        fresh = [line for line in found if not self._is_first and (not is_new or line["step"] > before)]
+        self._is_first = False
         if fresh:
             self.last_at = self._clock()
         return fresh
 
 
-def _step(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """What the logs of a run say since its last batch."""
+
+    errors: Mapping[str, Counter[str]] = field(default_factory=dict)
+    """Environment → how often each of its error lines came."""
+    gateway: Sequence[str] = ()
+    """The last refusals of the gateway, with their reasons."""
+    api: Sequence[str] = ()
+    endings: Mapping[str, str] = field(default_factory=dict)
+    """Environment → the last line of its log."""
+
+
+def common_errors(text: str) -> Counter[str]:
+    """How often each error line of a log came. Lines that differ in numbers and quoted text are one, the first."""
+    found: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for line in text.splitlines():
+        level = _LEVEL.search(line[:80])
+        if _ERROR.search(line) and (level is None or level[1] not in ("DEBUG", "INFO")):
+            shown = _LINE_PREFIX.sub("", line.strip())[:_SHOWN_LENGTH]
+            found[first.setdefault(_VARYING.sub("…", shown)[:_KEY_LENGTH], shown)] += 1
+    return found
+
+
+def last_refusals(text: str) -> list[str]:
+    """The last different refusals that a server has logged, the newest first."""
+    found = [match[1][:_SHOWN_LENGTH] for match in map(_REFUSAL.search, text.splitlines()) if match]
+    return list(dict.fromkeys(reversed(found)))[:_SHOWN]
+
+
+def diagnose(state: Mapping[str, Any], silent: float, facts: LogFacts, *, going_on: bool = True) -> str:
+    """The diagnosis after ``silent`` seconds without a batch; ``since`` of the ``state`` counts from the last one."""
+    cause, remedy = _cause(state, facts)
+    lines = [f"no batch for {silent:.0f} s: {cause}", f"  what to change: {remedy}"]
+    lines.append("  what is known" + ("; the run goes on waiting:" if going_on else ":"))
+    for service in state.get("services", []):
+        pid = f", pid {service['pid']}" if service.get("pid") else ""
+        detail = f": {service['detail']}" if service.get("detail") else ""
+        lines.append(f"  {service['name']}: {service['state']}{pid}, {service['restarts']} restarts{detail}")
+        errors = facts.errors.get(service["name"], Counter())
+        lines += [f"    {count} x {line}" for line, count in errors.most_common(_SHOWN)]
+        if service.get("log") and service["kind"] == "environment":
+            ending = facts.endings.get(service["name"])
+            lines.append(f"    its log: {service['log']}" + (f", which ends: {ending}" if ending else ""))
+    api, gateway = state.get("api") or {}, state.get("gateway") or {}
+    lines.append(f"  trajectory API: {_figures(api, 'current_step', 'queue_size', 'open_leases', 'refused')}")
+    rows = [row for row in environments_of(api) or () if row.get("state") != "disconnected"]
+    if api and not rows:
+        known = environments_of(api) is not None
+        lines.append(f"  environments: {'none is registered' if known else 'this API does not say who sent what'}")
+    said = ("state", "heard_seconds_ago", "groups", "waiting_sequences", "refused", "min_batch_allocation")
+    lines += [f"  environment {row.get('name') or row.get('env_id')}: {_figures(row, *said)}" for row in rows]
+    lines += [f"    {line}" for line in facts.api]
+    seen = {**gateway, **state.get("rates", {}), **state.get("since", {})} if gateway else {}
+    figures = ("in_flight", "tokens_per_second", "requests_per_second", "served", "refused", "policy_version", "paused")
+    lines += [f"  inference gateway: {_figures(seen, *figures)}", *(f"    {line}" for line in facts.gateway)]
+    return "\n".join([*lines, f"  all logs: {state.get('run_dir')}/logs"])
+
+
+def _figures(values: Mapping[str, Any], *names: str) -> str:
+    known = {name: value for name in names if (value := values.get(name)) is not None}
+    texts = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in known.values())
+    return ", ".join(f"{name.replace('_', ' ')} {text}" for name, text in zip(known, texts, strict=True)) or _SILENT
+
+
+def _cause(state: Mapping[str, Any], facts: LogFacts) -> tuple[str, str]:
+    """The likeliest cause in one sentence, and what to change."""
+    api, gateway, rates, since = (state.get(name) or {} for name in ("api", "gateway", "rates", "since"))
+    environments = [service for service in state.get("services", []) if service["kind"] == "environment"]
+    running = [service["name"] for service in environments if service["state"] == "running"]
+    trainer = f"see {state.get('run_dir')}/logs/trainer.log, and its CPU use (kill -CONT wakes a stopped one)"
+    waiting, who = api.get("queue_sequences", api.get("queue_size")) or 0, _who(running)
+    if not api:
+        todo = "see its log, and whether its process runs (kill -CONT wakes a stopped one)"
+        return f"the trajectory API at {state.get('api_url')} does not answer: it is gone or frozen", todo
+    if environments and not running:
+        service = environments[0]
+        texts = {"failed": "was given up", "restarting": "has just died", "starting": "has not registered at the API"}
+        detail = service.get("detail") or facts.endings.get(service["name"])
+        what = f"environment {service['name']} {texts.get(service['state'], 'does not run')}"
+        return what + (f": {detail}" if detail else ""), "see the end of its log"
+    if not gateway and state.get("gateway_url"):
+        return "the trainer's gateway does not answer: the trainer is gone, busy or frozen", trainer
+    if waiting >= state.get("batch_size", 1):
+        todo = "do the group sizes add up to batch_size, and does every environment with a min_batch_allocation send?"
+        return f"{waiting} sequences wait at the API but make no batch of {state.get('batch_size')}", todo
+    if found := _no_groups(since, facts, who):
+        return found
+    if gateway.get("paused"):
+        return "the gateway is paused: the trainer is in a step or a weight sync that does not end", trainer
+    served = since.get("served")
+    if rates.get("tokens_per_second"):
+        had = f" after {served} answers" if served else ""
+        text = f"the policy is being sampled, but {who} sends no group{had}: rollouts are long, scoring is slow, or"
+        todo = "wait, or see its log. Many drop a group without a word when its answers are cut off"
+        todo += " (max_response_length, --env.max_token_length), are not in their form, or have equal scores: take"
+        return f"{text} it drops its groups", f"{todo} easier tasks or another model"
+    if gateway.get("in_flight"):
+        had = f"{who} had {served} answers and sends no group; " if served else ""
+        text = "no token is generated: the inference engine hangs"
+        if rates.get("tokens_per_second") is None:  # replicas on Ray count tokens when an answer ends
+            text = "no answer ends: they are long, or the inference engine hangs"
+        return f"{had}requests are in flight but {text}", trainer
+    text = "nobody asks the gateway for completions"
+    if not running:
+        return text, "are the environments elsewhere running, and can they reach it?"
+    todo = "is it frozen, still loading, waiting for a resource, or asking another server (its log)?"
+    return f"{text}: is {who} stuck{'' if served else '; none of its requests has come'}?", todo
+
+
+def _who(names: Sequence[str]) -> str:
+    return f"environment {', '.join(names)}" if names and names != ["environment"] else "the environment"
+
+
+def _no_groups(since: Mapping[str, Any], facts: LogFacts, who: str) -> tuple[str, str] | None:
+    """The cause that is counted most often, where groups or requests were refused, dropped or failed."""
+    errors, found = sum(facts.errors.values(), Counter[str]()), list[tuple[int, str, str]]()
+    why_group, why = (
+        re.sub(r".*\brefused( at \S+)?: ", "", next(iter(said), "")) for said in (facts.api, facts.gateway)
+    )
+
+    def count(pattern: re.Pattern[str]) -> int:
+        return sum(number for line, number in errors.items() if pattern.search(line))
+
+    refused, served = since.get("refused", 0), since.get("served", 0)
+    if not refused and not served and "API key" in why:  # these are not counted as requests
+        refused = count(_REFUSED_CLIENT)
+    if refused_groups := max(since.get("refused_groups", 0), count(_UPSTREAM_REFUSAL)):
+        text = f"the trajectory API refuses every group of {who}: {refused_groups} refused"
+        todo = "correct what the environment sends: the reason names field and value"
+        found.append((refused_groups, f"{text}, {why_group or '(it does not say why)'}", todo))
+    if refused:
+        part = f"{refused} of {refused + served} requests" if served else "every request"
+        text, todo = f"the gateway refuses {part} of {who}", "correct what it asks for: the reason names the parameter"
+        if _TOO_LONG.search(why):
+            text = f"the prompts of {who} are too long: the gateway refuses {part}"
+            todo = "raise data.max_prompt_length (and max_response_length), take a model with more positions, or "
+            todo += "shorten them"
+        elif "API key" in why:
+            todo = "leave --openai.api_key out of the environment's arguments: the run hands its own key over"
+        found.append((refused, f"{text}: {refused} refused, {why or '(see its log)'}", todo))
+    others, failed = list[tuple[str, str, int]](), -refused - refused_groups
+    for line, number in errors.most_common():
+        names = _who([name for name, lines in facts.errors.items() if line in lines])
+        if drop := next((item for words, item in _DROPS.items() if words in line), None):
+            found.append((number, f"{names} {drop[0]} ({number} groups)", drop[1]))
+        elif not _UPSTREAM_REFUSAL.search(line):
+            others.append((names, line, number))
+            failed += number
+    if others and failed > 0 and (failed >= _FEW or not served):
+        names, line, number = others[0]
+        what = "fails in its own code" if _FAILURE.search(line) else "sends no group; its log says"
+        todo = "correct the environment, or ask less of the model; its log has more"
+        if _CONNECTION.search(line) and not served:
+            what = "cannot reach what it asks"
+            todo = "is it pointed at another address, or does a proxy stand between (HTTP_PROXY, NO_PROXY)?"
+        found.append((failed, f"{names} {what}: {line} ({number} times)", todo))
+    best = max(found, key=lambda item: item[0], default=(0, "", ""))
+    return best[1:] if best[0] > since.get("groups", 0) else None

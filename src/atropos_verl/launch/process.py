@@ -72,23 +72,18 @@ def describe_exit(returncode: int) -> str:
 
 
 def _inherited() -> dict[str, str]:
-    """The environment without what torchrun said of ranks to this process, or another launcher before it: a child is
-    none of them, and a library in it that reads them would wait for the others. Nor has it keys of the shell's: API and
-    trainer are given theirs, and what an environment has of them is in its file."""
+    """The environment without what torchrun, or another launcher, said of ranks to this process: a library of a child
+    that reads them would wait for the others. Nor has it keys of the shell's: who needs one is given it."""
+    hidden = (*RANK_VARIABLES, *_KEY_VARIABLES)
     return {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (*RANK_VARIABLES, *_KEY_VARIABLES) and not name.startswith("TORCHELASTIC_")
+        name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("TORCHELASTIC_")
     }
 
 
 class ManagedProcess:
-    """A service: a child in a session of its own, together with everything it starts.
-
-    States: new → ``start()`` → running → (dies, or ``stop()``) → ended; ``returncode`` is then set. When this process
-    dies without ``stop()``, even by ``kill -9``, or drops this object, the orphan reaper ends the service (see
-    ``launch.orphan_reaper``). Not thread-safe: use it from one thread at a time.
-    """
+    """A service: a child in a session of its own, together with everything it starts. When this process dies without
+    ``stop()``, even by ``kill -9``, or drops this object, the orphan reaper ends the service. Not thread-safe: use it
+    from one thread at a time."""
 
     def __init__(self, spec: ServiceSpec) -> None:
         self.spec = spec
@@ -101,7 +96,7 @@ class ManagedProcess:
 
     @property
     def pid(self) -> int | None:
-        """Process id, which is also the id of its process group; None before ``start()``."""
+        """Also the id of its process group; None before ``start()``."""
         return None if self._process is None else self._process.pid
 
     @property
@@ -134,11 +129,8 @@ class ManagedProcess:
         except OSError as error:
             self._release_reaper()
             where = f" {error.filename}" if error.filename else ""
-            raise ServiceError(
-                f"cannot start {self.spec.name}: {error.strerror}:{where} (command {self.spec.command[0]}, "
-                f"directory {self.spec.cwd})",
-                self.spec.name,
-            ) from error
+            text = f"{error.strerror}:{where} (command {self.spec.command[0]}, directory {self.spec.cwd})"
+            raise ServiceError(f"cannot start {self.spec.name}: {text}", self.spec.name) from error
         assert self._reaper is not None and self._reaper.stdin is not None
         try:
             self._reaper.stdin.write(f"pgid {self._process.pid}\n".encode())
@@ -190,7 +182,12 @@ class ManagedProcess:
             return True
         if not self._leader_has_ended() or orphan_reaper.carriers(self._token):
             return False
-        return not _members(self._process.pid)  # those whose variables are their own carry no token
+        for process in psutil.process_iter():  # those of the group whose variables are their own carry no token
+            with contextlib.suppress(ProcessLookupError, psutil.Error):
+                is_member = os.getpgid(process.pid) == self._process.pid
+                if is_member and process.status() != psutil.STATUS_ZOMBIE:  # nobody can end that but its parent
+                    return False
+        return True
 
     def _reap(self) -> None:
         """Kill what is left, then collect the exit status: in this order, the group's id cannot have been reused."""
@@ -251,10 +248,8 @@ def ended_with_this_process() -> Iterator[None]:
 
 
 def stop_all(processes: Sequence[ManagedProcess], grace: float = GRACE_SECONDS) -> None:
-    """End all of them in this order; they share one wait of ``grace`` seconds. Safe at any time, and again.
-
-    A ``KeyboardInterrupt`` while waiting means "now": the rest is killed at once, and it is raised.
-    """
+    """End all of them in this order; they share one wait of ``grace`` seconds. Safe at any time, and again. A
+    ``KeyboardInterrupt`` while waiting means "now": the rest is killed at once, and it is raised."""
     try:
         for process in processes:
             process._signal(signal.SIGTERM)
@@ -273,14 +268,11 @@ _UNWRITABLE: set[Path] = set()
 
 
 def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
-    """Overwrite ``secrets`` in a file from byte ``start`` on; returns where the next call starts.
-
-    In place and of the same length, since its writer goes on appending. A line break within a secret is looked
-    through: Atropos prints its settings with rich, which folds long lines.
-    """
+    """Overwrite ``secrets`` in a file from byte ``start`` on; returns where the next call starts. In place and of the
+    same length, since its writer goes on appending. A line break within a secret is looked through: Atropos prints its
+    settings with rich, which folds long lines."""
     if not secrets or not path.is_file():
         return start
-    longest = 2 * max(len(secret) for secret in secrets)
     try:
         with path.open("r+b") as file:
             file.seek(start)
@@ -294,7 +286,7 @@ def blot_out(path: Path, secrets: Sequence[str], start: int = 0) -> int:
             logger.warning("keys of the run may be left in %s: %s", path, error)
         _UNWRITABLE.add(path)
         return start
-    return max(start, start + len(content) - longest)
+    return max(start, start + len(content) - 2 * max(map(len, secrets)))
 
 
 def read_tail(path: Path, start: int = 0) -> str:
@@ -306,15 +298,3 @@ def read_tail(path: Path, start: int = 0) -> str:
             return log.read().decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _members(pgid: int) -> list[int]:
-    """Living processes of a group; zombies do not count, nobody can end them but their parent."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == pgid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.pid)
-        except (ProcessLookupError, psutil.Error):
-            continue
-    return found

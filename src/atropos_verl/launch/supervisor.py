@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import threading
@@ -18,10 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from atropos_verl.config.schema import SuperviseConfig
 from atropos_verl.errors import ServiceError
-from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals
 from atropos_verl.launch.evaluation import EvaluationWatch
 from atropos_verl.launch.plan import DISK_FULL_BYTES, LaunchPlan
-from atropos_verl.launch.probes import Poller, StepTail, connected_entries, environments_of, request_json
+from atropos_verl.launch.probes import (
+    LogFacts,
+    Poller,
+    StepWatch,
+    common_errors,
+    connected_entries,
+    diagnose,
+    environments_of,
+    last_refusals,
+    request_json,
+)
 from atropos_verl.launch.process import GRACE_SECONDS, ManagedProcess, ServiceSpec, describe_exit, read_tail, stop_all
 from atropos_verl.storage import write_atomic
 
@@ -34,21 +45,16 @@ _TICK_SECONDS = 0.2
 _API_POLL_SECONDS = 0.05
 _AFTERMATH_SECONDS = 20.0
 """Seconds after an absence of the API in which others' deaths are its fault."""
-_KEPT_LOGS = 20
 _KEPT_NOTES = 30
 _FIRST_STALL_SECONDS = 20.0
 """Without a first batch the diagnosis is shown after these, or after ``supervise.stall_after`` where that is less."""
 _TRAINER_CONFIG_ERROR = 2
-_EXCUSED = 4
-"""Times ``max_restarts`` after which deaths that others caused count as well."""
+_LETTER = re.compile(r"[^\W\d_]")
 
 
 class WatchedService:
     """One service over all its lives: waiting, starting, running, after a death restarting; at the end failed (given
-    up), ended (exit 0) or stopped (by us).
-
-    The log of the Nth start is ``logs/NAME.N.log`` where the first one's is ``logs/NAME.1.log``.
-    """
+    up), ended (exit 0) or stopped (by us)."""
 
     def __init__(self, spec: ServiceSpec, policy: SuperviseConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.spec = spec
@@ -60,6 +66,7 @@ class WatchedService:
         self.started_at = 0.0
         """``clock()`` of the last start, seconds."""
         self.process: ManagedProcess | None = None
+        self.log_path: Path | None = None
         self._policy = policy
         self._clock = clock
         self._streak = 0
@@ -68,10 +75,6 @@ class WatchedService:
         self._last_error: int | None = None
         self.cannot_start = False
         """It exited with the same error twice in a row, and never was ready."""
-        # A run that is resumed keeps the logs of the launch before.
-        self._has_numbered_logs = spec.log_path.suffixes[-2:] == [".1", ".log"]
-        logs = spec.log_path.parent.glob(f"{spec.name}.*.log") if self._has_numbered_logs else ()
-        self._logs = max((int(n) for path in logs if (n := path.name.split(".")[-2]).isdecimal()), default=0)
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class WatchedService:
     @property
     def has_future(self) -> bool:
         """It lives, or will be started (again)."""
-        return self.state in ("waiting", "starting", "running", "restarting")
+        return self.is_alive or self.state in ("waiting", "restarting")
 
     @property
     def is_due(self) -> bool:
@@ -94,13 +97,13 @@ class WatchedService:
     def start(self) -> None:
         """Start it (again). Raises ``ServiceError`` as ``ManagedProcess``."""
         self.starts += 1
-        self._logs += 1
+        path = self.spec.log_path
+        if path.suffixes[-2:] == [".1", ".log"]:  # a run that is resumed keeps the logs of the launch before
+            numbered = (path.with_name(f"{self.name}.{number}.log") for number in itertools.count(1))
+            path = next(place for place in numbered if not place.exists())
+        self.log_path = path
         command = (*self.spec.command, *(self.spec.restart_words if self.starts > 1 else ()))
-        self.process = ManagedProcess(replace(self.spec, command=command, log_path=self._log_path(self._logs)))
-        if self._has_numbered_logs:
-            oldest = self._log_path(self._logs - _KEPT_LOGS)
-            for path in (oldest, oldest.with_name(f"{oldest.name}.old")):
-                path.unlink(missing_ok=True)
+        self.process = ManagedProcess(replace(self.spec, command=command, log_path=path))
         self.state, self.detail = "starting", ""
         self.started_at = self._clock()
         self.process.start()
@@ -129,16 +132,13 @@ class WatchedService:
 
     def plan_restart(self, *, excused: bool = False) -> float | None:
         """After a death: seconds until the next start; None: it is given up, restarted too often or unable to start.
-
-        A death that is ``excused``, since another service caused it, does not count (within reason).
-        """
+        A death that is ``excused``, since another service caused it, does not count."""
         if self._clock() - self.started_at >= self._policy.healthy_after:
             self._streak, self._last_error = 0, None
         error = self.returncode if self.returncode and self.returncode > 0 and not excused else None
         self.cannot_start = error is not None and error == self._last_error and not self._was_ready
         self._last_error = error
-        if not excused or self.deaths > _EXCUSED * (self.spec.restarts + 1):
-            self._streak += 1
+        self._streak += not excused
         if self.spec.restarts == 0 or self._streak > self.spec.restarts or self.cannot_start:
             self.state = "failed"
             return None
@@ -154,7 +154,6 @@ class WatchedService:
         self.state, self.detail = state, detail
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines of its newest log."""
         return "" if self.process is None else self.process.log_tail(lines)
 
     def error(self, message: str) -> ServiceError:
@@ -172,20 +171,14 @@ class WatchedService:
             "restarts": max(0, self.starts - 1),
             "seconds": round(self._clock() - self.started_at, 1) if process and self.is_alive else None,
             "detail": self.detail,
-            "log": str(process.spec.log_path) if process else None,
+            "log": str(self.log_path) if process else None,
         }
-
-    def _log_path(self, number: int) -> Path:
-        path = self.spec.log_path
-        return path.with_name(f"{self.name}.{number}.log") if self._has_numbered_logs else path
 
 
 class Supervisor:
-    """The life of a launch, which calls ``run()``, and ``interrupt()`` from its signal handlers.
-
-    A process that trains itself has no ``view``, and calls ``start_api()``, ``start()``, ``check()`` while it waits for
-    batches, and ``stop()``.
-    """
+    """The life of a launch, which calls ``run()``, and ``interrupt()`` from its signal handlers. A process that trains
+    itself has no ``view``, and calls ``start_api()``, ``start()``, ``check()`` while it waits for batches, and
+    ``stop()``."""
 
     def __init__(self, plan: LaunchPlan, tell: Callable[[str], None], view: LaunchView | None = None) -> None:
         self.plan = plan
@@ -197,7 +190,7 @@ class Supervisor:
         self._environments = [watched for watched in self.services if watched.spec.kind == "environment"]
         self._poller = Poller(plan.config, plan.probe_url, generates=not plan.trains_here)
         self._evaluations = EvaluationWatch(plan.run_dir)
-        self._steps = StepTail(plan.run_dir / "metrics.jsonl")
+        self._steps = StepWatch(plan.run_dir / "metrics.jsonl")
         self._interrupts = 0
         self._wake = threading.Event()
         self._notes: deque[str] = deque(maxlen=_KEPT_NOTES)
@@ -217,17 +210,15 @@ class Supervisor:
         self.diagnosis = ""
         """Why no batch has come; "" while they come."""
         self._ending = ""
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._failure: BaseException | None = None
         self._note(f"to see it in a browser: atropos-verl view {shlex.quote(str(plan.run_dir))}")
         for warning in plan.warnings:
             self._note(f"warning: {warning}")
 
     def run(self) -> int:
-        """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted.
-
-        Raises ``ServiceError`` when a service is gone for good that the run needs, ``KeyboardInterrupt`` at the second.
-        """
+        """Returns the exit code: 0 done, 2 the trainer refused its configuration, 130 interrupted. Raises
+        ``ServiceError`` when a service is gone for good that the run needs, ``KeyboardInterrupt`` at the second."""
         self._poller.start()
         try:
             while (code := self._tick()) is None:
@@ -261,7 +252,6 @@ class Supervisor:
         """Start the environments, then watch everything from a thread."""
         self._tick()
         self._poller.start()
-        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -273,7 +263,7 @@ class Supervisor:
         """End the watching, then every service. Safe at any time, and again."""
         self._wake.set()
         try:
-            if self._thread is not None:
+            if self._thread.is_alive():
                 self._thread.join()
         finally:
             self._end()
@@ -302,8 +292,8 @@ class Supervisor:
     def _show_news(self) -> None:
         if lines := self._steps.poll():
             self._counted, self.diagnosis = self._counts(), ""
-            logs = [watched.process.spec.log_path for watched in self._environments if watched.process is not None]
-            self._log_sizes |= {path: path.stat().st_size for path in logs if path.exists()}
+            logs = [watched.log_path for watched in self._environments]
+            self._log_sizes |= {path: path.stat().st_size for path in logs if path is not None and path.exists()}
         for line in lines:
             if self._view is not None:
                 self._view.step(line, self.state())
@@ -313,7 +303,9 @@ class Supervisor:
     def _end(self) -> None:
         """Trainer first, which may take its time for a checkpoint, then all others together."""
         try:
-            self._conclude()
+            silent, was_over, self._is_over = self._silent_seconds(), self._is_over, True
+            if self.diagnosis and silent and not was_over:  # for the final error, while what it looks at is there
+                self.diagnosis = diagnose(self.state(), silent, self._facts(), going_on=False)
             self._stop_trainer()
             self._poller.stop()
         finally:
@@ -329,27 +321,26 @@ class Supervisor:
             self._trainer.process.stop(self.plan.launch.trainer_process.stop_grace)
 
     def _start_due(self) -> None:
-        if not self._api_answers():
-            if "api" in self._said:
-                self._api_lost_at = time.monotonic()
-            if self._api is not None and self._api.is_due:
-                self._start(self._api)
+        if self._api_answers():
+            for watched in (*self._environments, *filter(None, [self._trainer])):
+                if watched.is_due:
+                    self._start(watched)
             return
-        for watched in (*self._environments, *filter(None, [self._trainer])):
-            if watched.is_due:
-                self._start(watched)
+        if "api" in self._said:
+            self._api_lost_at = time.monotonic()
+        if self._api is not None and self._api.is_due:
+            self._start(self._api)
 
     def _start(self, watched: WatchedService) -> None:
-        again = watched.starts > 0
         if watched is self._api:
             self._poller.api = None
         if watched is self._trainer:
             self._poller.expect_new_gateway()
             self._said -= {"gateway", "generation"}
         watched.start()
-        assert watched.process is not None
-        self._log_sizes.setdefault(watched.process.spec.log_path, watched.process.log_start)
-        self._inform(f"{'restarting' if again else 'starting'} {watched.name} (log {watched.process.spec.log_path})")
+        assert watched.process is not None and watched.log_path is not None
+        self._log_sizes.setdefault(watched.log_path, watched.process.log_start)
+        self._inform(f"{'restarting' if watched.starts > 1 else 'starting'} {watched.name} (log {watched.log_path})")
 
     def _api_answers(self) -> bool:
         return self._poller.api is not None and (self._api is None or self._api.is_alive)
@@ -393,45 +384,39 @@ class Supervisor:
     def _advance_environment(self, watched: WatchedService, now: float) -> None:
         if watched.state != "starting":
             return
-        if self._is_registered(watched):
+        api = self._poller.api or {}
+        # Upstream's API does not say who is there; groups of anybody are the only sign of life.
+        is_there = bool(api.get("queue_size")) or self._has_trained_since(watched.started_at)
+        if environments_of(api) is not None:
+            is_there = bool(connected_entries(api, watched.spec.registers_as))
+        if is_there:
             watched.set_ready()
             self._say(f"registered {watched.name} {watched.starts}", f"environment {watched.name} takes part")
-            return
-        since = max(watched.started_at, self._poller.generated_at)
-        if now - since <= watched.spec.startup_timeout:
-            return
-        why, tail = _late(watched, "it has not registered at the API"), watched.log_tail()
-        watched.end("failed", why)
-        if not any(other.has_future for other in self._environments):
-            raise ServiceError(f"{why}, and no other environment is left", watched.name, None, tail)
-        self._note(f"{why}; the run goes on with the others\n{tail}")
-
-    def _is_registered(self, watched: WatchedService) -> bool:
-        api = self._poller.api
-        if environments_of(api) is not None:
-            return bool(connected_entries(api, watched.spec.registers_as))
-        # Upstream's API does not say who is there; groups of anybody are the only sign of life.
-        return bool(api and (api.get("queue_size") or self._has_trained_since(watched.started_at)))
+        elif now - max(watched.started_at, self._poller.generated_at) > watched.spec.startup_timeout:
+            why, tail = _late(watched, "it has not registered at the API"), watched.log_tail()
+            watched.end("failed", why)
+            if not any(other.has_future for other in self._environments):
+                raise ServiceError(f"{why}, and no other environment is left", watched.name, None, tail)
+            self._note(f"{why}; the run goes on with the others\n{tail}")
 
     def _has_trained_since(self, moment: float) -> bool:
         return self._steps.last_at is not None and self._steps.last_at > moment
 
     def _handle_deaths(self) -> int | None:
         """Decide what follows from each death. Returns an exit code when the run is over."""
-        for watched in self.services:
-            if not watched.has_died():
-                continue
-            if watched is self._trainer:
-                if watched.returncode == 0:
-                    watched.state, watched.detail = "ended", ""
-                    return 0
-                if watched.returncode == _TRAINER_CONFIG_ERROR:
-                    self._note(f"the trainer refuses its configuration\n{watched.log_tail()}")
-                    return 2
+        for watched in filter(WatchedService.has_died, self.services):
+            if watched is self._trainer and watched.returncode == 0:
+                watched.state, watched.detail = "ended", ""
+                return 0
+            if watched is self._trainer and watched.returncode == _TRAINER_CONFIG_ERROR:
+                self._note(f"the trainer refuses its configuration\n{watched.log_tail()}")
+                return 2
             if watched.spec.kind == "environment":
                 # A dead environment would keep its share of every batch at the API until that gives it up.
                 self._disconnect(connected_entries(self._poller.api, watched.spec.registers_as))
-            self._check_disk(watched)
+            if (free := shutil.disk_usage(self.plan.run_dir).free) < DISK_FULL_BYTES:
+                text = f"the disk of {self.plan.run_dir} is full ({free} bytes free); make room, and start it again"
+                raise watched.error(f"{watched.name} {watched.death()}: {text}")
             if watched is self._api and self.plan.config.atropos.server == "upstream":
                 self._forget(watched)
             self._plan_restart(watched, excused=watched is not self._api and self._api_is_to_blame())
@@ -478,11 +463,6 @@ class Supervisor:
                 url, token = f"{self.plan.api_url}/disconnect-env", self.plan.config.atropos.token
                 request_json(url, token=token, body={"env_id": item["env_id"]})
 
-    def _check_disk(self, watched: WatchedService) -> None:
-        if (free := shutil.disk_usage(self.plan.run_dir).free) < DISK_FULL_BYTES:
-            text = f"the disk of {self.plan.run_dir} is full ({free} bytes free); make room, and start it again"
-            raise watched.error(f"{watched.name} {watched.death()}: {text}")
-
     def _watch_for_stall(self) -> None:
         silent, limit = self._silent_seconds(), self.plan.config.supervise.stall_after
         if silent is None:
@@ -501,23 +481,16 @@ class Supervisor:
 
     def _silent_seconds(self) -> float | None:
         """Seconds for which a batch has been awaited; None: none is."""
-        if self.plan.trains_here:
-            if not self._poller.generated_at:
-                return None
-        elif self._trainer is None or self._trainer.state != "running":
+        seen, trainer = self._poller, self._trainer
+        is_awaited = seen.generated_at > 0 if self.plan.trains_here else trainer and trainer.state == "running"
+        if not is_awaited:
             return None
         if self._evaluations.running:
             self._evaluated_at = time.monotonic()
             return 0.0
-        started = self._started if self._trainer is None else self._trainer.started_at
-        seen, last_step = self._poller, self._steps.last_at or 0.0
+        started = self._started if trainer is None else trainer.started_at
+        last_step = self._steps.last_at or 0.0
         return time.monotonic() - max(seen.generated_at, started, seen.batch_at, last_step, self._evaluated_at)
-
-    def _conclude(self) -> None:
-        """The diagnosis for the final error, before the services that it looks at are ended."""
-        silent, self._is_over = None if self._is_over else self._silent_seconds(), True
-        if self.diagnosis and silent:
-            self.diagnosis = diagnose(self.state(), silent, self._facts(), going_on=False)
 
     def _counts(self) -> dict[str, int]:
         """What has been counted until now, by API and gateway."""
@@ -531,22 +504,27 @@ class Supervisor:
         }
 
     def _facts(self) -> LogFacts:
-        others = [watched for watched in self.services if watched is not self._trainer]
-        processes = {watched.name: watched.process for watched in others if watched.process is not None}
-        logs = {name: self._read_log(process.spec.log_path) for name, process in processes.items()}
-        errors = {watched.name: common_errors(logs.get(watched.name, "")) for watched in self._environments}
-        endings = {watched.name: _last_words(watched.log_tail()) for watched in self._environments}
-        of_trainer = "".join(map(self._read_log, self._trainer_logs))
-        of_api = "" if self._api is None else logs.get(self._api.name, "")
-        return LogFacts(errors, last_refusals(of_trainer), last_refusals(of_api), endings)
+        def read(path: Path | None) -> str:
+            return "" if path is None else read_tail(path, self._log_sizes.get(path, 0))
 
-    def _read_log(self, path: Path) -> str:
-        return read_tail(path, self._log_sizes.get(path, 0))
+        errors = {watched.name: common_errors(read(watched.log_path)) for watched in self._environments}
+        # Of a pretty-printed value that ends in lone brackets, the last line with a letter.
+        lines = {
+            watched.name: [*filter(_LETTER.search, watched.log_tail().splitlines())] for watched in self._environments
+        }
+        endings = {name: found[-1] for name, found in lines.items() if found}
+        of_api = last_refusals(read(None if self._api is None else self._api.log_path))
+        return LogFacts(errors, last_refusals("".join(map(read, self._trainer_logs))), of_api, endings)
 
     def state(self) -> dict[str, Any]:
-        """The state that a view shows, ``attach`` reads from ``run_dir/state.json`` and a diagnosis rests on."""
+        """The state that a view shows, ``run_dir/state.json`` holds and a diagnosis rests on."""
         seen, steps, now = self._poller, self._steps, time.monotonic()
         services = [watched.describe() for watched in self.services]
+        before, counts = self._counted, self._counts()
+        # A counter that is less than before has begun at 0 again.
+        since = {
+            name: count - (before.get(name, 0) if count >= before.get(name, 0) else 0) for name, count in counts.items()
+        }
         if self.plan.trains_here:
             word = "ended" if self._is_over else "running"
             services.append({"name": "trainer", "kind": "trainer", "state": word, "pid": os.getpid(), "restarts": 0})
@@ -563,7 +541,7 @@ class Supervisor:
             "api": seen.api,
             "gateway": seen.gateway,
             "rates": {"tokens_per_second": seen.tokens_per_second, "requests_per_second": seen.requests_per_second},
-            "since": {name: _growth(count, self._counted.get(name, 0)) for name, count in self._counts().items()},
+            "since": since,
             "step": steps.step,
             "recent": list(steps.recent),
             "rewards": list(steps.rewards),
@@ -591,10 +569,7 @@ class Supervisor:
 
     def _inform(self, text: str) -> None:
         """Note what goes as it should. A trainer of this process says that itself."""
-        if self.plan.trains_here:
-            logger.info("%s", text)
-        else:
-            self._note(text)
+        (logger.info if self.plan.trains_here else self._note)(text)
 
     def _note(self, text: str) -> None:
         self._notes.append(text)
@@ -609,13 +584,3 @@ def _stop(services: Sequence[WatchedService], grace: float = GRACE_SECONDS) -> N
 
 def _late(watched: WatchedService, what: str) -> str:
     return f"{watched.name} was not ready {watched.spec.startup_timeout:g} s after its start: {what}"
-
-
-def _last_words(log: str) -> str:
-    """The last line with a letter: a pretty-printed value may end in lone brackets."""
-    return next((line for line in reversed(log.splitlines()) if any(map(str.isalpha, line))), "")
-
-
-def _growth(count: int, before: int) -> int:
-    """A counter that is less than before has begun at 0 again."""
-    return count if count < before else count - before

@@ -27,7 +27,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
-from atropos_verl.launch.evaluation import EvaluationProcesses, PlannedEvaluation, read_evaluations
+from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
 from atropos_verl.launch.launch import backend_of, command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, unwritable, url_of
@@ -103,11 +103,9 @@ def _exit_code_of(run: Callable[[], int]) -> int:
 
 
 class TrainingServices:
-    """Trajectory API, environment and held-out evaluations of a trainer in this process.
-
-    With ``atropos.api_url`` they are somebody else's: the API is contacted and watched, and evaluations are a launch's.
-    The backend puts ``prefix`` before its keys. Raises ``ConfigError`` when the environment cannot be started.
-    """
+    """Trajectory API, environment and held-out evaluations of a trainer in this process. With ``atropos.api_url`` they
+    are somebody else's: the API is contacted and watched, and evaluations are a launch's. The backend puts ``prefix``
+    before its keys. Raises ``ConfigError`` when the environment cannot be started."""
 
     def __init__(self, config: RunConfig, gateway_port: int, *, is_resumed: bool = False, prefix: str = "") -> None:
         self.run_dir = config.resolve_run_dir()
@@ -121,66 +119,62 @@ class TrainingServices:
         self._supervisor: Supervisor | None = None
         self._plan: LaunchPlan | None = None
         url = url_of(config.gateway.host, gateway_port)
-        gateway = {"advertise_url": config.gateway.advertise_url or url}
-        if config.is_attached:
-            # Nothing to start, but to be watched, unless a launch does that.
-            if TOKEN_VARIABLE not in os.environ:
-                filled, trainer = config.with_values(gateway=gateway), LaunchConfig(only=("trainer",))
-                self._plan = make_plan(filled, trainer, own_api=False, probe_url=url, trains_here=True)
-        else:
+        filled = config.with_values(gateway={"advertise_url": config.gateway.advertise_url or url})
+        if not config.is_attached:
             # Made anew in each run: a token meant for another API is none of this one's. Upstream's asks for none.
             token = None if config.atropos.server == "upstream" else secrets.token_hex(24)
-            api = {"api_url": url_of(_HOST, free_port(_HOST)), "token": token}
-            filled = config.with_values(atropos=api, gateway=gateway)
+            filled = filled.with_values(atropos={"api_url": url_of(_HOST, free_port(_HOST)), "token": token})
             os.environ.update(direct(filled))
             self._plan = make_plan(filled, one_environment(config), own_api=True, probe_url=url, trains_here=True)
+        elif TOKEN_VARIABLE not in os.environ:  # else a launch watches
+            trainer = LaunchConfig(only=("trainer",))
+            self._plan = make_plan(filled, trainer, own_api=False, probe_url=url, trains_here=True)
+
+    def contact_api(self, progress: ProgressReporter) -> None:
+        """Ask the user's, before a file is made or torch imported: is there one at all? Raises ``AtroposAPIError``."""
+        if self.config.is_attached:
+            from atropos_verl.protocol.client import make_client
+
+            url = str(self.config.atropos.api_url)
+            logging.getLogger().addHandler(logging.NullHandler())  # of the tries; there is no log yet
+            progress.phase(f"contacting the trajectory API at {url}")
+            with make_client(self.config, url) as client:
+                client.check()
 
     def start_api(self, progress: ProgressReporter) -> RunConfig:
-        """Start the API, or ask the user's; the settings with its URL. Raises ``ServiceError``, ``AtroposAPIError``."""
+        """Start the API, or begin to watch the user's; the settings with its URL. Raises ``ServiceError``."""
         self._progress = progress
-        if self._plan is not None:
-            self._supervisor = Supervisor(self._plan, progress.note)
+        plan, settings = self._plan, self.config.eval
+        evaluations = {} if plan is None else plan.evaluations
+        if plan is not None:
+            self._supervisor = Supervisor(plan, progress.note)
         if self.config.is_attached:
-            self._contact_api(progress)
-            if self._supervisor is not None:
+            if settings.commands_file is not None:
+                evaluations = read_evaluations(Path(settings.commands_file))
+            if self._supervisor is not None:  # else a launch has handed the key over
+                file = self.run_dir / KEY_FILE
+                write_atomic(file, f"{self.config.gateway.api_key}\n", private=True)
+                progress.note(f"environments are to send the gateway's key, in {file} (or set gateway.api_key)")
                 self._supervisor.start()
-            return self.config
-        assert self._plan is not None
-        assert self._supervisor is not None
-        progress.phase("starting the trajectory API")
-        data_dir = self.run_dir / "api"
-        if self.config.resume == "disable" and (data_dir / STORE_FILE).is_file():
-            logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
-            shutil.rmtree(data_dir)
-        write_tokenizer(self._plan.config)
-        self._supervisor.start_api()
-        if self._plan.evaluations:
-            self._plan_evaluations(self._plan.evaluations)
-        ours = self._plan.config
-        api = {"api_url": ours.atropos.api_url, "token": ours.atropos.token}
-        return self.config.with_values(atropos=api)
-
-    def _contact_api(self, progress: ProgressReporter) -> None:
-        from atropos_verl.protocol.client import make_client
-
-        url, settings = str(self.config.atropos.api_url), self.config.eval
-        # First of all, and before torch is imported: is there an API at all?
-        with make_client(self.config, url) as client:
-            progress.phase(f"contacting the trajectory API at {url}")
-            client.check()
-        if settings.commands_file is not None:
-            self._plan_evaluations(read_evaluations(Path(settings.commands_file)))
-        if self._plan is not None:  # else a launch has handed the key over
-            file = self.run_dir / KEY_FILE
-            write_atomic(file, f"{self.config.gateway.api_key}\n", private=True)
-            progress.note(f"environments are to send the gateway's key, in {file} (or set gateway.api_key)")
-        if note := note_of_unused_keys(self.config, self._prefix):
-            progress.note(note)
-        self._evaluate_before()
-
-    def _plan_evaluations(self, plan: dict[str, list[PlannedEvaluation]]) -> None:
-        note, timeout = self._progress.note, self.config.eval.timeout
-        self.evaluations = EvaluationProcesses(plan, self.run_dir, timeout=timeout, note=note, check=self.check)
+            if note := note_of_unused_keys(self.config, self._prefix):
+                progress.note(note)
+        else:
+            assert plan is not None and self._supervisor is not None
+            progress.phase("starting the trajectory API")
+            data_dir = self.run_dir / "api"
+            if self.config.resume == "disable" and (data_dir / STORE_FILE).is_file():
+                logger.info("resume=disable: the state of an earlier API in %s is removed", data_dir)
+                shutil.rmtree(data_dir)
+            write_tokenizer(plan.config)
+            self._supervisor.start_api()
+        if evaluations:
+            self.evaluations = EvaluationProcesses(
+                evaluations, self.run_dir, timeout=settings.timeout, note=progress.note, check=self.check
+            )
+        if self.config.is_attached:
+            self._evaluate_before()
+        started = (self.config if plan is None else plan.config).atropos
+        return self.config.with_values(atropos={"api_url": started.api_url, "token": started.token})
 
     def start_environment(self) -> None:
         """Start the environment, which waits by itself for gateway and trainer, and the evaluation before training."""
@@ -214,10 +208,9 @@ class TrainingServices:
 
     def stop(self) -> None:
         """End every process of the run. Safe at any time, and again."""
-        if self.evaluations is not None:
-            self.evaluations.stop()
-        if self._supervisor is not None:
-            self._supervisor.stop()
+        for part in (self.evaluations, self._supervisor):
+            if part is not None:
+                part.stop()
 
 
 def _train_locally(config: RunConfig) -> int:
@@ -233,8 +226,12 @@ def _train_locally(config: RunConfig) -> int:
     check_gpu(config)
     check_extensions(config)
     _check_trackers(config.trainer.logger)
-    checkpoints = run_dir / "checkpoints"
+    checkpoints, progress = run_dir / "checkpoints", ProgressReporter(total_steps=config.steps)
     is_resumed = find_checkpoint(checkpoints, config.resume) is not None
+    is_trained = (step := saved_step(checkpoints, config.resume)) >= config.steps
+    if is_trained and (read_json(run_dir / "summary.json")[0].get("steps") or -1) >= step:
+        progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
+        return 0
     # The gateway comes up only when the policy is loaded. A port that is taken shall not cost that wait, and an
     # environment that asks for something before is not refused: it waits in this socket.
     advice = "Set gateway.port to a free port, or to 0 to take any."
@@ -247,16 +244,14 @@ def _train_locally(config: RunConfig) -> int:
             raise ConfigError(str(error), "gateway.port") from error
         stack.callback(listener.close)
         services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
+        services.contact_api(progress)
         text = json.dumps(config.public(), indent=2)
         _prepare_run_dir(stack, config, "config.json", text, log="trainer.log", advice="resume=auto")
         # torch makes it in the temporary directory when it is imported; nothing of this backend is compiled.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own_temporary(run_dir) / "torchinductor"))
-        progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
-        step, start_environment = saved_step(checkpoints, config.resume), services.start_environment
-        if step >= config.steps:
-            if (read_json(run_dir / "summary.json")[0].get("steps") or -1) >= step:
-                progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
-                return 0
+        stack.enter_context(progress)
+        start_environment = services.start_environment
+        if is_trained:
             progress.note(f"every step of {run_dir} is trained; the end of an earlier command is made up for")
             start_environment = lambda: None  # noqa: E731 - an evaluation is a process of its own
         for note in config.notes:
@@ -304,15 +299,16 @@ def _train_on_ray(run: RayRun) -> int:
     wanted = verl.trainer.resume_from_path if verl.trainer.resume_mode == "resume_path" else config.resume
     is_resumed = find_checkpoint(Path(str(verl.trainer.default_local_dir)), str(wanted)) is not None
     services = TrainingServices(config, gateway_port, is_resumed=is_resumed, prefix="atropos.")
+    progress = ProgressReporter(total_steps=config.steps)
+    services.contact_api(progress)
     with ExitStack() as stack:
-        text = as_yaml(public(verl))
         advice = "trainer.resume_mode=auto"
-        _prepare_run_dir(stack, config, "config.yaml", text, log="command.log", advice=advice)
+        _prepare_run_dir(stack, config, "config.yaml", as_yaml(public(verl)), log="command.log", advice=advice)
 
         from atropos_verl.backends.ray.run import run_on_ray, validate_with_verl
 
         validate_with_verl(verl)
-        progress = stack.enter_context(ProgressReporter(total_steps=config.steps))
+        stack.enter_context(progress)
         for note in notes_for_model(verl):
             progress.note(note)
         attached = stack.enter_context(services.running(progress))
@@ -345,11 +341,10 @@ def _check_trackers(names: Sequence[str]) -> None:
     if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
         return
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        known = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host))
-    except (OSError, netrc.NetrcParseError):
-        known = None
-    if known is None and not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+    with suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host)):
+            return
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
         text = "there is no API key for wandb: run 'wandb login', or set WANDB_API_KEY, or WANDB_MODE=offline"
         raise ConfigError(text, "trainer.logger")
 

@@ -21,8 +21,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from atropos_verl.errors import ConfigError
-from atropos_verl.report.trace_reader import TraceReader
 from atropos_verl.training.step import NO_SIGNAL
 from atropos_verl.types import StepReport
 
@@ -309,7 +307,6 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
 
 # -- a launch ----------------------------------------------------------------------------------------------------------
 
-_NOTES = 8
 _LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
@@ -332,8 +329,8 @@ class LaunchView(LiveScreen):
         return _render_state(self._state, width=self._console.width) if self._state else Text("starting …")
 
 
-def _render_state(state: Mapping[str, Any], *, width: int, notes: int = 0) -> RenderableType:
-    """Draws the screen for one state, with the newest ``notes`` notes below."""
+def _render_state(state: Mapping[str, Any], *, width: int) -> RenderableType:
+    """Draws the screen for one state."""
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
     if recent := state.get("recent"):
         line = _step_line(recent[-1], state)
@@ -345,8 +342,6 @@ def _render_state(state: Mapping[str, Any], *, width: int, notes: int = 0) -> Re
     silent = state.get("seconds_since_step")
     since = "" if silent is None else f", last step {duration(silent)} ago"
     parts.append(Text(f"up {duration(state.get('seconds'))}{since}, {state.get('run_dir')}", style="dim"))
-    kept = list(state.get("notes") or ())[-notes:] if notes else []
-    parts += [Text(note.splitlines()[0], style="dim", no_wrap=True, overflow="ellipsis") for note in kept if note]
     return Group(*parts)
 
 
@@ -389,38 +384,6 @@ def _flow(state: Mapping[str, Any]) -> str:
         f"{left}  |  gateway {'paused' if gateway.get('paused') else 'open'}, "
         f"{gateway.get('in_flight', 0)} in flight, {count(speed)} tok/s, policy v{gateway.get('policy_version')}"
     )
-
-
-def attach(run_dir: Path, *, console: Console | None = None, once: bool = False, interval: float = 0.5) -> int:
-    """Shows a launch until it ends, or ``once``, as without a terminal; ``interval``: seconds between looks. Returns 0;
-    1 when the launcher is gone without having ended its run in order. Raises ``ConfigError``: it is none."""
-    console, reader = console or Console(), TraceReader(run_dir)
-
-    def look() -> tuple[dict[str, Any], RenderableType]:
-        live, path = reader.live(), run_dir / "state.json"
-        if live["state"] is None:
-            problem = "cannot be read" if path.exists() else "does not exist"
-            raise ConfigError(f"{path} {problem}; is {run_dir} the run directory of a launch?")
-        return live, _render_state(live["state"], width=console.width, notes=_NOTES)
-
-    live, screen = look()
-    if once or not console.is_terminal:
-        console.print(screen)
-    else:
-        with Live(screen, console=console, refresh_per_second=4) as shown:
-            while live["running"]:
-                time.sleep(interval)
-                live, screen = look()
-                shown.update(screen)
-    text, code, state = None, 0, live["state"]
-    if live["ended"]:
-        text = state.get("ending") or "the launch has ended"
-    elif not live["running"]:
-        text = f"the launcher (pid {state.get('pid')}) has written nothing for {live['age']:.0f} s: it was killed"
-        code = 1
-    if text is not None:
-        console.print(text, markup=False, highlight=False)
-    return code
 
 
 # -- numbers and curves ------------------------------------------------------------------------------------------------

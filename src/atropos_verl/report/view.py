@@ -31,7 +31,7 @@ from starlette.types import Message, Receive, Scope, Send
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.http_thread import bracketed, foreign_page, has_token, is_loopback, listen, reachable, uvicorn_config
 from atropos_verl.report.trace_reader import RolloutFilter, TraceReader
-from atropos_verl.training.step import parse_step
+from atropos_verl.training.step import StepTail
 
 _PAGE = Path(__file__).parent / "static"
 _TOKEN_VARIABLE = "ATROPOS_VIEW_TOKEN"
@@ -143,17 +143,17 @@ class RunView:
 
     def _events(self, request: Request) -> Response:
         reader = self._reader(request)
-        tail = _Tail(reader.run_dir / "metrics.jsonl", request.headers.get("last-event-id", ""))
+        tail = StepTail(reader.run_dir / "metrics.jsonl", request.headers.get("last-event-id", ""))
         stream = self._follow(reader, tail, request.query_params.getlist("metric") or ["*"])
         return StreamingResponse(stream, media_type="text/event-stream")
 
-    async def _follow(self, reader: TraceReader, tail: "_Tail", metrics: Sequence[str]) -> AsyncIterator[bytes]:
+    async def _follow(self, reader: TraceReader, tail: StepTail, metrics: Sequence[str]) -> AsyncIterator[bytes]:
         """Server-sent events: ``steps`` (its id is a place in the file, for ``Last-Event-ID``) and ``live``."""
         is_wanted: dict[str, bool] = {}
         told: Any = None
         told_at = 0.0
         while not self.is_ending():
-            is_new, lines = await asyncio.to_thread(tail.read)
+            is_new, lines = await asyncio.to_thread(tail.read, _READ_BYTES)
             for key in {key for line in lines for key in line} - set(is_wanted):
                 always = key in ("step", "policy_version", "held_out/step")
                 is_wanted[key] = always or any(fnmatchcase(key, pattern) for pattern in metrics)
@@ -167,36 +167,6 @@ class RunView:
                     told, told_at = state, time.monotonic()
                     yield _event("live", live)
                 await asyncio.sleep(_POLL_SECONDS)
-
-
-class _Tail:
-    """Reads the new lines of ``metrics.jsonl``. A resumed run replaces the file, which then is read anew."""
-
-    def __init__(self, path: Path, last_id: str) -> None:
-        self._path = path
-        inode, _, position = last_id.partition("-")
-        is_known = inode.isdecimal() and position.isdecimal()
-        self._inode, self._position = (int(inode), int(position)) if is_known else (-1, 0)
-
-    @property
-    def id(self) -> str:
-        return f"{self._inode}-{self._position}"
-
-    def read(self) -> tuple[bool, list[dict[str, Any]]]:
-        """True: what was read before does not count; and the next lines, [] where there are none yet."""
-        try:
-            with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                is_new = status.st_ino != self._inode or status.st_size < self._position
-                if is_new:
-                    self._inode, self._position = status.st_ino, 0
-                file.seek(self._position)
-                content = file.read(_READ_BYTES) + file.readline()
-        except OSError:
-            return False, []
-        content = content[: content.rfind(b"\n") + 1]
-        self._position += len(content)
-        return is_new, list(filter(None, map(parse_step, content.splitlines())))
 
 
 def _sequence(reader: TraceReader, request: Request) -> dict[str, Any]:

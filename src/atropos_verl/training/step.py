@@ -179,6 +179,37 @@ class StepLog:
         return self._waited / self._total if self._total > 0 else None
 
 
+class StepTail:
+    """Reads the new lines of ``metrics.jsonl``. A resumed run replaces the file, which then is read anew. ``last_id``:
+    where to go on."""
+
+    def __init__(self, path: Path, last_id: str = "") -> None:
+        self._path = path
+        inode, _, position = last_id.partition("-")
+        is_known = inode.isdecimal() and position.isdecimal()
+        self._inode, self._position = (int(inode), int(position)) if is_known else (-1, 0)
+
+    @property
+    def id(self) -> str:
+        return f"{self._inode}-{self._position}"
+
+    def read(self, most: int = -1) -> tuple[bool, list[dict[str, Any]]]:
+        """True: what was read before does not count; and the next lines, of about ``most`` bytes, [] where there are
+        none yet."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if is_new := status.st_ino != self._inode or status.st_size < self._position:
+                    self._inode, self._position = status.st_ino, 0
+                file.seek(self._position)
+                content = file.read(most) + file.readline()
+        except OSError:
+            return False, []
+        content = content[: content.rfind(b"\n") + 1]
+        self._position += len(content)
+        return is_new, list(filter(None, map(parse_step, content.splitlines())))
+
+
 class Evaluations(Protocol):
     """The processes of held-out evaluation, which the launch hands in."""
 

@@ -25,7 +25,6 @@ RECIPE_DICT = {
     "batch_retry_attempts": 8,
     "batch_retry_delay": 0.3,
     "batch_max_wait_time": 12.0,
-    "inference": {"placement": "thread"},  # of earlier configurations; it changes nothing
 }
 
 
@@ -61,7 +60,6 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
         ({"atropos": {"token": "schlüssel"}}, "^atropos: token: .*printable ASCII"),
         ({"seed": 1 << 32}, "^seed: .*less than 4294967296"),
         ({"off_policy": {"max_staleness": -1}}, "greater than or equal to 0"),
-        ({"inference": {"placement": "process"}}, r"^inference\.placement: .*remove this key"),
     ],
 )
 def test_settings_that_are_refused(values: dict[str, object], message: str) -> None:
@@ -177,7 +175,7 @@ def test_a_file_without_its_variables_names_one_and_its_key(
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"CONFIGURATION ERROR: (atropos\.\S+: environment variable ATROPOS_\w+ is not set; .*|"
-        r"production is a configuration of `atropos-verl launch`)\n",
+        r"\w+: a key of `atropos-verl launch`, in a file or word for train)\n",
         error,
     )
 

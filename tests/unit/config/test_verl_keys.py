@@ -120,7 +120,7 @@ def test_the_command(word: str, code: int, texts: list[str], capsys: pytest.Capt
 def test_verl_gets_the_directory_of_a_model_that_has_a_name_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atropos_verl.assets.smollm2.smollm2_path", lambda: tmp_path)
+    monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
     config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
     assert config.actor_rollout_ref.model.path == str(tmp_path)
 

@@ -106,6 +106,7 @@ def test_shared_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # 8 GiB of weights: a checkpoint is 24, and two kept plus one being written are 72
     found = [disk(tmp_path, model_bytes=8 * GIB, checkpoints=kept)["disk"].status for kept in (2, 4)]
     assert found == ["ok", "missing"]
+    assert doctor.check_shared_memory(place=f"{tmp_path}/none").status == "warning", "a traceback, before"
 
 
 def disk(path: Path, **given: int) -> dict[str, Finding]:

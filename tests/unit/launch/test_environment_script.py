@@ -10,7 +10,14 @@ import pytest
 
 from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environment_script import Needs, check_needs, parse_script, server_count, source_of
+from atropos_verl.launch.environment_script import (
+    check_needs,
+    needs_of,
+    parse_script,
+    sends_tuples,
+    server_count,
+    source_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +92,7 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
 )
 def test_what_a_script_loads_in_every_case(text: str, found: str | None) -> None:
     source = f"from datasets import load_dataset\n{text}\nMyEnv.cli()\n".encode()
-    needs = Needs(parse_script(source, Path("/e/env.py")), (), Path("/e")).found
+    needs = needs_of(parse_script(source, Path("/e/env.py")), (), Path("/e"))
     assert [f"{kind} {name}" for kind, name in needs] == ([] if found is None else [found])
 
 
@@ -126,7 +133,7 @@ def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words:
 )
 def test_tuples_that_are_sent_as_groups_are_refused(old: str, new: str, is_refused: bool) -> None:
     source = f"{TUPLES.replace(old, new) if old else TUPLES}\nMyEnv.cli()".encode()
-    assert Needs(parse_script(source, Path("env.py")), (), Path("/e")).sends_no_group == is_refused
+    assert sends_tuples(parse_script(source, Path("env.py"))) == is_refused
 
 
 def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: Path) -> None:

@@ -288,75 +288,61 @@ def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
     assert elsewhere.startswith("environments.mine: its arguments send it to http://elsewhere/v1, not to the gateway")
 
 
-def test_children_ask_no_proxy_for_the_parts_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
-    monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
-    (planned,) = plan({"demo": {}})[0]
-    assert planned.env["no_proxy"] == planned.env["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1,g,a"
-
-
-def test_relative_import_paths_hold_in_the_working_directory_of_a_child(
+def test_children_ask_no_proxy_and_import_from_where_the_launch_was_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", "lib:/opt/lib")
     (planned,) = plan({"demo": {}})[0]
+    assert planned.env["no_proxy"] == planned.env["NO_PROXY"] == "intranet,127.0.0.1,localhost,::1,g,a"
     assert planned.env["PYTHONPATH"] == f"{tmp_path}/lib:/opt/lib"
 
 
-def test_the_one_environment_of_training_has_its_directory_and_variables(tmp_path: Path) -> None:
-    env = {"cwd": str(tmp_path), "env": {"SIZE": 3, "DEBUG": True}, "args": ["--env.x", False, 3]}
+def of_training(**env: Any) -> ServiceSpec:
     config = RunConfig.from_mapping({"env": env, "atropos": {"api_url": "http://a:8000"}})
     (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
+    return spec
+
+
+def test_the_one_environment_of_training_has_its_directory_and_variables(tmp_path: Path) -> None:
+    spec = of_training(cwd=str(tmp_path), env={"SIZE": 3, "DEBUG": True}, args=["--env.x", False, 3])
     assert (spec.cwd, spec.env["SIZE"], spec.env["DEBUG"]) == (tmp_path, "3", "true")
     assert spec.command[-3:] == ("--env.x", "false", "3")
     with pytest.raises(ConfigError, match=r"env\.cwd: /nowhere is not a directory"):
-        wrong = RunConfig.from_mapping({"env": {"cwd": "/nowhere"}, "atropos": {"api_url": "http://a:8000"}})
-        plan_environments(wrong, one_environment(wrong), own_api=True, of_training=True)
+        of_training(cwd="/nowhere")
+    (tmp_path / "words.v2.py").write_text("Env.cli()")
+    assert of_training(script=str(tmp_path / "words.v2.py")).registers_as == "words.v2", "its whole name"
 
 
 def test_the_one_environment_of_training_may_be_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = RunConfig.from_mapping({"env": {"module": "envs.math.server"}, "atropos": {"api_url": "http://a:8000"}})
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^env\.module: envs\.math\.server imports envs, which "):
-        plan_environments(config, one_environment(config), own_api=True, of_training=True)
+        of_training(module="envs.math.server")
     (tmp_path / "envs").mkdir()
-    (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
+    spec = of_training(module="envs.math.server")
     assert spec.command[1:4] == ("-m", "envs.math.server", "serve")
     assert spec.registers_as == "server"
     with pytest.raises(ConfigError, match=r"env: script \(x\.py\) and module \(a\.b\) exclude each other"):
-        RunConfig.from_mapping({"env": {"module": "a.b", "script": "x.py"}})
-
-
-def test_the_one_environment_of_training_registers_under_the_whole_name_of_its_script(tmp_path: Path) -> None:
-    (tmp_path / "words.v2.py").write_text("Env.cli()")
-    env = {"script": str(tmp_path / "words.v2.py")}
-    config = RunConfig.from_mapping({"env": env, "atropos": {"api_url": "http://a:8000"}})
-    (spec,) = plan_environments(config, one_environment(config), own_api=True, of_training=True)[0]
-    assert spec.registers_as == "words.v2"
+        of_training(module="a.b", script="x.py")
 
 
 def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp_path: Path) -> None:
-    own = tmp_path / "model"
-    shutil.copytree(MODEL, own)
+    own = shutil.copytree(MODEL, tmp_path / "model")
     config = RunConfig.from_mapping({"model": {"path": str(own)}, "run_dir": str(tmp_path / "run")})
     assert readable_tokenizer(config) == own, "both versions load the demo's"
     settings = own / "tokenizer_config.json"
-    before = settings.read_text()
-    settings.write_text(json.dumps({**json.loads(before), "clean_up_tokenization_spaces": True}))
-    write_tokenizer(config)
-    found = json.loads((readable_tokenizer(config) / "tokenizer_config.json").read_text())
-    assert found["clean_up_tokenization_spaces"] is False, "4 would strip spaces that 5 leaves in"
-    settings.write_text(before)
     newer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<tool>"], "eos_token": "<|im_end|>"}
+    newer["clean_up_tokenization_spaces"] = True
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **newer}))
-    place = readable_tokenizer(config)
     write_tokenizer(config)
     write_tokenizer(config)  # again, as a resumed run does
+    place = readable_tokenizer(config)
     found = json.loads((place / "tokenizer_config.json").read_text())
     assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert found["clean_up_tokenization_spaces"] is False, "4 would strip spaces that 5 leaves in"
     assert (found["additional_special_tokens"], "extra_special_tokens" in found) == (["<tool>"], False)
     assert (place / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
     (own / "tokenizer.json").unlink()

@@ -17,8 +17,8 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import environment_token
-from atropos_verl.launch.launch import backend_of, build_plan, is_launch_key, load_ray_launch, main
-from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir, trainer_settings_text
+from atropos_verl.launch.launch import backend_of, build_plan, load_settings, main
+from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.train import main as train_main
 
@@ -56,17 +56,17 @@ def test_every_shipped_file_becomes_a_plan(name: str, tmp_path: Path, monkeypatc
 
 
 def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="ATROPOS_API_URL"):
-        load_launch([], config_name="production")
-    monkeypatch.setenv("ATROPOS_API_URL", "http://api.example:8000")
-    monkeypatch.setenv("ATROPOS_TIMEOUT", "7.5")
-    monkeypatch.setenv("ATROPOS_API_TOKEN", "a-token")
-    monkeypatch.setenv("ATROPOS_GATEWAY_URL", "http://trainer-0:9004")
+    for name, value in (
+        ("API_URL", "http://a:8000"),
+        ("TIMEOUT", "7.5"),
+        ("API_TOKEN", "t"),
+        ("GATEWAY_URL", "http://g:1"),
+    ):
+        monkeypatch.setenv(f"ATROPOS_{name}", value)
     config, _ = load_launch([], config_name="production")
-    assert (config.atropos.api_url, config.atropos.timeout) == ("http://api.example:8000", 7.5)
-    assert (config.atropos.token, config.gateway.advertise_url) == ("a-token", "http://trainer-0:9004")
-    assert config.gateway.api_key is not None, "a gateway for the network gets a key"
-    assert len(config.gateway.api_key) >= 24
+    assert (config.atropos.api_url, config.atropos.timeout, config.atropos.token) == ("http://a:8000", 7.5, "t")
+    assert config.gateway.advertise_url == "http://g:1"
+    assert len(config.gateway.api_key or "") >= 24, "a gateway for the network gets a key"
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], ["backend=ray", "--dry-run"]])
@@ -77,15 +77,6 @@ def test_a_launch_imports_neither_torch_nor_verl_nor_ray(words: list[str]) -> No
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.splitlines()[-1] == "[] 0"
-
-
-def test_the_words_of_the_command_line_reach_both_halves() -> None:
-    words = ["steps=7", "environments.demo.weight=2.5", "environments.demo.env={A: 1, B: true}", "supervise.backoff=3"]
-    config, launch = load_launch(words, config_name="local_demo")
-    assert config.steps == 7
-    assert launch.environments["demo"].weight == 2.5
-    assert launch.environments["demo"].env == {"A": "1", "B": "true"}
-    assert config.supervise.backoff == 3.0
 
 
 @pytest.mark.parametrize(
@@ -157,9 +148,8 @@ def test_a_plan_stays_a_plan_whatever_the_keys_are(tmp_path: Path, key: str) -> 
     content = json.loads(json.dumps(plan.describe()))
     assert content["steps"] == 3000
     assert content["services"]["trainer"]["env"]["ATROPOS_GATEWAY_KEY"] == "***"
-    trainer = next(spec for spec in plan.services if spec.kind == "trainer")
+    trainer, environment = of_kind(plan, "trainer"), of_kind(plan, "environment")
     assert {key, "a/token&more", "a%2Ftoken%26more"} <= {*trainer.secrets}
-    environment = next(spec for spec in plan.services if spec.kind == "environment")
     assert (trainer.env["ATROPOS_GATEWAY_KEY"], trainer.env["ATROPOS_API_TOKEN"]) == (key, "a/token&more")
     assert not {"ATROPOS_GATEWAY_KEY", "ATROPOS_API_TOKEN"} & {*environment.env}
 
@@ -174,28 +164,20 @@ def test_help_names_every_key_and_every_file(capsys: pytest.CaptureFixture[str])
 
 
 def test_keys_are_made_and_handed_over(tmp_path: Path) -> None:
-    words = [f"run_dir={tmp_path}"]
-    config, launch = load_launch(words, config_name="local_demo")
-    again, _ = load_launch(words, config_name="local_demo")
-    assert config.gateway.api_key != again.gateway.api_key
-    plan = build_plan(config, launch)
-    config = plan.config
+    plan = plan_of(f"run_dir={tmp_path}")
+    token, key = str(plan.config.atropos.token), str(plan.config.gateway.api_key)
+    assert len(token) == len(key) == 48 and key != plan_of(f"run_dir={tmp_path}").config.gateway.api_key
     commands = {service.name: service for service in plan.services}
     tokens = {name: spec.env.get("ATROPOS_API_TOKEN") for name, spec in commands.items()}
-    assert config.atropos.token is not None
-    assert tokens == {**dict.fromkeys(("trajectory_api", "trainer"), config.atropos.token), "demo": None}
+    assert tokens == {**dict.fromkeys(("trajectory_api", "trainer"), token), "demo": None}
     (text,) = commands["demo"].files.values()
     private = yaml.safe_load(text)
-    assert [server["api_key"] for server in private["openai"]] == [config.gateway.api_key]
-    port = plan.api_url.rsplit(":", 1)[1]
-    theirs = environment_token(config.atropos.token)
-    assert private["env"] == {"rollout_server_url": f"http://run:{theirs}@127.0.0.1:{port}"}
-    assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == config.gateway.api_key
-    for word in (word for spec in commands.values() for word in spec.command):
-        assert config.atropos.token not in word
-        assert str(config.gateway.api_key) not in word
-    assert config.atropos.token not in plan.text() + json.dumps(plan.describe())
-    assert str(config.gateway.api_key) not in json.dumps(plan.describe())
+    assert [server["api_key"] for server in private["openai"]] == [key]
+    url = f"http://run:{environment_token(token)}@127.0.0.1:{plan.api_url.rsplit(':', 1)[1]}"
+    assert private["env"] == {"rollout_server_url": url}
+    assert commands["trainer"].env["ATROPOS_GATEWAY_KEY"] == key
+    shown = [plan.text(), json.dumps(plan.describe()), *(word for spec in commands.values() for word in spec.command)]
+    assert not [text for text in shown if token in text or key in text]
 
 
 @pytest.mark.parametrize(
@@ -205,17 +187,14 @@ def test_the_api_is_chosen_by_the_key_that_main_atropos_reads(tmp_path: Path, se
     assert plan_of(f"atropos.server={server}", f"run_dir={tmp_path}").services[0].command[2] == module
 
 
-def test_keys_of_an_api_that_is_not_started_are_named(tmp_path: Path) -> None:
+def test_keys_that_are_not_used_are_named(tmp_path: Path) -> None:
     plan = plan_of("atropos.api_url=http://a:8000", "api.port=8001", f"run_dir={tmp_path}")
     assert "api.port: not used, since atropos.api_url names an API that runs already" in plan.warnings
-
-
-def test_a_trainer_attached_to_an_api_names_the_keys_it_does_not_use(tmp_path: Path) -> None:
     config = RunConfig.from_mapping({"env": {"script": "x.py"}, "eval": {"before": False, "timeout": 9}})
     assert note_of_unused_keys(config).startswith("env.script, eval.timeout: not used")
     words = ["env.max_batches_offpolicy=2", "eval.before=false", "eval.after=false", f"run_dir={tmp_path}"]
-    plan = plan_of(*words)
-    of_trainer = RunConfig.from_mapping(json.loads(trainer_settings_text(plan.config)))
+    (text,) = of_kind(plan_of(*words), "trainer").files.values()
+    of_trainer = RunConfig.from_mapping(json.loads(text))
     assert note_of_unused_keys(of_trainer) == "", "what the launcher has used is no news to its trainer"
 
 
@@ -246,7 +225,7 @@ def test_environments_of_the_command_line_replace_those_of_the_file() -> None:
     for name in ("local_demo", "two_environments"):
         launch = load_launch(["environments={mine: {weight: 2}}"], config_name=name)[1]
         assert launch.environments == {"mine": EnvironmentConfig(weight=2)}
-    ray = load_ray_launch(["environments={mine: {weight: 2}}"], SHIPPED, None).launch
+    _, ray, _ = load_settings(["backend=ray", "environments={mine: {weight: 2}}"], SHIPPED, None, None)
     assert ray.environments == {"mine": EnvironmentConfig(weight=2)}
     assert load_launch(["env.env={A: 1}"], config_name="local_demo")[0].env.env == {"A": "1"}
 
@@ -261,8 +240,7 @@ RAY_FILES = sorted(path.stem for path in SHIPPED.glob("*.yaml") if backend_of([]
 
 
 def ray_plan(tmp_path: Path, *words: str, config_dir: Path = SHIPPED, name: str | None = None) -> LaunchPlan:
-    ray = load_ray_launch([*words, f"run_dir={tmp_path}/a run"], config_dir, name)
-    return build_plan(ray.config, ray.launch, ray)
+    return build_plan(*load_settings(["backend=ray", *words, f"run_dir={tmp_path}/a run"], config_dir, name, None))
 
 
 def of_kind(plan: LaunchPlan, kind: str) -> ServiceSpec:
@@ -271,9 +249,9 @@ def of_kind(plan: LaunchPlan, kind: str) -> ServiceSpec:
 
 
 def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its command, composed as the trainer composes it, means the same run."""
+    """Its file, composed as the trainer composes it, means the same run."""
     words = ["trainer.total_training_steps=7", "environments.demo.args=[--env.seed,3]", "supervise.stall_after=9"]
-    plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "backend=ray")
+    plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "trainer.v1.trainer_mode=separate_async")
     network = ray_plan(tmp_path, "atropos.gateway.host=0.0.0.0", "api.host=0.0.0.0")
     assert network.config.gateway.api_key
     assert network.config.atropos.token
@@ -281,24 +259,27 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
     for option, value in (("--env.group_size", "4"), ("--env.max_token_length", "64"), ("--env.seed", "3")):
         assert of_environment[of_environment.index(option) + 1] == value
     trainer = of_kind(plan, "trainer")
-    command = list(trainer.command)
-    assert command[1:5] == ["-m", "atropos_verl.cli", "train", "backend=ray"]
-    at = command.index("--config-name") + 2
-    assert command[at - 4 : at] == ["--config-dir", str(SHIPPED), "--config-name", "ray_cpu_demo"]
-    assert not any(is_launch_key(word) for word in command[at:])
-    for name, value in trainer.env.items():
-        monkeypatch.setenv(name, value)
-    run = read_run(compose_run(command[at:], SHIPPED, "ray_cpu_demo"))
+    directory, name = tmp_path / "a run" / "launch", "trainer"
+    assert trainer.command[3:] == ("train", "--config-dir", str(directory), "--config-name", name)
+    ((path, text),) = trainer.files.items()
+    directory.mkdir(parents=True)
+    path.write_text(text)
+    for variable, value in trainer.env.items():
+        monkeypatch.setenv(variable, value)
+    assert backend_of([], directory, name) == "ray"
+    run = read_run(compose_run(trainer.restart_words, directory, name))
     assert run.run.steps == plan.config.steps == 7
-    assert (run.run.batch_size, run.run.group_size) == (32, 4)
+    assert (run.run.batch_size, run.run.group_size) == (plan.config.batch_size, 4)
     assert run.run_dir == plan.run_dir == tmp_path / "a run"
     assert run.settings.api_url == plan.api_url
     assert run.settings.gateway.port == plan.config.gateway.port
     assert run.settings.gateway.api_key == plan.config.gateway.api_key
     assert len(str(plan.config.gateway.api_key)) == 48
-    assert run.settings.eval.commands_file == str(tmp_path / "a run" / "launch" / "evaluations.json")
-    assert trainer.restart_words == ("trainer.resume_mode=auto",)
-    assert plan.config.supervise.stall_after == 9
+    assert run.settings.eval.commands_file == str(directory / "evaluations.json")
+    assert run.verl.trainer.resume_mode == "auto"
+    assert run.run.supervise.stall_after == plan.config.supervise.stall_after == 9
+    assert run.verl.actor_rollout_ref.rollout.checkpoint_engine.backend == "ray_object_store"
+    assert note_of_unused_keys(run.run) == ""
 
 
 def test_a_file_may_hold_both(tmp_path: Path) -> None:
@@ -313,12 +294,6 @@ def test_a_file_may_hold_both(tmp_path: Path) -> None:
     plan = ray_plan(tmp_path, config_dir=tmp_path, name="mine")
     assert plan.config.steps == 3
     assert [service.name for service in plan.services] == ["trajectory_api", "words", "trainer"]
-
-
-def test_a_file_without_its_variable_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ATROPOS_GATEWAY_KEY", raising=False)
-    with pytest.raises(ConfigError, match="ATROPOS_GATEWAY_KEY"):
-        ray_plan(tmp_path, name="ray_two_nodes")
 
 
 def test_the_backend_is_the_words_then_the_files() -> None:
@@ -361,7 +336,8 @@ def test_relative_paths_mean_what_they_mean_where_the_launcher_was_started(
     shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
     monkeypatch.chdir(tmp_path)
     plan = ray_plan(tmp_path, "actor_rollout_ref.model.path=models/mine")
-    assert f"actor_rollout_ref.model.path={tmp_path}/models/mine" in of_kind(plan, "trainer").command
+    (text,) = of_kind(plan, "trainer").files.values()
+    assert json.loads(text)["actor_rollout_ref"]["model"]["path"] == f"{tmp_path}/models/mine"
     config, launch = load_launch(
         ["model.path=models/mine", "model.tokenizer_path=models/mine"], config_name="local_demo"
     )

@@ -1,4 +1,4 @@
-"""Restarts, the step tail, the diagnosis and attach, by hand-written states and real processes."""
+"""Restarts, evaluations, steps, the diagnosis and the view, by hand-written states and real processes."""
 
 import io
 import json
@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +16,12 @@ from support.trajectory_server import Clock
 
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig, SuperviseConfig
-from atropos_verl.errors import ConfigError
 from atropos_verl.launch import evaluation
-from atropos_verl.launch.diagnosis import LogFacts, common_errors, diagnose, last_refusals
 from atropos_verl.launch.plan import LaunchPlan
-from atropos_verl.launch.probes import Poller, StepTail
-from atropos_verl.launch.process import ServiceSpec, read_tail
+from atropos_verl.launch.probes import LogFacts, Poller, StepWatch, common_errors, diagnose, last_refusals
+from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import Supervisor, WatchedService
-from atropos_verl.report.console import LaunchView, attach
+from atropos_verl.report.console import LaunchView, _render_state
 
 
 def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:
@@ -102,14 +99,6 @@ def test_logs_of_an_earlier_launch_are_kept(tmp_path: Path) -> None:
     die(service)
     assert (tmp_path / "words.1.log").read_text() == "the launch before"
     assert (tmp_path / "words.2.log").read_text() == "now\n"
-    for number in range(3, 26):  # but not for ever
-        (tmp_path / f"words.{number}.log").write_text("a life of it")
-    (tmp_path / "words.6.log.old").touch()
-    again = watched(tmp_path, Clock(), code="print('now')")
-    die(again)
-    found = sorted(int(path.name.split(".")[1]) for path in tmp_path.glob("words.*.log"))
-    assert found == [*range(1, 6), *range(7, 27)], "the one that is 20 lives old goes at each start"
-    assert not (tmp_path / "words.6.log.old").exists()
 
 
 def test_a_script_that_starts_nothing_is_told_from_one_that_ended(tmp_path: Path) -> None:
@@ -122,29 +111,20 @@ def test_a_script_that_starts_nothing_is_told_from_one_that_ended(tmp_path: Path
     assert service.death() == "exited with code 0"
 
 
-def test_an_evaluation_that_hangs_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=clock))
+def test_an_evaluation_that_takes_too_long_is_ended_and_told_of(tmp_path: Path) -> None:
     command = (sys.executable, "-S", "-c", "import time; print('task 7', flush=True); time.sleep(1000)")
     spec = ServiceSpec(name="evaluate_before", command=command, cwd=tmp_path, log_path=tmp_path / "e.log")
     planned = evaluation.PlannedEvaluation("words", 1.0, spec, tmp_path / "metrics.json")
     notes: list[str] = []
     (tmp_path / "eval").touch()  # nor does a disk that takes no progress.json end it
     processes = evaluation.EvaluationProcesses(
-        {"before": [planned]}, tmp_path, timeout=60.0, note=notes.append, check=lambda: None
+        {"before": [planned]}, tmp_path, timeout=0.0, note=notes.append, check=lambda: None
     )
     processes.start_evaluation("before")
     eventually(lambda: (tmp_path / "e.log").read_text() == "task 7\n", "its first line")
-    assert processes.is_evaluating("before")
-    clock.pass_(31.0)
-    assert processes.is_evaluating("before")
-    clock.pass_(31.0)
-    assert not processes.is_evaluating("before")
+    eventually(lambda: not processes.is_evaluating("before"), "the timeout")
     assert processes.finish_evaluation("before") == {}
-    hanging, late = notes
-    place = f"its log {tmp_path}/e.log ends: task 7"
-    assert hanging == f"evaluate_before: still running after 31 s (eval.timeout is 60), {place}"
-    assert late.startswith("evaluate_before took longer than eval.timeout=60 s")
+    assert notes == [f"evaluate_before took longer than eval.timeout=0 s; its log {tmp_path}/e.log ends: task 7"]
 
 
 def test_evaluations_between_steps_keep_their_results_apart(tmp_path: Path) -> None:
@@ -188,7 +168,7 @@ def line(step: int) -> str:
 def test_the_tail_gives_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     clock = Clock()
-    tail = StepTail(path, clock)
+    tail = StepWatch(path, clock)
     assert tail.poll() == []
     path.write_text(line(1) + line(2) + '{"step": 3, "poli')
     assert [entry["step"] for entry in tail.poll()] == [1, 2]
@@ -204,7 +184,7 @@ def test_the_tail_gives_each_step_once(tmp_path: Path) -> None:
 def test_a_resumed_run_is_followed_from_where_it_resumed(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(line(step) for step in (1, 2, 3)))
-    tail = StepTail(path, Clock())
+    tail = StepWatch(path, Clock())
     assert tail.poll() == [], "steps of the launch before are no news"
     assert (tail.step, list(tail.rewards)) == (3, [0.1, 0.2, 0.3])
     replacement = tmp_path / "new"
@@ -372,19 +352,9 @@ def in_log(count: int, line: str) -> dict[str, Any]:
             "environment words fails in its own code: openai.AuthenticationError: 401 (9 times)",
         ),
         (
-            {},
-            {**in_log(9, "openai.AuthenticationError: 401"), "gateway": [f"{REFUSED}{LONG}"]},
-            "environment words fails in its own code: openai.AuthenticationError: 401 (9 times)",
-        ),
-        (
             {"services": [{**ENVIRONMENT, "name": "a"}, {**ENVIRONMENT, "name": "b"}], "since": SERVED},
             {"errors": {"a": Counter(), "b": Counter({"boom": 5})}},
             "environment b sends no group; its log says: boom (5 times)",
-        ),
-        (
-            {"services": [{**ENVIRONMENT, "name": "a"}, {**ENVIRONMENT, "name": "b"}], "since": SERVED},
-            {"errors": {"a": Counter({"Scores are the same in a group": 5}), "b": Counter()}},
-            "environment a drops every group",
         ),
     ],
 )
@@ -474,12 +444,6 @@ def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
     assert supervisor.state()["since"] == {"groups": 0, "refused_groups": 0, "served": 30, "refused": 5}
 
 
-def test_a_log_that_was_begun_anew_is_read_from_its_start(tmp_path: Path) -> None:
-    log = tmp_path / "x.log"
-    log.write_text("after")
-    assert [read_tail(log, start) for start in (0, 2, 5, 6)] == ["after", "ter", "", "after"]
-
-
 def test_the_gateways_counters_are_read() -> None:
     from support.fake_engine import FakeEngine
     from support.tiny_model import build_tiny_tokenizer
@@ -507,49 +471,7 @@ def test_a_launchs_own_generation_is_no_request_that_was_served(tmp_path: Path) 
     assert poller.served == 2
 
 
-def shown(directory: Path, content: dict[str, Any], width: int = 80) -> tuple[int, str]:
-    (directory / "state.json").write_text(json.dumps(content))
-    console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
-    code = attach(directory, console=console)
-    return code, console.export_text()
-
-
-def test_attach_shows_services_queue_gateway_and_reward_on_a_narrow_terminal(tmp_path: Path) -> None:
-    long = {**state()["services"][0], "state": "failed", "detail": "words was not ready " + 200 * "x"}
-    code, text = shown(tmp_path, state(services=[long, state()["services"][1]]))
-    assert code == 0
-    rows = text.splitlines()
-    assert rows[0].split() == ["service", "state", "pid", "up", "restarts"]
-    assert rows[1].split()[:5] == ["words", "failed", "12", "5.0s", "1"]
-    assert rows[2].split() == ["trainer", "running", "13", "50s", "0"]
-    assert rows[3].startswith("queue 2 groups  |  gateway open, 0 in flight, 0 tok/s, policy v3")
-    assert rows[4].startswith("step 3/40  reward 0.300  loss 0.5000")
-    assert all(len(row) <= 80 for row in rows)
-
-
 STEP_LINE = "step 3/40  reward 0.300  loss 0.5000  - tok/s  rollout -s  train -s  sync -s  weights v3"
-
-
-@pytest.mark.parametrize(
-    ("service_state", "changes", "code", "said"),
-    [
-        ("running", {}, 1, "the launcher (pid 11) has written nothing for 60 s: it was killed"),
-        ("stopped", {"ending": "the disk is full"}, 0, "the disk is full"),
-        ("ended", {"gateway": None}, 0, "queue 2 groups  |  all ended"),
-    ],
-)
-def test_attach_tells_a_killed_launcher_from_one_that_ended(
-    tmp_path: Path, service_state: str, changes: dict[str, Any], code: int, said: str
-) -> None:
-    services = [{**service, "state": service_state} for service in state()["services"]]
-    found, text = shown(tmp_path, state(time=time.time() - 60, services=services, **changes))
-    assert found == code
-    assert said in text
-
-
-def test_attach_to_nothing_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"state\.json does not exist; is .* the run directory of a launch"):
-        attach(tmp_path)
 
 
 def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
@@ -563,6 +485,19 @@ def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
         texts.append(console.export_text())
     assert texts[0].splitlines() == ["starting words [not markup]", STEP_LINE]
     assert "service" in texts[1]
+
+
+def test_the_table_fits_a_narrow_terminal() -> None:
+    long = {**state()["services"][0], "state": "failed", "detail": "words was not ready " + 200 * "x"}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(_render_state(state(services=[long, state()["services"][1]]), width=80))
+    rows = console.export_text().splitlines()
+    assert rows[0].split() == ["service", "state", "pid", "up", "restarts"]
+    assert rows[1].split()[:5] == ["words", "failed", "12", "5.0s", "1"]
+    assert rows[2].split() == ["trainer", "running", "13", "50s", "0"]
+    assert rows[3].startswith("queue 2 groups  |  gateway open, 0 in flight, 0 tok/s, policy v3")
+    assert rows[4].startswith("step 3/40  reward 0.300  loss 0.5000")
+    assert all(len(row) <= 80 for row in rows)
 
 
 def test_tokens_are_counted_when_they_are_sampled_not_when_an_answer_ends(

@@ -12,7 +12,7 @@ import pytest
 from atropos_verl.cli import main
 from atropos_verl.config.launch_schema import LaunchConfig
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.launch.memory import (
+from atropos_verl.launch.doctor import (
     _CODE,
     Plan,
     Shape,

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import pytest
@@ -50,46 +50,31 @@ def read_pid(path: Path) -> int:
 
 
 def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> None:
-    script = 'echo "to stdout $COLOUR"; echo "to stderr" >&2; pwd; wc -c'
-    process = ManagedProcess(shell(tmp_path, script, env={"COLOUR": "blue"}))
-    assert process.pid is None
-    assert not process.is_running()
-    process.start()
-    eventually(lambda: not process.is_running(), "the end")
-    assert process.returncode == 0
-    log = tmp_path / "logs" / "svc.log"
-    assert log.read_text() == f"to stdout blue\nto stderr\n{tmp_path}\n0\n"
-    assert process.log_tail(2) == f"{tmp_path}\n0"
+    """The log is appended to, and the tail is of this start only."""
+    for colour in ("red", "blue"):
+        script = 'echo "to stdout $COLOUR"; echo "to stderr" >&2; pwd; wc -c'
+        process = ManagedProcess(shell(tmp_path, script, env={"COLOUR": colour}))
+        assert process.pid is None and not process.is_running()
+        process.start()
+        eventually(lambda process=process: not process.is_running(), "the end")  # type: ignore[misc]
+        assert process.returncode == 0
+    first, second = (f"to stdout {colour}\nto stderr\n{tmp_path}\n0\n" for colour in ("red", "blue"))
+    assert (tmp_path / "logs" / "svc.log").read_text() == first + second
+    assert process.log_tail(9) == second.rstrip() and process.log_tail(2) == f"{tmp_path}\n0"
 
 
-def test_a_child_is_no_rank_of_what_started_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_is_no_rank_and_has_no_key_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun's variables, or those that another launcher left: they would make a library of the child wait."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    for name in (*hidden, "ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_KEY"):
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("COLOUR", "blue")
     assert ended(tmp_path, "env | grep -E '=(7|blue)$'").log_tail() == "COLOUR=blue"
-    chosen = ManagedProcess(shell(tmp_path, "echo $RANK", env={"RANK": "3"}))
+    script, given = "echo $RANK $ATROPOS_API_TOKEN", {"RANK": "3", "ATROPOS_API_TOKEN": "own"}
+    chosen = ManagedProcess(shell(tmp_path, script, env=given))
     chosen.start()
     eventually(lambda: not chosen.is_running(), "the end")
-    assert chosen.log_tail() == "3"
-
-
-def test_a_child_has_no_key_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ATROPOS_API_TOKEN", "ATROPOS_GATEWAY_KEY"):
-        monkeypatch.setenv(name, "of-the-shell")
-    script = "echo [$ATROPOS_API_TOKEN$ATROPOS_GATEWAY_KEY]"
-    assert ended(tmp_path, script).log_tail() == "[]"
-    chosen = ManagedProcess(shell(tmp_path, script, env={"ATROPOS_API_TOKEN": "its-own"}))
-    chosen.start()
-    eventually(lambda: not chosen.is_running(), "the end")
-    assert chosen.log_tail() == "[its-own]"
-
-
-def test_the_log_is_appended_and_the_tail_is_of_this_start_only(tmp_path: Path) -> None:
-    for word in ("first", "second"):
-        process = ended(tmp_path, f"echo {word}")
-    assert (tmp_path / "logs" / "svc.log").read_text() == "first\nsecond\n"
-    assert process.log_tail() == "second"
+    assert chosen.log_tail() == "3 own"
 
 
 def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) -> None:
@@ -147,12 +132,9 @@ def test_the_last_lines_of_what_was_killed(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     eventually(lambda: not process.is_running(), "the end")
     assert (process.returncode, process.log_tail()) == (-9, "\n".join(f"line {i}" for i in range(11, 31)))
-
-
-def test_exit_status_in_words() -> None:
-    assert describe_exit(-9) == "was killed by SIGKILL (by hand, or by the kernel for want of memory: see dmesg)"
     words = ["exited with code 0", "exited with code 3", "was killed by SIGTERM", "was killed by signal 200"]
     assert [describe_exit(code) for code in (0, 3, -15, -200)] == words
+    assert describe_exit(-9) == "was killed by SIGKILL (by hand, or by the kernel for want of memory: see dmesg)"
 
 
 @pytest.mark.parametrize("prefix", ["", "setsid "], ids=["in the group", "out of it"])
@@ -176,23 +158,16 @@ def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path
     assert not alive(grandchild)
 
 
-def test_sigterm_leaves_time_to_clean_up(tmp_path: Path) -> None:
-    process = started(tmp_path, "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo 1 >up; sleep 1000 & wait")
-    read_pid(tmp_path / "up")
-    process.stop(grace=PATIENCE)
-    assert (tmp_path / "state").read_text() == "saved\n"
-    assert process.returncode == 0
-
-
-def test_a_descendant_with_variables_of_its_own_has_time_to_clean_up(tmp_path: Path) -> None:
+def test_sigterm_leaves_time_to_clean_up_also_to_a_descendant_with_variables_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "own.sh").write_text(
         "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo $$ >descendant; while true; do sleep 0.05; done"
     )
-    process = started(tmp_path, 'env -i PATH="$PATH" sh own.sh & wait')
+    process = started(tmp_path, 'trap "wait; exit 0" TERM; env -i PATH="$PATH" sh own.sh & wait')
     descendant = read_pid(tmp_path / "descendant")
     assert os.getpgid(descendant) == process.pid != descendant
     process.stop(grace=PATIENCE)
     assert (tmp_path / "state").read_text() == "saved\n"
+    assert process.returncode == 0
     assert not alive(descendant)
 
 
@@ -273,32 +248,19 @@ def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path, forks: bool)
             os.kill(pid, signal.SIGKILL)
 
 
-class Recorded(ManagedProcess):
-    """Notes when it is asked to end."""
-
-    asked: ClassVar[list[str]] = []
-
-    def _signal(self, signum: int) -> None:
-        if signum == signal.SIGTERM:
-            self.asked.append(self.spec.name)
-        super()._signal(signum)
-
-
-def test_stop_all_asks_in_order_and_waits_for_all_together(tmp_path: Path) -> None:
+def test_stop_all_asks_all_of_them_and_waits_for_all_together(tmp_path: Path) -> None:
     # On SIGTERM each waits for the others' SIGTERM: waiting for one before asking the next would end in SIGKILL.
     script = (
         "all() { [ -e a.term ] && [ -e b.term ] && [ -e c.term ]; }; "
         "trap 'echo once >>$0.term; until all; do sleep 0.02; done; exit 0' TERM; "
         "echo 1 >$0.up; while true; do sleep 0.02; done"
     )
-    processes = [
-        Recorded(shell(tmp_path, script, name=name, command=("sh", "-c", script, name))) for name in ("a", "b", "c")
-    ]
+    specs = (shell(tmp_path, script, name=name, command=("sh", "-c", script, name)) for name in ("a", "b", "c"))
+    processes = list(map(ManagedProcess, specs))
     for process in processes:
         process.start()
         read_pid(tmp_path / f"{process.spec.name}.up")
     stop_all(processes[::-1], grace=PATIENCE)
-    assert Recorded.asked == ["c", "b", "a"]
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [(tmp_path / f"{name}.term").read_text() for name in "abc"] == ["once\n"] * 3
     stop_all(processes)

@@ -109,24 +109,21 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("names", "variables", "netrc", "fault"),
     [
-        (["wandb"], {}, "", "there is no API key for wandb: run 'wandb login'"),
-        (["console", "wandb"], {}, "machine example.com login x password y", "there is no API key"),
-        (["wandb"], {}, "not a netrc file", "there is no API key"),
+        (["console", "wandb"], {}, "machine example.com login x password y", "there is no API key for wandb: run"),
+        (["wandb"], {}, "not a netrc file", "there is no API key for wandb: run 'wandb login'"),
         (["swanlab"], {}, "", "swanlab is not installed: pip install swanlab"),
         (["wandb"], {"WANDB_MODE": "offline"}, "", None),
-        (["wandb"], {"WANDB_MODE": "disabled"}, "", None),
         (["wandb"], {"WANDB_API_KEY": "x" * 40}, "", None),
-        (["wandb"], {}, "machine api.wandb.ai login user password xxx", None),
         (["wandb"], {"WANDB_BASE_URL": "https://example.com"}, "machine example.com login x password y", None),
         (["console", "file"], {}, "", None),
-        ([], {}, "", None),
     ],
 )
 def test_a_tracker_that_cannot_start_is_named_before_anything_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variables: dict[str, str], netrc: str, fault: str
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "netrc").write_text(netrc)
     for name, value in {"NETRC": str(tmp_path / "netrc"), **variables}.items():
@@ -136,20 +133,11 @@ def test_a_tracker_that_cannot_start_is_named_before_anything_does(
         return
     with pytest.raises(ConfigError, match=rf"trainer.logger: {fault}"):
         _check_trackers(names)
-
-
-@pytest.mark.parametrize("directory", ["wandb", ".wandb"])
-def test_what_wandb_offline_has_stored_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_MODE", "")  # so that it is put back afterwards
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / directory).mkdir()
-    (tmp_path / directory / "settings").write_text("[default]\nmode = offline\n\n")
-    _check_trackers(["wandb"])
-    assert os.environ["WANDB_MODE"] == "offline"
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n\n")
+    if "wandb" in names:
+        _check_trackers(names)
+        assert os.environ["WANDB_MODE"] == "offline", "what 'wandb offline' has stored holds"
 
 
 @pytest.mark.parametrize("summarised", [None, 3, 6])
