@@ -41,13 +41,13 @@ def main() -> int:
     print("starting the trajectory API and the trainer, taking five steps ...", flush=True)
     failures = 0
     with EndToEnd() as system:
-        for name, check in system.checks():
+        for name in _NAMES:
             try:
-                verdict, text = "ok", check()
+                verdict, text = "ok", getattr(system, name)()
             except AssertionError as error:
                 verdict, text = "FAILED", str(error) or "assertion failed"
                 failures += 1
-            print(f"{verdict:<7} {name:<34} {text}", flush=True)
+            print(f"{verdict:<7} {name.removeprefix('check_').replace('_', ' '):<34} {text}", flush=True)
     total = len(_NAMES)
     print(f"\n{total - failures} of {total} checks passed in {time.perf_counter() - started:.1f} s")
     return 1 if failures else 0

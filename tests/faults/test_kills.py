@@ -4,10 +4,12 @@ Real processes all the way, with and without an overlapped trainer. Each test al
 is the proof that the run before left a directory that can be resumed.
 """
 
+import contextlib
 import json
 import math
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,43 +33,33 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kills") / "run"
 
 
-def started(run_dir: Path, steps: int = 100_000, mode: str = "sync") -> TrainingRun:
-    return TrainingRun([f"steps={steps}", f"mode={mode}", *WORDS], run_dir=run_dir)
+@contextlib.contextmanager
+def started(run_dir: Path, mode: str) -> Iterator[TrainingRun]:
+    """A run that has resumed what was there, and trained three steps more."""
+    before, pending = checkpointed_step(run_dir), len(journalled(run_dir))
+    with TrainingRun(["steps=100000", f"mode={mode}", *WORDS], run_dir=run_dir) as run:
+        run.wait_for_step(before + 3)
+        if before:
+            resumed = rf"resumed from \S+/global_step_{before} at step {before}, policy version {before}"
+            assert re.search(resumed, run.stdout)
+        if pending:
+            assert f"{pending} batches fetched before the interruption are trained first" in run.stdout
+        assert run.processes_seen >= 5, "trainer, API, environment and their two orphan reapers"
+        yield run
 
 
-def trained_past(run: TrainingRun, before: int) -> None:
-    """Wait until the run has resumed at step ``before`` and is three steps beyond it, not at a checkpoint."""
-    run.wait_for_step(before + 3)
-    if before:
-        assert re.search(
-            rf"resumed from \S+/global_step_{before} at step {before}, policy version {before}", run.stdout
-        )
-    assert run.processes_seen >= 5, "trainer, API, environment and their two orphan reapers"
-
-
-def assert_saved(run: TrainingRun, run_dir: Path, before: int) -> None:
-    """Everything trained is in a checkpoint, and the user was told where."""
-    step = metrics_of(run_dir)[-1]["step"]
-    assert step >= before + 3
-    assert checkpointed_step(run_dir) == step
-    if step % 5:  # otherwise it was saved in passing
-        note = f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step}; the same command with "
-        assert note + f"run_dir={run_dir} resume=auto goes on)" in run.stderr
-    assert "Traceback" not in run.stderr
-
-
-def test_a_killed_service_is_restarted_and_the_run_goes_on(run_dir: Path) -> None:
-    before = checkpointed_step(run_dir)
-    with started(run_dir) as run:
-        trained_past(run, before)
+def test_a_killed_service_is_restarted_and_a_killed_trainer_leaves_what_it_fetched(run_dir: Path) -> None:
+    with started(run_dir, "sync") as run:
         for service in ("environment", "trajectory_api"):
             run.process_of(service).kill()
             run.wait_for_output(f"{service} was killed by SIGKILL (by hand, or by the kernel for want of memory: see")
             run.wait_for_output("; restarting it in ")
             run.wait_for_more(3)
-        run.popen.send_signal(signal.SIGTERM)
-        run.must_end(130)
-        assert_saved(run, run_dir, before)
+        run.popen.kill()
+        run.must_end(-signal.SIGKILL)
+    # What was trained since the last checkpoint lies in the journal, and what was taken ahead.
+    since = metrics_of(run_dir)[-1]["step"] - checkpointed_step(run_dir)
+    assert len(journalled(run_dir)) >= since
 
 
 def test_an_environment_that_cannot_start_twice_ends_the_run(tmp_path: Path) -> None:
@@ -81,33 +73,22 @@ def test_an_environment_that_cannot_start_twice_ends_the_run(tmp_path: Path) -> 
     assert checkpointed_step(tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("mode", ["sync", "overlap"])
-def test_the_trainer_is_killed(mode: str, run_dir: Path) -> None:
-    before = checkpointed_step(run_dir)
-    with started(run_dir, mode=mode) as run:
-        trained_past(run, before)
-        run.popen.kill()
-        run.must_end(-signal.SIGKILL)
-    # What was trained since the last checkpoint lies in the journal, and what was taken ahead.
-    since = metrics_of(run_dir)[-1]["step"] - checkpointed_step(run_dir)
-    assert len(journalled(run_dir)) >= since
-
-
 @pytest.mark.parametrize(("how", "mode"), [("kill", "sync"), ("Ctrl-C", "overlap")])
 def test_it_is_told_to_stop(how: str, mode: str, run_dir: Path) -> None:
     before = checkpointed_step(run_dir)
-    pending = len(journalled(run_dir))
-    with started(run_dir, mode=mode) as run:
-        trained_past(run, before)
-        if pending:
-            assert f"{pending} batches fetched before the interruption are trained first" in run.stdout
+    with started(run_dir, mode) as run:
         if how == "kill":
             run.popen.send_signal(signal.SIGTERM)
         else:
             run.ctrl_c()
         run.must_end(130)
         assert "\ninterrupted\n" in run.stderr
-        assert_saved(run, run_dir, before)
+        assert "Traceback" not in run.stderr
+    step = metrics_of(run_dir)[-1]["step"]
+    assert checkpointed_step(run_dir) == step >= before + 3
+    if step % 5:  # otherwise it was saved in passing
+        note = f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step}; the same command with "
+        assert note + f"run_dir={run_dir} resume=auto goes on)" in run.stderr
     # Batches that are on disk and not trained on: what the trainer had taken ahead, never more.
     assert len(journalled(run_dir)) <= 2
 
@@ -115,7 +96,7 @@ def test_it_is_told_to_stop(how: str, mode: str, run_dir: Path) -> None:
 def test_it_goes_on_to_the_end(run_dir: Path) -> None:
     before = checkpointed_step(run_dir)
     last = before + 3
-    with started(run_dir, steps=last) as run:
+    with TrainingRun([f"steps={last}", *WORDS], run_dir=run_dir) as run:
         run.must_end(0)
         assert run.stderr == ""
         assert "training finished" in run.stdout

@@ -17,10 +17,12 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import TrainerRegistration
 
 SILENT = 2000
+SAID = (b"", b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n")
+PREFIX = ("sh", "-c", 'ulimit -n 1024; exec "$@"', "sh")
 
 
-@pytest.fixture
-def many_files() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _many_files() -> Iterator[None]:
     """This process may hold its end of the connections."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(before[1], 3 * SILENT)), before[1]))
@@ -28,18 +30,16 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.usefixtures("many_files")
-@pytest.mark.parametrize("said", [b"", b"POST /scored_data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"])
 def test_the_api_goes_on_beside_2000_silent_connections_at_1024_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ServerProcess, "prefix", ("sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"))
+    monkeypatch.setattr(ServerProcess, "prefix", PREFIX)
     with ExitStack() as stack, ServerProcess(tmp_path, "--data-dir", str(tmp_path / "data")) as server:
         client = stack.enter_context(AtroposClient(server.url, timeout=60.0, retry_attempts=100))
         client.register(TrainerRegistration(**registration(4)))
         for number in range(SILENT):
             silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60.0))
-            silent.sendall(said)
+            silent.sendall(SAID[number % 2])
             if number % 100 == 0:
                 client.post_scored_data_list([group_bytes(number, 4)], idempotency_key=str(number))
                 assert client.get_batch(max_wait_time=60.0) is not None
@@ -47,18 +47,12 @@ def test_the_api_goes_on_beside_2000_silent_connections_at_1024_files(
         assert server.log_path.stat().st_size < 50_000
 
 
-_1024_FILES = (
-    "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); "
-    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
-
-
 @pytest.mark.skipif(not os.environ.get("ATROPOS_VERL_SILENT_RUN"), reason="a whole run: ATROPOS_VERL_SILENT_RUN=1")
-@pytest.mark.usefixtures("many_files")
 def test_a_run_goes_on_beside_silent_connections_at_1024_files(tmp_path: Path) -> None:
     """2000 at its gateway, 2000 at its API."""
-    words = ["steps=12", "save_freq=6"]
-    with TrainingRun(words, run_dir=tmp_path / "run", launcher=("-c", _1024_FILES)) as run, ExitStack() as stack:
+    run = TrainingRun(["steps=12", "save_freq=6"], run_dir=tmp_path / "run")
+    run.command = [*PREFIX, *run.command]
+    with run, ExitStack() as stack:
         run.wait_for_step(1)
         [file] = (tmp_path / "run" / "launch").glob("environment*.yaml")
         told = yaml.safe_load(file.read_text())

@@ -36,39 +36,22 @@ sys.path.insert(0, str(TESTS))
 import numpy as np
 import torch
 
-SIZES: dict[str, dict[str, int]] = {
-    "full": {
-        "vocab_size": 151_936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "steps": 20,
-        "groups": 16,
-        "prompt": 256,
-        "answer": 64,
-        "new_tokens": 256,
-        "head_tokens": 4096,
-        "row": 1024,
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "steps": 20,
-        "groups": 4,
-        "prompt": 24,
-        "answer": 8,
-        "new_tokens": 16,
-        "head_tokens": 64,
-        "row": 48,
-    },
+_SIZES = {
+    "vocab_size": (151_936, 512),
+    "hidden_size": (896, 64),
+    "intermediate_size": (4864, 128),
+    "num_hidden_layers": (24, 2),
+    "num_attention_heads": (14, 4),
+    "num_key_value_heads": (2, 2),
+    "steps": (20, 20),
+    "groups": (16, 4),
+    "prompt": (256, 24),
+    "answer": (64, 8),
+    "new_tokens": (256, 16),
+    "head_tokens": (4096, 64),
+    "row": (1024, 48),
 }
-"""``full``: the shape of Qwen2.5-0.5B. ``row``: tokens of the longest of eight sequences in ``attention``."""
+"""On a card (the shape of Qwen2.5-0.5B), and tiny. ``row``: tokens of the longest sequence in ``attention``."""
 EXPECTED = {"loop": 120, "sync": 20, "engine": 30, "prefixes": 20, "lm_head": 10, "attention": 10, "tests": 90}
 """Seconds that a section may take; it is left out where fewer remain."""
 
@@ -200,22 +183,20 @@ class Drill:
         rng = np.random.default_rng(0)
         lines, canaries = [], []
         for step in range(sizes["steps"]):
-            prompts = [rng.integers(2, sizes["vocab_size"], sizes["prompt"]).tolist() for _ in range(sizes["groups"])]
-            line = trainer.rl_training_step(prompts)
-            lines.append(line)
+            prompts = rng.integers(2, sizes["vocab_size"], (sizes["groups"], sizes["prompt"])).tolist()
+            lines.append(trainer.rl_training_step(prompts))
             canaries.append(trainer.sharding_manager.last_sync.canary_max_abs_logprob_diff)
             if time.perf_counter() > self.deadline - 60 and step:
                 break
         if self.on_cuda:
             memory["torch has reserved"] = round(torch.cuda.max_memory_reserved() / 1e6, 1)
         rewards = [line.metrics["reward/mean"] for line in lines]
-        moved = [line.metrics["actor/grad_norm"] for line in lines]
-        steps_taken = self.must("loop: every step trained", trainer.policy_version == len(lines) and all(moved))
-        finite = self.must("loop: losses are finite", all(np.isfinite(line.loss) for line in lines))
+        moved = trainer.policy_version == len(lines) and all(line.metrics["actor/grad_norm"] for line in lines)
+        finite = all(np.isfinite(line.loss) for line in lines)
         return {
             "parameters": self.parameters,
             "steps": len(lines),
-            "trained": steps_taken and finite,
+            "trained": self.must("loop: every step trained, with a finite loss", moved and finite),
             "reward, first and last three": [float(np.mean(rewards[:3])), float(np.mean(rewards[-3:]))],
             "canary, largest": max(canaries),
             "median seconds": {name: statistics.median(taken[1:] or taken) for name, taken in seconds.items()},
@@ -260,19 +241,16 @@ class Drill:
 
         def rate(sequences: int, new_tokens: int) -> float:
             def ask() -> None:
-                prompts = [rng.integers(2, sizes["vocab_size"], sizes["prompt"]).tolist() for _ in range(sequences)]
-                requests = [
-                    GenerationRequest(prompt_token_ids=tuple(ids), n=1, max_tokens=new_tokens, ignore_eos=True)
-                    for ids in prompts
-                ]
+                prompts = rng.integers(2, sizes["vocab_size"], (sequences, sizes["prompt"])).tolist()
+                settings: dict[str, Any] = {"n": 1, "max_tokens": new_tokens, "ignore_eos": True}
+                requests = [GenerationRequest(prompt_token_ids=tuple(ids), **settings) for ids in prompts]
                 trainer.engine.generate(requests, timeout=120.0)
 
             return sequences / self.seconds(ask, 1)
 
+        new = sizes["new_tokens"]
         for sequences in (1, 64):
-            found[f"{sequences} sequences, new tokens per second"] = (
-                rate(sequences, sizes["new_tokens"]) * sizes["new_tokens"]
-            )
+            found[f"{sequences} sequences, new tokens per second"] = rate(sequences, new) * new
         found["prefill, tokens per second"] = rate(32, 1) * sizes["prompt"]
         trainer.close_rollouts()
         return found
@@ -293,13 +271,12 @@ class Drill:
             with self.peak(memory, "MB"):
                 figures[way] = worker.train(samples)
             found[way] = {"seconds": self.seconds(lambda: worker.train(samples), 3), "peak, MB": memory["MB"]}
-        pairs = zip(logprobs["whole"], logprobs["shared"], strict=True)
+        pairs = zip(*logprobs.values(), strict=True)
         apart = max(float(np.abs(whole - shared).max()) for whole, shared in pairs)
-        norms = [figures[way]["grad_norm"] for way in ("whole", "shared")]
-        losses = [figures[way]["loss"] for way in ("whole", "shared")]
+        norms = [output["grad_norm"] for output in figures.values()]
         found["whole over shared, time"] = found["whole"]["seconds"] / found["shared"]["seconds"]
-        found["largest difference of a logprob"] = apart
-        found["loss"], found["gradient norm"] = losses, norms
+        found["largest difference of a logprob"], found["gradient norm"] = apart, norms
+        found["loss"] = [output["loss"] for output in figures.values()]
         bound = 0.1 if self.on_cuda else 1e-4  # bf16 has 8 bits, and the logprobs are about -12
         close = apart < bound and abs(norms[0] - norms[1]) < bound * norms[0]
         found["equal"] = self.must("prefixes: shared and whole agree", bool(close))
@@ -430,19 +407,9 @@ class Drill:
     def tests(self) -> dict[str, Any]:
         """Every test marked ``gpu``, in a process of its own: verl keeps one device for the life of a process."""
         platform = {"VERL_PLATFORM": "nvidia" if self.on_cuda else "cpu"}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rfEs",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-            str(TESTS / "gpu"),
-        ]
-        environment, left = {**os.environ, **platform}, max(20.0, self.deadline - time.perf_counter())
+        options = ["-q", "-rfEs", "-m", "gpu", "-p", "no:cacheprovider", str(TESTS / "gpu")]
+        command, environment = [sys.executable, "-m", "pytest", *options], {**os.environ, **platform}
+        left = max(20.0, self.deadline - time.perf_counter())
         answer = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=left, check=False, cwd=TESTS.parent
         )
@@ -483,7 +450,7 @@ def main() -> int:
     started = time.perf_counter()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="drill-") as directory:
-        drill = Drill(options.device, SIZES["tiny" if options.tiny else "full"], Path(directory))
+        drill = Drill(options.device, {name: sizes[options.tiny] for name, sizes in _SIZES.items()}, Path(directory))
         drill.deadline = started + options.seconds
         results["machine"] = drill.machine()
         for name, expected in EXPECTED.items():

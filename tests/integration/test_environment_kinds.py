@@ -27,7 +27,6 @@ if __name__ == "__main__":
 """
 ELSEWHERE = 'APIServerConfig(base_url="http://127.0.0.1:9/v1", model_name="x", api_key="x", server_type="vllm")'
 KINDS = {
-    "one": f"[{ELSEWHERE}]",
     "several": f"[{ELSEWHERE}, {ELSEWHERE}]",
     "bare": ELSEWHERE,
     "baseline": "ServerBaseline()",

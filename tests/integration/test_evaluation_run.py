@@ -14,7 +14,7 @@ from atropos_verl.assets import demo_model_path
 from atropos_verl.provenance.ledger import IDS, Ledger
 
 WORDS, SAMPLES = 24, 2
-PINNED, LAST = 8, 16
+PINNED, LAST = 4, 8
 
 
 def test_every_evaluated_token_is_of_one_version_while_training_goes_on(tmp_path: Path) -> None:

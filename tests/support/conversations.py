@@ -17,61 +17,12 @@ from atropos_verl.provenance.attribution import SequenceQuery
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import Generation
 
-_WORDS = [
-    "the",
-    "answer",
-    "is",
-    "and",
-    "of",
-    "to",
-    "number",
-    "sum",
-    "therefore",
-    "because",
-    "first",
-    "then",
-    "12",
-    "7",
-    "345",
-    "x",
-    "=",
-    "+",
-    "-",
-    "*",
-    "/",
-    "(",
-    ")",
-    ".",
-    ",",
-    ";",
-    ":",
-    "!",
-    "?",
-    "\n",
-    "\n\n",
-    "\t",
-    "",
-    "café",
-    "naïve",
-    "你好",
-    "世界",
-    "да",
-    "нет",
-    "😀",
-    "👩\u200d🚀",
-    "½",
-    "→",
-    "≠",
-    "é",
-    "ä",
-    "שלום",
-    "#include",
-    "<vector>",
-    "def",
-    "return",
-    "print('hi')",
-    "",
-]
+_PLAIN = """\
+the answer is and of to number sum therefore because first then 12 7 345 x = + - * / ( ) . , ; : ! ? café
+naïve 你好 世界 да нет 😀 ½ → ≠ שלום #include <vector> def return
+"""
+_ODD = ["\n", "\n\n", "\t", "\U0001f469\u200d\U0001f680", "e\u0301", "a\u0308", "print('hi')", ""]
+_WORDS = [*_PLAIN.split(), *_ODD]
 _ANSWERS = ("the answer", "345", " 345", "number 12.", "caf\u00e9")
 _SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
 
@@ -163,13 +114,8 @@ class Conversation:
     mask: list[bool] = field(default_factory=list)
 
     def query(self, group: int = 0) -> SequenceQuery:
-        return SequenceQuery(
-            token_ids=np.array(self.tokens),
-            loss_mask=np.array(self.mask),
-            group=group,
-            is_text=True,
-            has_advantages=True,
-        )
+        tokens, mask = np.array(self.tokens), np.array(self.mask)
+        return SequenceQuery(token_ids=tokens, loss_mask=mask, group=group, is_text=True, has_advantages=True)
 
 
 class Policy:
@@ -210,7 +156,7 @@ class Policy:
         self.turns.append(turn)
         return turn
 
-    def converse(self, *, turns: int, last_only: bool, edits: float) -> Conversation:
+    def converse(self, *, turns: int, last_only: bool) -> Conversation:
         """Tokenised with a template, and masked by the lengths of its prefixes, as ``tokenize_for_trainer`` does."""
         rng, messages, made = self.rng, list[tuple[str, str]](), list[Turn]()
         is_common = rng.random() < 0.2  # asked again and again, and answered in a few words
@@ -219,10 +165,9 @@ class Policy:
             prompt = self.encode(self.template.render(messages, asks=True))
             turn = self.sample(prompt, rng.choice(_ANSWERS) if is_common else text_of(rng, 8))
             text = turn.text
-            if rng.random() < edits and len(text.strip()) > 2:
+            if rng.random() < 0.05 and len(text.strip()) > 2:
                 at = rng.randrange(len(text))
-                other = text[:at] + rng.choice(("", "q")) + text[at + 1 :]
-                text = other
+                text = text[:at] + rng.choice(("", "q")) + text[at + 1 :]
             turn.posted = text
             messages.append(("assistant", text))
             made.append(turn)
@@ -243,10 +188,5 @@ def conversations(kind: str, template: str, count: int, seed: int) -> Iterator[t
     rng = random.Random(f"{kind} {template} {seed}")
     for _ in range(0, count, 100):
         policy = Policy(tokenizer_of(kind), TEMPLATES[template], rng)
-        yield (
-            policy,
-            [
-                policy.converse(turns=rng.randint(1, 8), last_only=rng.random() < 0.3, edits=0.05)
-                for _ in range(min(100, count))
-            ],
-        )
+        settings = [(rng.randint(1, 8), rng.random() < 0.3) for _ in range(min(100, count))]
+        yield policy, [policy.converse(turns=turns, last_only=last_only) for turns, last_only in settings]

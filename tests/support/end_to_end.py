@@ -7,8 +7,6 @@ returns a line for the table.
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -51,13 +49,10 @@ class EndToEnd:
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
         self.figures: list[dict[str, Any]] = []
-        self.submitted = 0
-        self.seconds = 0.0
 
     def __enter__(self) -> Self:
         from atropos_verl import AtroposTrainer
 
-        self._stack = ExitStack()
         with ExitStack() as stack:
             self.run_dir = Path(tempfile.mkdtemp(prefix="atropos-verl-e2e-"))
             stack.callback(shutil.rmtree, self.run_dir, ignore_errors=True)
@@ -87,29 +82,19 @@ class EndToEnd:
         trainer = self.trainer
         prompts = [PROMPT.format(word=word) for word in WORDS]
         probe = trainer.tokenizer.encode(prompts[0] + "enots", add_special_tokens=False)
-        started = time.perf_counter()
         for _ in range(STEPS):
+            figure: dict[str, Any] = {}
             trainer.open_rollouts()
-            before = trainer.engine.compute_logprobs(probe)
-            serving = trainer.engine.stats()
-            data = trainer.rollout_phase(prompts)
+            figure["engine_before"] = np.array(trainer.engine.compute_logprobs(probe))
+            figure["serving"] = trainer.engine.stats()
+            figure["data"] = trainer.rollout_phase(prompts)
             trainer.close_rollouts()
-            released = trainer.engine.stats()
-            advantages = trainer.compute_advantages_from_atropos(data)
-            report = trainer.train_on(data)
-            self.reports.append(report)
-            self.figures.append(
-                {
-                    "data": data,
-                    "advantages": advantages,
-                    "engine_before": np.array(before),
-                    "engine_after": np.array(trainer.engine.compute_logprobs(probe)),
-                    "trainer_after": self._trainer_logprobs(probe),
-                    "serving": serving,
-                    "released": released,
-                }
-            )
-        self.seconds = time.perf_counter() - started
+            figure["released"] = trainer.engine.stats()
+            figure["advantages"] = trainer.compute_advantages_from_atropos(figure["data"])
+            self.reports.append(trainer.train_on(figure["data"]))
+            figure["engine_after"] = np.array(trainer.engine.compute_logprobs(probe))
+            figure["trainer_after"] = self._trainer_logprobs(probe)
+            self.figures.append(figure)
 
     def _trainer_logprobs(self, probe: list[int]) -> np.ndarray[Any, Any]:
         from atropos_verl.types import TrainingSample
@@ -205,11 +190,6 @@ class EndToEnd:
         step, rate, sync = (float(np.median([r.metrics[key] or 0.0 for r in self.reports])) for key in keys)
         assert step > 0 and rate > 0 and sync > 0
         return f"median step {step:.2f} s, {rate:.0f} trained tokens/s, weight sync {sync * 1e3:.1f} ms"
-
-    def checks(self) -> list[tuple[str, Callable[[], str]]]:
-        """Name and function of every check, in the order of the table."""
-        names = [name for name in type(self).__dict__ if name.startswith("check_")]
-        return [(name.removeprefix("check_").replace("_", " "), getattr(self, name)) for name in names]
 
 
 _FAULTS: list[tuple[str, str, Behaviour, type[AtroposAPIError]]] = [

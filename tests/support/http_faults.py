@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -132,10 +133,16 @@ def drip_body(body: bytes, pieces: int, interval: float) -> Behaviour:
     return behave
 
 
-class FaultServer:
-    """Threaded, on a free loopback port; one request per connection. Paths without a script answer 404."""
+class FaultServer(socketserver.ThreadingTCPServer):
+    """On a free loopback port, which refuses connections until the ``with`` block begins; one request per connection.
+    Paths without a script answer 404."""
 
-    def __init__(self, *, listener: socket.socket | None = None, tls: tuple[Path, Path] | None = None) -> None:
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, *, tls: tuple[Path, Path] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler, bind_and_activate=False)
+        self.server_bind()
         self.requests: list[Received] = []
         self.connections = 0
         self._scripts: dict[str, list[Behaviour]] = {}
@@ -146,20 +153,18 @@ class FaultServer:
         if tls is not None:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.load_cert_chain(*tls)
-        self._listener = listener or _bound_socket()
-        self.port: int = self._listener.getsockname()[1]
+        self.port: int = self.server_address[1]  # type: ignore[misc]
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> FaultServer:
-        self._listener.listen(64)
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.server_activate()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self.shutdown()
+        self.server_close()
 
     def script(self, path: str, *behaviours: Behaviour) -> None:
         """Sets the behaviour for the first, second, … request of ``path``; the last one repeats."""
@@ -175,28 +180,18 @@ class FaultServer:
         with self._lock:
             return next(request for request in reversed(self.requests) if request.path == path)
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            self.connections += 1
+        # The client went away, or refused our certificate: both are the tests' aim.
+        with contextlib.suppress(OSError):
+            if self._tls is None and request.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
+                request.sendall(_head(400, 0))  # as HTTP servers do when a client speaks TLS to them
                 return
-            with self._lock:
-                self.connections += 1
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # the client went away, or refused our certificate: both are the tests' aim
-            if self._tls is not None:
-                connection = self._tls.wrap_socket(connection, server_side=True)
-            with connection:
-                if self._tls is None and connection.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
-                    connection.sendall(_head(400, 0))  # as HTTP servers do when a client speaks TLS to them
-                    return
-                request = _read_request(connection)
-                if request is None:
-                    return
-                self._behaviour(request)(Link(connection, self._closing))
+            with request if self._tls is None else self._tls.wrap_socket(request, server_side=True) as connection:
+                received = _read_request(connection)
+                if received is not None:
+                    self._behaviour(received)(Link(connection, self._closing))
 
     def _behaviour(self, request: Received) -> Behaviour:
         with self._lock:
@@ -220,30 +215,23 @@ def _read_request(connection: socket.socket) -> Received | None:
     return Received(method, path, headers, body)
 
 
-def _bound_socket() -> socket.socket:
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
-    return listener
-
-
 @contextlib.contextmanager
 def refused_url() -> Iterator[str]:
     """A URL whose port is taken and does not listen: every connection is refused, and nobody else can get the port."""
-    with _bound_socket() as held:
-        yield f"http://127.0.0.1:{held.getsockname()[1]}"
+    server = FaultServer()
+    yield server.url
+    server.server_close()
 
 
 @contextlib.contextmanager
 def late_server(seconds: float) -> Iterator[FaultServer]:
     """A server that refuses connections for ``seconds`` and then serves."""
-    server = FaultServer(listener=_bound_socket())
+    server = FaultServer()
     starter = threading.Timer(seconds, server.__enter__)
     starter.start()
     try:
         yield server
     finally:
-        starter.cancel()
         starter.join()
         server.__exit__()
 

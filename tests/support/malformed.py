@@ -15,6 +15,7 @@ from atropos_verl.types import NOT_TRAINED, ScoredGroup
 
 Group = dict[str, Any]
 Spoil = Callable[[Group, random.Random, int], object]
+Change = Callable[[Any, random.Random], object]
 VOCAB_SIZE = 256
 """Ids of good tokens are below this; give it to the validation."""
 
@@ -102,17 +103,21 @@ def _set_token(value: Callable[[random.Random, int], int]) -> Spoil:
     return spoil
 
 
-def _in_a_row(field: str, change: Callable[[list[Any], random.Random], object]) -> Spoil:
+def _in_a_row(field: str, change: Change) -> Spoil:
     """``change`` gets one of the rows of ``field``."""
     return lambda group, rng, vocab_size: change(rng.choice(group[field]), rng)
 
 
-def _in_all(field: str, change: Callable[[list[Any], random.Random], object]) -> Spoil:
+def _in_all(field: str, change: Change) -> Spoil:
     return lambda group, rng, vocab_size: change(group[field], rng)
 
 
 def _one_less(rows: list[Any], rng: random.Random) -> None:
     rows.pop(rng.randrange(len(rows)))
+
+
+def _one_more(rows: list[Any], rng: random.Random) -> None:
+    rows.append(rows[0])
 
 
 def _huge(row: list[Any], rng: random.Random) -> None:
@@ -138,7 +143,7 @@ def _zero_one_masks(group: Group, rng: random.Random, vocab_size: int) -> None:
     group["masks"] = [[int(entry != NOT_TRAINED) for entry in row] for row in group["masks"]]
 
 
-def _entry(at: int, values: list[float]) -> Callable[[list[Any], random.Random], object]:
+def _entry(at: int, values: list[float]) -> Change:
     def change(row: list[Any], rng: random.Random) -> None:
         row[at] = rng.choice(values)
 
@@ -146,45 +151,32 @@ def _entry(at: int, values: list[float]) -> Callable[[list[Any], random.Random],
 
 
 def _override(key: str, value: Any) -> Spoil:
-    return _in_a_row("overrides", lambda entry, rng: entry.update({key: value}))  # type: ignore[attr-defined]
+    return _in_a_row("overrides", lambda entry, rng: entry.update({key: value}))
 
 
 _ROWS = ("tokens", "masks", "scores", "advantages", "inference_logprobs", "overrides")
+_PER_TOKEN = ("masks", "advantages", "inference_logprobs")
 _CHANGE_SIZE = {"no sequence", "tokens: a sequence less", "tokens: a sequence more"}
 
 _KINDS: dict[str, Spoil] = {
     "no sequence": lambda group, rng, vocab_size: group.update({field: [] for field in _ROWS}),
-    "tokens: a sequence less": _in_all("tokens", _one_less),
-    "tokens: a sequence more": _in_all("tokens", lambda rows, _: rows.append(rows[0])),
+    **{f"{field}: a sequence less": _in_all(field, _one_less) for field in _ROWS},
+    **{f"{field}: a sequence more": _in_all(field, _one_more) for field in _ROWS},
+    **{f"{field}: a token less": _in_a_row(field, lambda row, _: row.pop()) for field in _PER_TOKEN},
+    **{f"{field}: a token more": _in_a_row(field, _one_more) for field in _PER_TOKEN},
     "empty sequence": _empty_sequence,
     "id negative": _set_token(lambda rng, vocab_size: rng.choice([-1, -5, -100, -(2**31)])),
     "id 2**40": _set_token(lambda rng, vocab_size: 2**40),
     "id beyond 64 bits": _set_token(lambda rng, vocab_size: 2**70),
     "id outside the vocabulary": _set_token(lambda rng, vocab_size: vocab_size + rng.randrange(1000)),
-    "masks: a token less": _in_a_row("masks", lambda row, _: row.pop()),
-    "masks: a token more": _in_a_row("masks", lambda row, rng: row.append(NOT_TRAINED)),
-    "masks: a sequence less": _in_all("masks", _one_less),
-    "masks: a sequence more": _in_all("masks", lambda rows, _: rows.append(rows[0])),
     "masks: another token's id": _mask_of_other_token,
     "masks: zeros and ones": _zero_one_masks,
     "masks: negative": _in_a_row("masks", _entry(0, [-1, -99, -101])),
-    "scores: one less": _in_all("scores", _one_less),
-    "scores: one more": _in_all("scores", lambda rows, _: rows.append(rows[0])),
     "scores: none": _set("scores", []),
     "scores: beyond float32": _in_all("scores", _huge),
-    "advantages: a token less": _in_a_row("advantages", lambda row, _: row.pop()),
-    "advantages: a token more": _in_a_row("advantages", lambda row, rng: row.append(0.0)),
-    "advantages: a sequence less": _in_all("advantages", _one_less),
-    "advantages: a sequence more": _in_all("advantages", lambda rows, _: rows.append(rows[0])),
     "advantages: beyond float32": _in_a_row("advantages", _huge),
-    "logprobs: a token less": _in_a_row("inference_logprobs", lambda row, _: row.pop()),
-    "logprobs: a token more": _in_a_row("inference_logprobs", lambda row, rng: row.append(-0.5)),
-    "logprobs: a sequence less": _in_all("inference_logprobs", _one_less),
-    "logprobs: a sequence more": _in_all("inference_logprobs", lambda rows, _: rows.append(rows[0])),
     "logprobs: positive": _in_a_row("inference_logprobs", _entry(-1, [0.5, 2.0, 13.0])),
     "logprobs: beyond float32": _in_a_row("inference_logprobs", _huge),
-    "overrides: one less": _in_all("overrides", _one_less),
-    "overrides: one more": _in_all("overrides", lambda rows, _: rows.append(rows[0])),
     "overrides: set_advantage_to_zero is text": _override("set_advantage_to_zero", "yes"),
     "overrides: temperature is text": _override("temperature", "hot"),
     "overrides: temperature negative": _override("temperature", -1.0),

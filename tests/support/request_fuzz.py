@@ -17,21 +17,7 @@ from urllib.parse import quote, unquote
 Headers = dict[str, str]
 
 _NUMBERS = [0, -1, 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400, 0.5, -0.0, 1e308, -1e308, 5e-324]
-_TEXTS = [
-    "",
-    "\n",
-    "\x1b[2J",
-    "\x00",
-    "\ud800",
-    "é世",
-    "{{ 9 ** 9 }}",
-    "a" * 3000,
-    "5",
-    "1e999",
-    "nan",
-    "null",
-    "../..",
-]
+_TEXTS = ["", "\n", "\x1b[2J", "\x00", "\ud800", "é世", "{{ 9 ** 9 }}", "a" * 3000, "5", "1e999", "nan", "../.."]
 _VALUES: list[Any] = [None, True, False, [], {}, [[]], [None], {"": ""}, *_NUMBERS, *_TEXTS]
 _LITERALS = [b"NaN", b"-Infinity", b"1e999", b"01", b"9" * 5000, b'"\\ud800"', b'"\\x"', b'"\xff"', b"[" * 3000, b"{"]
 _HEADERS: dict[str, list[str]] = {

@@ -32,3 +32,14 @@ def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int =
             )
         )
     return samples
+
+
+def branching_samples(seed: int, count: int = 12, longest: int = 40) -> list[TrainingSample]:
+    """Samples each of which begins as one of those before it, up to somewhere."""
+    samples = random_samples(count, vocab_size=200, seed=seed, longest=longest)
+    rng = np.random.default_rng(seed)
+    for index, sample in enumerate(samples[1:], 1):
+        other = samples[rng.integers(index)].token_ids
+        at = int(rng.integers(min(len(other), len(sample)) + 1))
+        sample.token_ids[:at] = other[:at]
+    return samples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "support" / "lookalike_step.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "lookalike.py"
 MICRO_BATCH = {
     "nonzero engines.py:_head_request": 1,
     "unique_dim engines.py:_head_request": 1,

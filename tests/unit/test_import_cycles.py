@@ -1,6 +1,7 @@
 """The check of ``make check`` finds a cycle of every kind, and none where there is none."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import import_cycles
@@ -9,23 +10,22 @@ import pytest
 _NUMBERS = itertools.count()
 _IMPORT_B = "from {package}.b import thing\n"
 _IMPORT_A = "from {package}.a import other\n"
+Plant = Callable[[dict[str, str]], str]
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty package that can be imported, under a name no other test has used."""
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    """Makes a package of these files, under a name no other test has used, and returns that."""
     root = tmp_path / f"planted_{next(_NUMBERS)}"
-    root.mkdir()
-    (root / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    return root
 
+    def write(files: dict[str, str]) -> str:
+        for name, text in {"__init__.py": "", **files}.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text.format(package=root.name))
+        return root.name
 
-def _write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text.format(package=root.name))
+    return write
 
 
 @pytest.mark.parametrize(
@@ -46,43 +46,33 @@ def _write(root: Path, files: dict[str, str]) -> None:
     ids=["module level", "in a function", "TYPE_CHECKING", "package", "root"],
 )
 def test_a_planted_cycle_is_found(
-    package: Path, files: dict[str, str], on_the_path: str, capsys: pytest.CaptureFixture[str]
+    plant: Plant, files: dict[str, str], on_the_path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _write(package, files)
-    assert import_cycles.main(package.name) == 1
+    package = plant(files)
+    assert import_cycles.main(package) == 1
     output = capsys.readouterr().out
-    assert on_the_path.format(package=package.name) in output
-    assert f"1 import cycles in {package.name}" in output
+    assert on_the_path.format(package=package) in output
+    assert f"1 import cycles in {package}" in output
 
 
-def test_two_cycles_are_both_told(package: Path) -> None:
-    _write(package, {"a.py": _IMPORT_B, "b.py": _IMPORT_A})
-    _write(package, {"c.py": "import {package}.d\n", "d.py": "import {package}.c\n"})
-    assert len(import_cycles.find_cycles(package.name)) == 2
+def test_two_cycles_are_both_told(plant: Plant) -> None:
+    cycles = {"a.py": _IMPORT_B, "b.py": _IMPORT_A, "c.py": "import {package}.d\n", "d.py": "import {package}.c\n"}
+    assert len(import_cycles.find_cycles(plant(cycles))) == 2
 
 
-def test_packages_without_imports_of_their_own_close_no_cycle(
-    package: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _write(package, {"a.py": _IMPORT_B, "b.py": "", "room/__init__.py": "", "room/c.py": "import {package}.a\n"})
-    assert import_cycles.main(package.name) == 0
-    assert capsys.readouterr().out == f"0 import cycles in {package.name}\n"
-
-
-def test_modules_named_by_strings_are_listed_and_are_no_edges(
-    package: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _write(
-        package,
+def test_packages_and_modules_named_by_strings_close_no_cycle(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    package = plant(
         {
             "a.py": '"""Not this: {package}.room."""\nWORKER = "{package}.b.Worker"\n' + _IMPORT_B,
             "b.py": "",
             "room/__init__.py": "",
+            "room/c.py": "import {package}.a\n",
             "settings.yaml": "loss: {package}.room:loss  # {package}.b\n",
-        },
+        }
     )
-    assert import_cycles.main(package.name) == 0
-    assert capsys.readouterr().out.splitlines()[:-1] == [
-        f"named by a string: {package.name}.b in a.py",
-        f"named by a string: {package.name}.room in settings.yaml",
+    assert import_cycles.main(package) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"named by a string: {package}.b in a.py",
+        f"named by a string: {package}.room in settings.yaml",
+        f"0 import cycles in {package}",
     ]

@@ -14,89 +14,58 @@ import pytest
 import atropos_verl
 from atropos_verl.types import SampleReport, SampleSettings, TrainingSample
 
-
-def test_the_root_exports_exactly_this() -> None:
-    expected = {
-        "AtroposAPIError",
-        "AtroposClient",
-        "AtroposShardingManager",
-        "AtroposTrainer",
-        "AtroposVerlError",
-        "RunConfig",
-        "SampleReport",
-        "SampleSettings",
-        "ScoredGroup",
-        "TrainingSample",
-        "__version__",
-        "build_samples",
-        "decode_batch",
-    }
-    assert set(atropos_verl.__all__) == set(dir(atropos_verl)) == expected
-    assert all(getattr(atropos_verl, name) is not None for name in expected)
+EXPORTS = """AtroposAPIError AtroposClient AtroposShardingManager AtroposTrainer AtroposVerlError RunConfig SampleReport
+SampleSettings ScoredGroup TrainingSample __version__ build_samples decode_batch"""
 
 
-def test_the_stub_of_the_root_names_where_each_export_lies() -> None:
-    """The types that a checker sees are those of the names that the root loads."""
+def test_the_root_exports_exactly_this_and_its_stub_says_where_each_lies() -> None:
+    assert set(atropos_verl.__all__) == set(dir(atropos_verl)) == set(EXPORTS.split())
     stub = ast.parse(Path(atropos_verl.__file__).with_suffix(".pyi").read_text())
     imports = {node.names[0].name: node.module for node in stub.body if isinstance(node, ast.ImportFrom)}
     assert {*imports, "__version__"} == set(atropos_verl.__all__)
     for name, module in imports.items():
         assert getattr(importlib.import_module(str(module)), name) is getattr(atropos_verl, name)
-
-
-def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match=r"atropos_verl.*no attribute 'AtroposTrainr'"):
         _ = atropos_verl.AtroposTrainr  # type: ignore[attr-defined]
-
-
-def _parameters(function: Any) -> list[str]:
-    return [name for name in inspect.signature(function).parameters if name != "self"]
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("from_config", ["config", "reward_fn", "extra"]),
-        ("rl_training_step", ["prompts"]),
-        ("rollout_phase", ["prompts"]),
-        ("compute_advantages_from_atropos", ["rollout_data"]),
-        ("training_phase", ["rollout_data", "advantages"]),
-        ("compute_advantage_weighted_sft_loss", ["input_ids", "advantages", "loss_mask"]),
+        ("from_config", "config reward_fn extra"),
+        ("rl_training_step", "prompts"),
+        ("rollout_phase", "prompts"),
+        ("compute_advantages_from_atropos", "rollout_data"),
+        ("training_phase", "rollout_data advantages"),
+        ("compute_advantage_weighted_sft_loss", "input_ids advantages loss_mask"),
     ],
 )
-def test_the_trainers_phases(name: str, parameters: list[str]) -> None:
-    assert _parameters(getattr(atropos_verl.AtroposTrainer, name)) == parameters
+def test_the_trainers_phases(name: str, parameters: str) -> None:
+    found = inspect.signature(getattr(atropos_verl.AtroposTrainer, name)).parameters
+    assert [parameter for parameter in found if parameter != "self"] == parameters.split()
 
 
 def test_the_engine_speaks_sglangs_and_verls_words() -> None:
     from atropos_verl.engine.embedded import TransformersEngine
 
-    assert _parameters(TransformersEngine.update_weights_from_tensor)[0] == "named_tensors"
-    assert _parameters(TransformersEngine.resume_memory_occupation) == []
-    assert _parameters(TransformersEngine.release_memory_occupation) == []
+    for name, first in (
+        ("update_weights_from_tensor", ["self", "named_tensors"]),
+        ("resume_memory_occupation", ["self"]),
+        ("release_memory_occupation", ["self"]),
+    ):
+        assert list(inspect.signature(getattr(TransformersEngine, name)).parameters)[: len(first)] == first
     assert callable(TransformersEngine.generate)
 
 
-def test_the_settings_of_samples_and_their_defaults() -> None:
-    expected = {
-        "vocab_size": None,
-        "max_token_len": None,
-        "estimator": "grpo",
-        "normalization": "none",
-        "clipping": None,
-        "overlong": "drop",
-        "on_bad_group": "quarantine",
-        "default_temperature": 1.0,
-    }
+def test_samples_their_settings_and_their_report() -> None:
+    expected = {"vocab_size": None, "max_token_len": None, "estimator": "grpo", "normalization": "none"}
+    expected |= {"clipping": None, "overlong": "drop", "on_bad_group": "quarantine", "default_temperature": 1.0}
     assert {name: getattr(SampleSettings(), name) for name in expected} == expected
-
-
-def test_the_fields_of_samples_and_reports() -> None:
-    expected = {
+    fields: dict[Any, str] = {
         TrainingSample: "token_ids loss_mask advantages rollout_logprobs temperature group_id policy_version",
         SampleReport: "samples quarantined dropped_overlong",
     }
-    for kind, names in expected.items():
+    for kind, names in fields.items():
         assert {field.name for field in dataclasses.fields(kind)} >= set(names.split())
 
 

@@ -31,24 +31,31 @@ WORDS = (
 )
 SAME = "--env.ensure_scores_are_not_same,false"
 """The demo model answers none of their questions, so all scores are equal."""
-TRAINS = {
-    "game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py": SAME,
-    "community/word_hunt/word_hunt_env.py": SAME,
-}
 SMOLLM2 = ("model.path=smollm2-135m", "batch_size=4", "group_size=2", "data.max_prompt_length=2400")
-TRAINS_SMOLLM2 = {
-    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": f"{SAME},--env.max_token_length,96",
-    "community/selcube/rubiks_cube_environment.py": (
-        f"{SAME},--env.max_token_length,64,--env.generate_visualizations,false"
-    ),
-}
-"""Their prompts are longer than the demo model's context."""
+"""For prompts that are longer than the demo model's context."""
 FORM_MODEL = os.environ.get("ATROPOS_FORM_MODEL")
-TRAINS_FORM_MODEL = (
-    "community/regex_generation/regex_env.py",
-    "reasoning_gym_environment/reasoning_gym_environment.py",
-)
-"""They drop groups of equal scores themselves, so that a model without their form never fills a batch."""
+FORM = (f"model.path={FORM_MODEL}", "batch_size=8", "data.max_prompt_length=3000", "max_response_length=64")
+"""For environments that drop groups of equal scores themselves: a model without their form never fills a batch."""
+LARGER = pytest.mark.skipif(not os.environ.get("ATROPOS_SMOLLM2"), reason="opt-in, see the docstring")
+FORMED = pytest.mark.skipif(not FORM_MODEL, reason="opt-in, see the docstring")
+TRAINS = [
+    ("game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py", "", ()),
+    ("community/word_hunt/word_hunt_env.py", "", ()),
+    pytest.param(
+        *("game_environments/gymnasium/blackjack/blackjack_env_thinking.py", ",--env.max_token_length,96", SMOLLM2),
+        marks=LARGER,
+    ),
+    pytest.param(
+        "community/selcube/rubiks_cube_environment.py",
+        ",--env.max_token_length,64,--env.generate_visualizations,false",
+        SMOLLM2,
+        marks=LARGER,
+    ),
+    pytest.param("community/regex_generation/regex_env.py", ",--env.steps_per_eval,-1", FORM, marks=FORMED),
+    pytest.param(
+        *("reasoning_gym_environment/reasoning_gym_environment.py", ",--env.steps_per_eval,-1", FORM), marks=FORMED
+    ),
+]
 REFUSED = {
     "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
     "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
@@ -89,38 +96,16 @@ def started(name: str, tmp_path: Path, args: str, *more: str) -> TrainingRun:
     return TrainingRun(words, run_dir=tmp_path / "run", env=offline)
 
 
-@pytest.mark.parametrize("name", TRAINS)
-def test_it_trains(name: str, tmp_path: Path) -> None:
-    with started(name, tmp_path, TRAINS[name]) as run:
-        run.must_end(0)
-        lines = run.metrics()
-        assert [line["step"] for line in lines] == [1, 2, 3]
-        assert sum(line["data/quarantined"] for line in lines) == 0
-        assert all(line["data/trained_tokens"] > 0 for line in lines), "masks leave something to train on"
-        # Spans of text that was tokenised again are matched: by their ids, or repaired.
-        assert max(line["data/unmatched_token_rate"] for line in lines) <= 0.01
-
-
-@pytest.mark.skipif(not os.environ.get("ATROPOS_SMOLLM2"), reason="opt-in, see the docstring")
-@pytest.mark.parametrize("name", TRAINS_SMOLLM2)
-def test_it_trains_a_larger_model(name: str, tmp_path: Path) -> None:
-    must_train(name, tmp_path, TRAINS_SMOLLM2[name], *SMOLLM2)
-
-
-@pytest.mark.skipif(not FORM_MODEL, reason="opt-in, see the docstring")
-@pytest.mark.parametrize("name", TRAINS_FORM_MODEL)
-def test_it_trains_a_model_that_knows_its_form(name: str, tmp_path: Path) -> None:
-    words = (f"model.path={FORM_MODEL}", "batch_size=8", "data.max_prompt_length=3000", "max_response_length=64")
-    must_train(name, tmp_path, f"{SAME},--env.steps_per_eval,-1", *words)
-
-
-def must_train(name: str, tmp_path: Path, args: str, *words: str) -> None:
-    with started(name, tmp_path, args, *words) as run:
+@pytest.mark.parametrize(("name", "args", "words"), TRAINS)
+def test_it_trains(name: str, args: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    with started(name, tmp_path, SAME + args, *words) as run:
         run.must_end(0)
         lines = run.metrics()
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert sum(line["data/quarantined"] for line in lines) == 0
-    assert all(line["data/trained_tokens"] > 0 for line in lines)
+    assert all(line["data/trained_tokens"] > 0 for line in lines), "masks leave something to train on"
+    # Spans of text that was tokenised again are matched: by their ids, or repaired.
+    assert words or max(line["data/unmatched_token_rate"] for line in lines) <= 0.01
 
 
 @pytest.mark.parametrize("name", REFUSED)

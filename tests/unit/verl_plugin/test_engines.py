@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.samples import random_samples
+from support.samples import branching_samples
 from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 from atropos_verl import verl_plugin
@@ -211,7 +211,7 @@ def test_entropy_and_old_logprobs_are_computed_with_shared_prefixes_and_for_trai
 
     from atropos_verl.backends.local.worker import PolicyWorker
 
-    samples = _branches(9)
+    samples = branching_samples(9)
     worker = PolicyWorker(RunConfig.from_mapping({"trainer": {"device": "cpu"}}), model_path)
     engine, plain = worker._worker.engine, _model(model_path, packed=False)
     worker.compute_logprobs(samples[:1])  # the probe is done
@@ -307,7 +307,7 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(tmp_path)
-    samples = _branches(3)[:6]
+    samples = branching_samples(3)[:6]
     terms = []
     for sample in samples:
         ids = torch.from_numpy(sample.token_ids)
@@ -324,24 +324,13 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
     assert said == [f"{name}ForCausalLM computes prefixes that sequences share for each of them: {why}"]
 
 
-def _branches(seed: int) -> list[TrainingSample]:
-    """Samples whose sequences are branches of each other, with masks, temperatures and advantages of their own."""
-    samples = random_samples(12, vocab_size=200, seed=seed, longest=40)
-    rng = np.random.default_rng(seed)
-    for index, sample in enumerate(samples[1:], 1):
-        other = samples[rng.integers(index)].token_ids
-        at = int(rng.integers(min(len(other), len(sample)) + 1))
-        sample.token_ids[:at] = other[:at]
-    return samples
-
-
 @pytest.mark.parametrize("budget", [64, 4096])
 def test_every_distinct_prefix_is_computed_once_and_logprobs_are_those_of_padded_rows(
     model_path: Path, budget: int
 ) -> None:
     from atropos_verl.backends.local.worker import PolicyWorker
 
-    samples = _branches(5)
+    samples = branching_samples(5)
     trainer = {"device": "cpu", "max_token_len_per_gpu": budget}
     worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer}), model_path)
     engine = worker._worker.engine
@@ -386,7 +375,7 @@ def test_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(
         model = {"enable_gradient_checkpointing": checkpointing}
         values = {"trainer": trainer, "model": model, "loss": loss, "optim": {"lr": 1e-4}}
         worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
-        output = worker.train(_branches(7))
+        output = worker.train(branching_samples(7))
         weights = {name: tensor.clone() for name, tensor in worker.named_tensors()}
         results.append((output, weights))
     (one, before), (other, after) = results
@@ -420,7 +409,7 @@ def test_the_kl_to_teacher_and_reference_is_added_to_the_loss_of_each_kind_of_ro
     """Loss and gradient norm of branches, in micro-batches, against a float64 model that runs each by itself."""
     from atropos_verl.backends.local.worker import PolicyWorker
 
-    samples = _taught(_branches(7))
+    samples = _taught(branching_samples(7))
     trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": strategy == "shared"}
     values = {"trainer": trainer, "optim": {"lr": 0.0}}
     worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
@@ -465,7 +454,7 @@ def test_teachers_are_refused_where_the_head_is_verls_own(model_path: Path) -> N
     worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer}), model_path)
     worker._worker.engine._selective = False
     with pytest.raises(ConfigError, match=r"distill: a teacher's values need trainer.strategy=fsdp2"):
-        worker.train(_taught(_branches(7)))
+        worker.train(_taught(branching_samples(7)))
 
 
 def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_model_without_it(
@@ -479,7 +468,7 @@ def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_mode
 
     lora = {"lora_rank": 4, "lora_alpha": 16, "target_modules": "all-linear"}
     monkeypatch.setattr(verls, "HFModelConfig", functools.partial(verls.HFModelConfig, **lora))
-    samples, results = _branches(11), []
+    samples, results = branching_samples(11), []
     for shares in (False, True):
         trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": shares}
         with torch.random.fork_rng(devices=[]):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import forest_ranks, train_ranks
+from support import train_ranks
 from support.samples import random_samples
 from transformers import AutoModelForCausalLM
 
@@ -215,7 +215,7 @@ def test_two_ranks_give_what_one_gives(model_path: Path, tmp_path: Path) -> None
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([*command, *script], check=True, timeout=900, env=environment)
     one, two = train_ranks.results(model_path, tmp_path), json.loads(out.read_text())
-    assert np.allclose(two["forests"], forest_ranks.compare(model_path, int(forests) // 8), rtol=1e-4, atol=1e-6)
+    assert np.allclose(two["forests"], train_ranks.compare(model_path, int(forests) // 8), rtol=1e-4, atol=1e-6)
     for kind in ("advantage_weighted_sft", "grpo"):
         a, b = one[kind], two[kind]
         assert (a["world_size"], b["world_size"]) == (1, 2)
