@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 import pytest
-from support.runs import LIMIT, REPOSITORY, SMALL, LaunchRun
+from support.runs import REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
@@ -112,6 +112,7 @@ class Drill:
         """Let the agents get some answers."""
         enough = self.counts["turns"] + 5
         eventually(lambda: self.counts["turns"] > enough or self.failures, "it is at work", timeout=self.wait)
+        assert not self.failures, self.failures
         time.sleep(rng.random() * 0.5)
 
     def end(self) -> None:
@@ -174,7 +175,8 @@ def with_agents(directory: Path, words: Sequence[str], block: str) -> tuple[Laun
     path = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "examples" / "agents")])
     tokenizer = AutoTokenizer.from_pretrained(str(demo_model_path()))
     run = LaunchRun(words, run_dir=directory / "run", env={"PYTHONPATH": path})
-    return run, Drill(f"http://127.0.0.1:{port}", tokenizer, wait=LIMIT, max_tokens=8)
+    # A life answers a few of 32 requests, and a start may take minutes: one of them may have to wait for its turn.
+    return run, Drill(f"http://127.0.0.1:{port}", tokenizer, wait=3600.0, max_tokens=8)
 
 
 def kill_at_work(run: LaunchRun, drill: Drill, rng: random.Random, number: int, kill: Callable[[], None]) -> None:
