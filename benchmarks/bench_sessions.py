@@ -2,10 +2,10 @@
 
     python benchmarks/bench_sessions.py [--model smollm2-135m] [--sessions 64] [--turns 20] [--tokens 16] [--rounds 1]
 
-Each round, interleaved: the engine alone, the gateway without sessions, and the gateway with sessions (on disk, over
-HTTP, from a client in this process). All decode greedily, so that every side computes the same tokens. ``cpu``: the
-same in processor time of this process. Then the memory of an open session, by ``tracemalloc``. Prints medians in
-seconds and ratios as JSON.
+Each round, interleaved: the engine alone, the gateway without sessions, and the gateway with sessions (on disk). Agents
+are threads of another process, as they are in a run, on an HTTP client of the standard library: what is measured is the
+gateway. All decode greedily, so that every side computes the same tokens. ``cpu``: the same in processor time of this
+process. Then the memory of an open session, by ``tracemalloc``. Prints medians in seconds and ratios as JSON.
 """
 
 import os
@@ -17,15 +17,17 @@ import asyncio
 import gc
 import itertools
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from atropos_verl.assets import SMOLLM2, demo_model_path, smollm2_path
 from atropos_verl.gateway.app import GatewayServer, create_app
@@ -50,28 +52,29 @@ def main() -> None:
 
     path = smollm2_path() if options.model == SMOLLM2 else Path(options.model or demo_model_path())
     tokenizer = AutoTokenizer.from_pretrained(str(path))
-    seconds: dict[str, list[float]] = {"engine": [], "gateway": [], "sessions": []}
-    cpu: dict[str, list[float]] = {name: [] for name in seconds}
+    seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     with (
         tempfile.TemporaryDirectory() as directory,
         TransformersEngine.from_pretrained(path, max_running=options.sessions, max_context_len=2048) as engine,
     ):
         store = SessionStore(Path(directory))
         app = create_app(engine, tokenizer, model_name="m", sessions=store)
-        with GatewayServer(app) as server:
-            sides: dict[str, Callable[[int], Awaitable[None]]] = {
-                "engine": lambda number: talk_to_engine(engine, tokenizer, number, options),
-                "gateway": lambda number: talk(server.url, number, options, recorded=False),
-                "sessions": lambda number: talk(server.url, number, options, recorded=True),
+        with GatewayServer(app) as server, multiprocessing.get_context("spawn").Pool(1) as agents:
+            host = server.url.removeprefix("http://")
+            sides: dict[str, Callable[[range], object]] = {
+                "engine": lambda numbers: asyncio.run(talk_to_engine(engine, tokenizer, numbers, options)),
+                "gateway": lambda numbers: agents.apply(everybody, (host, numbers, options, False)),
+                "sessions": lambda numbers: agents.apply(everybody, (host, numbers, options, True)),
             }
+            # Numbers of four digits: the engine has computed none of the prompts before.
             firsts = itertools.count(1000, options.sessions)
-            asyncio.run(everybody(sides["sessions"], next(firsts), 2))  # warm
-            for _ in range(options.rounds):
-                for name, side in sides.items():
-                    began, cpu_began = time.perf_counter(), time.process_time()
-                    asyncio.run(everybody(side, next(firsts), options.sessions))
-                    seconds[name].append(time.perf_counter() - began)
-                    cpu[name].append(time.process_time() - cpu_began)
+            for name, side in [("warm", sides["sessions"]), *[*sides.items()] * options.rounds]:
+                first = next(firsts)
+                began, cpu_began = time.perf_counter(), time.process_time()
+                side(range(first, first + (2 if name == "warm" else options.sessions)))
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+                cpu.setdefault(name, []).append(time.process_time() - cpu_began)
         store.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     used = {name: statistics.median(values) for name, values in cpu.items()}
@@ -83,30 +86,40 @@ def main() -> None:
     print(json.dumps({"opened": memory(options.turns, 1000), "short_turns": memory(1000, 20, count=20)}, indent=2))
 
 
-async def everybody(side: Callable[[int], Awaitable[None]], first: int, count: int) -> None:
-    """Each asks with a number of its own, of four digits: the engine has computed none of the prompts before."""
-    await asyncio.gather(*(side(number) for number in range(first, first + count)))
+def everybody(host: str, numbers: range, options: Any, recorded: bool) -> None:
+    """All agents, in their process."""
+    with ThreadPoolExecutor(len(numbers)) as pool:
+        list(pool.map(partial(talk, host, options, recorded), numbers))
 
 
-async def talk(url: str, number: int, options: Any, *, recorded: bool) -> None:
+def talk(host: str, options: Any, recorded: bool, number: int) -> None:
     """One agent."""
-    async with httpx.AsyncClient(base_url=url, timeout=3600, verify=False) as client:  # its certificates cost 20 ms
-        path = "/v1/chat/completions"
-        if recorded:
-            opened = (await client.post("/sessions", json={"group": "g"})).json()
-            path = f"/s/{opened['id']}{path}"
-        messages: list[dict[str, str]] = []
-        for turn in range(options.turns):
-            messages.append({"role": "user", "content": question(number, turn)})
-            body = {"messages": messages, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True}
-            answer = await client.post(path, json=body)
-            answer.raise_for_status()
-            messages.append(answer.json()["choices"][0]["message"])
-        if recorded:
-            (await client.post(f"/sessions/{opened['id']}/reward", json={"reward": 1})).raise_for_status()
+    connection, path = HTTPConnection(host, timeout=3600), "/v1/chat/completions"
+
+    def post(path: str, body: dict[str, Any]) -> Any:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read()
+        assert answer.status == 200, text
+        return json.loads(text)
+
+    if recorded:
+        opened = post("/sessions", {"group": "g"})
+        path = f"/s/{opened['id']}{path}"
+    messages: list[dict[str, str]] = []
+    for turn in range(options.turns):
+        messages.append({"role": "user", "content": question(number, turn)})
+        body = {"messages": messages, "max_tokens": options.tokens, "temperature": 0, "ignore_eos": True}
+        messages.append(post(path, body)["choices"][0]["message"])
+    if recorded:
+        post(f"/sessions/{opened['id']}/reward", {"reward": 1})
 
 
-async def talk_to_engine(engine: Any, tokenizer: Any, number: int, options: Any) -> None:
+async def talk_to_engine(engine: Any, tokenizer: Any, numbers: range, options: Any) -> None:
+    await asyncio.gather(*(talk_to_engine_of(engine, tokenizer, number, options) for number in numbers))
+
+
+async def talk_to_engine_of(engine: Any, tokenizer: Any, number: int, options: Any) -> None:
     """The same prompts by hand: what was sampled, the end of the turn, and the next question."""
     ids: list[int] = []
     for turn in range(options.turns):

@@ -44,12 +44,9 @@ _OTHER_FILES = 256
 """File descriptors that are left to the rest of the process."""
 _EVICTED_AT_ONCE = 16
 _NO_FILES_SECONDS = 0.01
-_HEADER_SECONDS = 20.0
-"""A connection that has sent no whole header by then is closed."""
-_MAX_HEADER_BYTES = 64 << 10
-_BODY_SECONDS = 90.0
-"""Within each such time a body that is not complete must bring ``_BODY_BYTES``, and who is answered must read on."""
-_BODY_BYTES = 64 << 10
+_SECONDS, _BYTES = 60.0, 64 << 10
+"""Within each such time a request that is not complete must bring so many bytes (more than a header may have), and who
+is answered must read on."""
 _SAME_LINE_SECONDS = 10.0
 _SHOWN = 200
 
@@ -79,7 +76,6 @@ class ServerThread:
         self._app, self._options = app, options
         self._service, self._advice = service, advice
         self._host, self._port, self._listener = host, port, listener
-        self._was_started = False
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -87,7 +83,7 @@ class ServerThread:
     @property
     def url(self) -> str:
         """``http://host:port`` without a path, to be called from this machine. Raises ``ServiceError`` before start."""
-        if not self._was_started:
+        if self._server is None:
             raise ServiceError(f"{self._service}: not started; call start() first", self._service)
         return f"http://{bracketed(reachable(self._host))}:{self._port}"
 
@@ -108,11 +104,9 @@ class ServerThread:
 
         if self.is_running:
             return self.url
-        listener, self._listener = self._listener, None
-        if listener is None:
-            listener = listen(self._host, self._port, self._service, self._advice)
+        listener = self._listener or listen(self._host, self._port, self._service, self._advice)
         self._server = server = uvicorn.Server(uvicorn_config(self._app, listener, **self._options))
-        self._port, self._was_started, self._failure = int(listener.getsockname()[1]), True, None
+        self._port, self._listener, self._failure = int(listener.getsockname()[1]), None, None
         name = self._service.replace(" ", "-")
         self._thread = threading.Thread(target=self._serve, args=(server, listener), name=name, daemon=True)
         self._thread.start()
@@ -136,13 +130,12 @@ class ServerThread:
         server.config.timeout_graceful_shutdown = max(timeout / 2, 0.1)
         server.should_exit = True
         thread.join(timeout)
-        if thread.is_alive():
-            server.force_exit = True
-            thread.join(1.0)
+        server.force_exit = True
+        thread.join(1.0)
         if thread.is_alive():
             text = f"{self._service}: its thread did not end within {timeout} s; is a request stuck?"
             raise ServiceError(text, self._service)
-        self._thread = self._server = None
+        self._thread = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -275,13 +268,11 @@ def _watched(listener: Listener, connections: Any) -> type[Any]:
         def connection_made(self, transport: Any) -> None:
             self._timer: Any = None
             self._writing: Any = None
-            self._part: str | None = None
             self._received = 0
             self.is_evicted = False
             listener.settling -= 1
-            listener.waiting[self] = None
             super().connection_made(transport)
-            self._watch("header")
+            self._watch(waits=True)
             if connections is not None:
                 connections.opened(self.client)
 
@@ -290,17 +281,10 @@ def _watched(listener: Listener, connections: Any) -> type[Any]:
             super().data_received(data)
             if self.transport.is_closing():
                 return
-            cycle = self.cycle
-            is_idle = cycle is None or cycle.response_complete
-            part = "body" if cycle is not None and cycle.more_body else "header" if is_idle else None
-            if part == "header" and self._received > _MAX_HEADER_BYTES:
-                self.send_400_response(f"The header is longer than {_MAX_HEADER_BYTES} bytes.")
-            elif part != "header":
-                listener.waiting.pop(self, None)
-            if part == "body":  # now the last of those that wait
-                listener.waiting[self] = None
-            if part != self._part:
-                self._watch(part)
+            is_idle = self.cycle is None or self.cycle.response_complete
+            if is_idle and self._received > _BYTES:
+                self.send_400_response(f"The header is longer than {_BYTES} bytes.")
+            self._watch(waits=is_idle or self.cycle.more_body)
 
         def on_response_complete(self) -> None:
             if not self.transport.is_closing():
@@ -310,7 +294,7 @@ def _watched(listener: Listener, connections: Any) -> type[Any]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._writing = self.loop.call_later(_BODY_SECONDS, self.transport.abort)
+            self._writing = self.loop.call_later(_SECONDS, self.transport.abort)
 
         def resume_writing(self) -> None:
             super().resume_writing()
@@ -319,28 +303,28 @@ def _watched(listener: Listener, connections: Any) -> type[Any]:
         def connection_lost(self, exc: Exception | None) -> None:
             listener.count -= 1
             listener.settling -= self.is_evicted
-            listener.waiting.pop(self, None)
-            self._watch(None)
+            self._watch(waits=False)
             self._writing = self._writing and self._writing.cancel()
             super().connection_lost(exc)
             if connections is not None:
                 connections.ended(self.client, exc)
 
-        def _watch(self, part: str | None) -> None:
-            """Wait for this part of a request, or for nothing."""
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer, self._part = None, part
-            if part is not None:
-                seconds = _HEADER_SECONDS if part == "header" else _BODY_SECONDS
-                self._timer, self._received = self.loop.call_later(seconds, self._check), 0
+        def _watch(self, *, waits: bool) -> None:
+            """It waits for a request, or for more of one, and is now the last of those; or it has no need to."""
+            listener.waiting.pop(self, None)
+            if waits:
+                listener.waiting[self] = None
+                self._timer = self._timer or self.loop.call_later(_SECONDS, self._check)
+            else:
+                self._timer = self._timer and self._timer.cancel()
 
         def _check(self) -> None:
-            is_slow = self._part == "header" or self._received < _BODY_BYTES
-            if is_slow and not self.flow.read_paused:
+            self._timer = None
+            if self._received < _BYTES and not self.flow.read_paused:
                 self.transport.abort()
             else:
-                self._watch(self._part)
+                self._received = 0
+                self._watch(waits=True)
 
     return WatchedProtocol
 

@@ -52,40 +52,6 @@ def logprobs(index: int, count: int) -> list[float]:
 # the openai package -------------------------------------------------------------------------------------------------
 
 
-def test_openai_chat(client: openai.OpenAI, model_dir: Path, tokenizer: Any) -> None:
-    answer = client.chat.completions.create(
-        model=str(model_dir),
-        messages=HI,  # type: ignore[arg-type]
-        n=2,
-        max_tokens=8,
-        temperature=0.5,
-        logprobs=True,
-        top_logprobs=0,
-        extra_body={"return_token_ids": True, "top_k": 3},
-    )
-    assert [choice.message.content for choice in answer.choices] == ["yes", "no"]
-    assert [choice.finish_reason for choice in answer.choices] == ["stop", "stop"]
-    assert answer.choices[1].logprobs is not None and answer.choices[1].logprobs.content is not None
-    assert [entry.logprob for entry in answer.choices[1].logprobs.content] == logprobs(1, 3)
-    assert [entry.token for entry in answer.choices[1].logprobs.content] == ["n", "o", "<|im_end|>"]
-    assert answer.usage is not None
-    prompt = tokenizer.encode(HI_PROMPT, add_special_tokens=False)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 7)
-    assert answer.model_extra is not None and answer.model_extra["prompt_token_ids"] == prompt
-    assert answer.choices[0].model_extra is not None and answer.choices[0].model_extra["token_ids"] == YES
-
-
-def test_openai_completions_and_models(client: openai.OpenAI, model_dir: Path) -> None:
-    answer = client.completions.create(model=str(model_dir), prompt=[[64], [65, 66]], n=2, logprobs=1)
-    assert [choice.text for choice in answer.choices] == ["yes", "no", "yes", "no"]
-    assert answer.choices[3].logprobs is not None
-    assert answer.choices[3].logprobs.token_logprobs == logprobs(1, 3)
-    pieces = client.completions.create(model=str(model_dir), prompt="a", stream=True, logprobs=0)
-    assert "".join(piece.choices[0].text for piece in pieces) == "yes"
-    assert [model.id for model in client.models.list()] == [str(model_dir)]
-    assert client.models.retrieve(str(model_dir)).owned_by == "atropos-verl"
-
-
 def test_openai_errors_arrive_as_the_packages_own_exceptions(
     client: openai.OpenAI, url: str, engine: FakeEngine
 ) -> None:

@@ -242,6 +242,7 @@ def test_errors_are_the_sdks_own_and_images_are_refused_by_name(gateway: Gateway
         assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "invalid_request_error"
     with pytest.raises(anthropic.AuthenticationError):
         message(gateway.anthropic.with_options(api_key="wrong"), False, messages=said)
+    said = [{"role": "user", "content": "q"}]
     with pytest.raises(anthropic.BadRequestError, match="web_search"):
         message(gateway.anthropic, False, messages=said, tools=[{"type": "web_search_20250305", "name": "web_search"}])
 

@@ -20,42 +20,36 @@ from atropos_verl.http_thread import Listener, ServerThread, environment_token, 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"host": "localhost:8000"},
-        {"host": "[::1]:8000"},
-        {"host": "LOCALHOST"},
-        {"host": "localhost:8000", "origin": "http://localhost:8000", "sec-fetch-site": "same-origin"},
-        {"host": "localhost:8000", "referer": "http://localhost:8000/page", "sec-fetch-site": "same-origin"},
-        {"host": "localhost:8000", "sec-fetch-site": "none"},
-        {"host": "localhost:8000", "origin": "http://a.example", "sec-fetch-site": "cross-site"},
-        {"host": "localhost:8000", "referer": "http://a.example/x/y", "sec-fetch-site": "cross-site"},
-    ],
-)
-def test_programs_the_own_page_and_allowed_sites_are_answered(headers: dict[str, str]) -> None:
-    assert foreign_page(headers, LOCAL, ["http://a.example"]) is None
+OWN, FOREIGN = {"host": "localhost:8000"}, "evil.example"
 
 
 @pytest.mark.parametrize(
     ("headers", "said"),
     [
-        ({"host": "evil.example:8000"}, "host 'evil.example:8000'"),
-        ({"host": "localhost.evil.example"}, "host 'localhost.evil.example'"),
+        (OWN, None),
+        ({"host": "[::1]:8000"}, None),
+        ({"host": "LOCALHOST"}, None),
+        ({**OWN, "origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, None),
+        ({**OWN, "referer": "http://localhost:8000/page", "sec-fetch-site": "same-origin"}, None),
+        ({**OWN, "sec-fetch-site": "none"}, None),
+        ({**OWN, "origin": "http://a.example", "sec-fetch-site": "cross-site"}, None),
+        ({**OWN, "referer": "http://a.example/x/y", "sec-fetch-site": "cross-site"}, None),
+        ({"host": f"{FOREIGN}:8000"}, "host 'evil.example:8000'"),
+        ({"host": f"localhost.{FOREIGN}"}, "host 'localhost.evil.example'"),
         ({"host": "["}, "host '['"),
         ({}, "host ''"),
-        ({"host": "localhost:8000", "origin": "http://evil.example"}, "origin 'http://evil.example'"),
-        ({"host": "localhost:8000", "origin": "null"}, "origin 'null'"),
-        ({"host": "localhost:8000", "origin": "http://localhost:3000"}, "origin 'http://localhost:3000'"),
-        ({"host": "localhost:8000", "referer": "http://evil.example/page"}, "origin 'http://evil.example'"),
-        ({"host": "localhost:8000", "sec-fetch-site": "cross-site"}, "Sec-Fetch-Site: 'cross-site'"),
-        ({"host": "localhost:8000", "sec-fetch-site": "same-site"}, "Sec-Fetch-Site: 'same-site'"),
-        ({"host": "localhost:8000", "sec-fetch-site": "\n"}, r"Sec-Fetch-Site: '\n'"),
+        ({**OWN, "origin": f"http://{FOREIGN}"}, "origin 'http://evil.example'"),
+        ({**OWN, "origin": "null"}, "origin 'null'"),
+        ({**OWN, "origin": "http://localhost:3000"}, "origin 'http://localhost:3000'"),
+        ({**OWN, "referer": f"http://{FOREIGN}/page"}, "origin 'http://evil.example'"),
+        ({**OWN, "sec-fetch-site": "cross-site"}, "Sec-Fetch-Site: 'cross-site'"),
+        ({**OWN, "sec-fetch-site": "same-site"}, "Sec-Fetch-Site: 'same-site'"),
+        ({**OWN, "sec-fetch-site": "\n"}, r"Sec-Fetch-Site: '\n'"),
     ],
 )
-def test_pages_of_other_sites_are_found_by_what_their_browser_says(headers: dict[str, str], said: str) -> None:
-    reason = foreign_page(headers, LOCAL)
-    assert reason is not None and said in reason
+def test_pages_of_other_sites_are_found_by_what_their_browser_says(headers: dict[str, str], said: str | None) -> None:
+    reason = foreign_page(headers, LOCAL, ["http://a.example"])
+    assert reason is None if said is None else said in str(reason)
 
 
 def basic(text: str) -> str:
@@ -66,23 +60,11 @@ def test_a_token_is_taken_as_bearer_or_as_the_password_of_basic() -> None:
     for good in ("Bearer T", "bearer  T", basic("run:T"), basic(":T")):
         assert has_token({"authorization": good}, "T")
         assert has_token({"authorization": good}, "other", "T")
-    for bad in (
-        "",
-        "T",
-        "Bearer",
-        "Bearer TT",
-        "Bearer t",
-        "Basic T",
-        basic("T"),
-        basic("run:"),
-        basic("T:x"),
-        "Bearer ü",
-    ):
-        assert not has_token({"authorization": bad}, "T")
+    bad = ("", "T", "Bearer", "Bearer TT", "Bearer t", "Basic T", basic("T"), basic("run:"), basic("T:x"), "Bearer ü")
+    assert not any(has_token({"authorization": sent}, "T") for sent in bad)
     assert not has_token({}, "T") and not has_token({"authorization": "Bearer "}, "")
-    assert environment_token("T") != environment_token("U") and not has_token(
-        {"authorization": "Bearer T"}, environment_token("T")
-    )
+    assert environment_token("T") != environment_token("U")
+    assert not has_token({"authorization": "Bearer T"}, environment_token("T"))
 
 
 BUSY = threading.Event()
@@ -140,13 +122,12 @@ BODY_AHEAD = HEAD + b"Content-Length: 9\r\n\r\n"
 def test_a_connection_that_leaves_its_request_unfinished_is_closed(
     monkeypatch: pytest.MonkeyPatch, said: bytes, port: int
 ) -> None:
-    monkeypatch.setattr(http_thread, "_HEADER_SECONDS", 0.1)
-    monkeypatch.setattr(http_thread, "_BODY_SECONDS", 0.1)
+    monkeypatch.setattr(http_thread, "_SECONDS", 0.1)
     assert is_closed(connect(port, said))
 
 
 def test_a_header_that_comes_byte_by_byte_or_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    monkeypatch.setattr(http_thread, "_HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(http_thread, "_SECONDS", 0.3)
     connection = connect(port, HEAD)
     with pytest.raises(OSError):
         while True:
@@ -163,7 +144,7 @@ def test_who_does_not_read_the_answer_is_not_waited_for(
 ) -> None:
     accept, accepted = listener.accept, list[Any]()
     monkeypatch.setattr(listener, "accept", lambda: accepted.append(accept()) or accepted[-1])
-    monkeypatch.setattr(http_thread, "_BODY_SECONDS", 0.2)
+    monkeypatch.setattr(http_thread, "_SECONDS", 0.2)
     with connect(port, b"GET /long HTTP/1.1\r\nHost: localhost\r\n\r\n"):
         eventually(lambda: bool(accepted) and listener.count == 0, "its end")
 
@@ -184,8 +165,8 @@ def test_idle_connections_make_room_for_the_next_and_kept_ones_are_used_again(li
         assert kept.get("/").text == "ok"
         assert kept.get("/").text == "ok"
         silent = [connect(port, said) for said in (b"", HEAD, BODY_AHEAD) * 10]
-        assert kept.get("/").text == "ok"
         assert is_closed(silent[0])
+        assert kept.get("/").text == "ok"
     for connection in silent:
         connection.close()
     eventually(lambda: listener.count == 0 and not listener.waiting, "every connection to be counted off")

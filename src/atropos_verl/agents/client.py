@@ -84,8 +84,9 @@ class AgentSession:
         return await self._client.ask("GET", f"/sessions/{self.id}")
 
     async def rollout(self) -> dict[str, Any]:
-        """Its rows, each with ``token_ids``, ``masks``, ``logprobs``; see ``Client.rollout``."""
-        return await self._client.rollout(self.id)
+        """Its reward and its rows, each with ``token_ids``, ``masks``, ``logprobs``. Raises ``SessionError``: 409, not
+        finished."""
+        return await self._client.ask("GET", f"/sessions/{self.id}/rollout")
 
 
 class Client:
@@ -126,10 +127,6 @@ class Client:
             with contextlib.suppress(SessionError):
                 await session.abort(f"{type(error).__name__}: {error}"[:200])
             raise
-
-    async def rollout(self, session_id: str) -> dict[str, Any]:
-        """The rollout of a session with its reward. Raises ``SessionError``: 409 it has none (yet); 404 unknown."""
-        return await self.ask("GET", f"/sessions/{session_id}/rollout")
 
     async def ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, key: str | None = None

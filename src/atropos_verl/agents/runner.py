@@ -34,9 +34,7 @@ from atropos_verl.agents.client import AgentSession, Client, Reward, SessionErro
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import (
     AtroposAPIError,
-    AtroposConnectionError,
     AtroposHTTPStatusError,
-    AtroposTimeoutError,
     AtroposVerlError,
     ConfigError,
 )
@@ -99,13 +97,13 @@ class Notes:
         """Groups of all processes so far."""
         self.unfinished: dict[str, Group] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        notes = list[dict[str, Any]]()
         for line in path.read_text().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError):  # the last line may be cut short
-                self._apply(json.loads(line))
-        rest: list[dict[str, Any]] = [{"begun": self.begun - len(self.unfinished)}]
-        for group in self.unfinished.values():
-            rest += [{"group": group.id, "task": group.task}]
-            rest += [{"group": group.id, "session": session} for session in group.sessions]
+                notes.append(json.loads(line))
+                self._apply(notes[-1])
+        rest = [{"begun": self.begun - len(self.unfinished)}]
+        rest += [note for note in notes if note.get("group") in self.unfinished]
         write_atomic(path, "".join(f"{json.dumps(note)}\n" for note in rest))
         self._file = path.open("a")
 
@@ -227,15 +225,12 @@ def encode_rollouts(rollouts: Sequence[Mapping[str, Any]], env_id: int, *, holds
     by_turn = all(rollout.get("per_turn") for rollout in rollouts)
     advantages: list[Any] | None = None
     if by_turn or (not holds_rollouts and len(rows) > len(rollouts)):
-        turns = (
-            turn_advantages([np.array(rollout["per_turn"], np.float64) for rollout in rollouts]) if by_turn else None
-        )
-        advantages = []
-        for number, row in rows:
-            values = np.full(len(row["token_ids"]), group_advantages(scores)[number])
-            for turn, (start, stop) in zip(row["turns"], row["spans"], strict=True):
-                values[start:stop] += 0.0 if turns is None else turns[number][turn]
-            advantages.append(values)
+        of_rollout = group_advantages(scores)
+        of_turns = turn_advantages([np.array(one["per_turn"], np.float64) for one in rollouts]) if by_turn else []
+        advantages = [np.full(len(row["token_ids"]), of_rollout[number]) for number, row in rows]
+        for values, (number, row) in zip(advantages, rows, strict=True):
+            for turn, (start, stop) in zip(row["turns"], row["spans"], strict=True) if by_turn else ():
+                values[start:stop] += of_turns[number][turn]
     return encode_group(
         tokens=[row["token_ids"] for _, row in rows],
         masks=[row["masks"] for _, row in rows],
@@ -263,8 +258,7 @@ class Runner:
     async def rollout(self, group: str, task: int, noted: Callable[[str], None] | None = None) -> dict[str, Any] | None:
         """A rollout of the task, with its reward; None after ``_REPLACEMENTS`` failures of the agent, or ``_RETRIES``
         of network and servers. ``noted`` gets each session's id before the agent does; None: an evaluation."""
-        left = {"agent": _REPLACEMENTS, "infrastructure": _RETRIES}
-        timeout = self.options.timeout
+        left, timeout = {"agent": _REPLACEMENTS, "infrastructure": _RETRIES}, self.options.timeout
         about: dict[str, Any] = {"task": str(task), "ttl": 2 * timeout + 600, "size": self.options.group_size}
         about |= {"metadata": {"eval": True}} if noted is None else {}
         while min(left.values()) >= 0:
@@ -355,7 +349,7 @@ class Runner:
     async def _recall(self, session: str) -> dict[str, Any] | None:
         """The rollout of a session of an earlier process; one that was open is aborted."""
         try:
-            found = await self.gateway.rollout(session)
+            found = await self.gateway.ask("GET", f"/sessions/{session}/rollout")
             return found if found["rows"] else None
         except SessionError as error:
             if error.status not in (404, 409):
@@ -374,12 +368,7 @@ class Runner:
                     return  # an earlier process posted it, as another environment
                 if error.status_code not in (429, 503, 507):
                     raise
-                why = error.reason
-            except (AtroposConnectionError, AtroposTimeoutError) as error:
-                if key is None:
-                    raise
-                why = error.reason
-            logger.warning("a group is not posted yet: %s", why)
+                logger.warning("a group is not posted yet: %s", error.reason)
             await asyncio.sleep(1.0)
 
     async def evaluate(self) -> dict[str, float]:

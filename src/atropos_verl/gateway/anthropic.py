@@ -6,30 +6,22 @@ from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import (
-    ChatTurn,
-    joined,
-    parsed_arguments,
-    read_format,
-    read_list,
-    read_tool_choice,
-    read_tools,
-)
+from atropos_verl.gateway.chat import ChatTurn, ToolCall, joined, parsed_arguments, read_list
 from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
-from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.types import FinishReason
 
 _HARMLESS = ("stream", "cache_control", "inference_geo", "speed", "diagnostics", "betas", "context_management")
 _SIGNATURE = "unsigned"
 """Of thinking blocks: clients demand one, and send it back."""
+_EMPTY_TEXT = {"type": "text", "text": ""}
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 
 
 def messages(service: GatewayService, fields: Fields) -> Answer:
     """One answer. Raises ``ApiError`` 400."""
     call = _Call(service, fields)
-    return call.stream if fields.get("stream", False) else call.whole
+    return call.stream if fields.read("stream", False) else call.whole
 
 
 def count_tokens(service: GatewayService, fields: Fields) -> Answer:
@@ -44,32 +36,31 @@ def count_tokens(service: GatewayService, fields: Fields) -> Answer:
 
 
 def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
-    sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
+    sampling = parse_sampling(fields, ("max_tokens",))
     stop, _ = fields.stops("stop_sequences")
     sampling = replace(sampling, template=replace(sampling.template, stop=(*sampling.template.stop, *stop)))
-    fields.require_neutral({"n": (1,), "container": (), "mcp_servers": ([],)})
+    fields.refuse("container", "mcp_servers", n=1)
     fields.ignore(*_HARMLESS)
     thinking, output = fields.child("thinking"), fields.child("output_config")
     thinking.ignore("budget_tokens", "display")
     output.ignore("effort")
-    tools = read_tools(fields, _function)
     # OpenAI's words for the same choices.
-    choice = fields.get("tool_choice", dict[str, Any]())
+    choice = fields.read("tool_choice", dict[str, Any]())
     kind = choice.get("type", "auto")
-    as_openai = Fields({"tool_choice": _CHOICES.get(kind, choice) if isinstance(kind, str) else choice})
+    named = {"name": choice.get("name")} if kind == "tool" else choice
+    as_openai = Fields({"tool_choice": _CHOICES.get(kind, named) if isinstance(kind, str) else named})
     template, system = service.codec.template, fields.raw("system")
     said = template.messages(fields, "system", [(0, {"role": "system", "content": system})] if system else [])
     turn = template.turn(
         fields,
         said + template.messages(fields, "messages", _items(fields)),
-        tools=tools,
-        tool_choice=read_tool_choice(as_openai, tools, lambda named: named),
+        _function,
+        (output, "format"),
+        choice=as_openai,
         parallel_tool_calls=not choice.get("disable_parallel_tool_use"),
-        separates_reasoning=thinking.get("type", "disabled") != "disabled" or bool(tools),
-        response_schema=read_format(output, "format"),
+        separates_reasoning=thinking.read("type", "disabled") != "disabled" or None,
         sampling=sampling,
     )
-    service.check_model(fields)
     service.report_unread("/v1/messages", fields, thinking, output)
     return turn
 
@@ -117,7 +108,7 @@ class _Call(EventAnswer):
         self._ends: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
 
     def body(self) -> dict[str, Any]:
-        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(self.token_ids)}
+        usage = {"input_tokens": len(self.request.prompt_token_ids), "output_tokens": len(self.reader.text.ids)}
         form: dict[str, Any] = {"id": self.id, "type": "message", "role": "assistant", "model": self.service.model_name}
         form["policy_version"] = self.service.engine.policy_version
         return {**form, "content": self._blocks, **self._ends, "usage": usage}
@@ -125,23 +116,23 @@ class _Call(EventAnswer):
     def begin(self) -> Iterator[bytes]:
         yield _event("message_start", message=self.body())
 
-    def part(self, piece: Piece) -> Iterator[bytes]:
-        if piece.call is not None:
-            arguments = piece.call.arguments
-            if not isinstance(parsed_arguments(arguments), dict):  # the API has objects only
-                arguments = msgspec.json.encode({"arguments": arguments}).decode()
-            block = {"type": "tool_use", "id": piece.call.id, "name": piece.call.name}
-            yield self._begin({**block, "input": {}})
-            self._blocks[-1]["input"] = msgspec.Raw(arguments.encode())
-            yield self._delta(type="input_json_delta", partial_json=arguments)
-            yield _event("content_block_stop", index=len(self._blocks) - 1)
-            return
-        name = "thinking" if piece.kind == "reasoning" else "text"
-        if self.open_kind is None:
-            self.open_kind = piece.kind
-            yield self._begin({"type": name, name: "", **({"signature": ""} if name == "thinking" else {})})
-        self._blocks[-1][name] += piece.text
-        yield self._delta(type=f"{name}_delta", **{name: piece.text})
+    def call(self, call: ToolCall) -> Iterator[bytes]:
+        arguments = call.arguments
+        if not isinstance(parsed_arguments(arguments), dict):  # the API has objects only
+            arguments = msgspec.json.encode({"arguments": arguments}).decode()
+        yield self._begin({"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        self._blocks[-1]["input"] = msgspec.Raw(arguments.encode())
+        yield self._delta(type="input_json_delta", partial_json=arguments)
+        yield _event("content_block_stop", index=len(self._blocks) - 1)
+
+    def open(self, kind: str) -> Iterator[bytes]:
+        thinks = kind == "reasoning"
+        yield self._begin({"type": "thinking", "thinking": "", "signature": ""} if thinks else _EMPTY_TEXT.copy())
+
+    def more(self, text: str) -> Iterator[bytes]:
+        name = self._blocks[-1]["type"]
+        self._blocks[-1][name] += text
+        yield self._delta(type=f"{name}_delta", **{name: text})
 
     def _begin(self, block: dict[str, Any]) -> bytes:
         self._blocks.append(block)
@@ -150,18 +141,14 @@ class _Call(EventAnswer):
     def _delta(self, **delta: str) -> bytes:
         return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
 
-    def close(self) -> Iterator[bytes]:
-        if self.open_kind is None:
-            return
-        if self.open_kind == "reasoning":
+    def close(self, kind: str) -> Iterator[bytes]:
+        if kind == "reasoning":
             self._blocks[-1]["signature"] = _SIGNATURE
             yield self._delta(type="signature_delta", signature=_SIGNATURE)
-        self.open_kind = None
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
     def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
-        _, matched = self.service.codec.completion_text(self.token_ids, finish_reason, self.turn.sampling)
-        reason = "max_tokens" if finish_reason == "length" else "end_turn"
+        reason, matched = "max_tokens" if finish_reason == "length" else "end_turn", self.reader.text.matched
         stop = matched if isinstance(matched, str) else None
         reason = "tool_use" if self.reader.calls else "stop_sequence" if stop is not None else reason
         self._ends = {"stop_reason": reason, "stop_sequence": stop}

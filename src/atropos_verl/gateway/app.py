@@ -1,9 +1,9 @@
 """The ASGI application: routes, key, errors, and clients that go away: their task is cancelled, but in a session."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -49,11 +49,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[GatewayService, Fields], Answer]
 """Reads a request; it may take a while for a long one, so it runs in a thread."""
-Reader = Callable[[GatewayService, Scope, bytearray, threading.Event], Answer]
-"""Reads the body of a request; the event is set when the client has left."""
 
-_CANCEL_TIMEOUT = 10.0
-"""Seconds a cancelled request may take to let go of the engine before that is logged and left to it."""
 _MAX_BODY_BYTES = 16 << 20
 """Largest request body: about two million prompt tokens as JSON."""
 _LONG_BODY_BYTES = 128 << 10
@@ -144,12 +140,6 @@ def create_app(
     async def metrics(_: Request) -> Response:
         return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def session(request: Request) -> Response:
-        """``GET /sessions/ID`` and ``GET /sessions/ID/rollout``."""
-        assert sessions is not None
-        described = sessions.rollout if request.url.path.endswith("/rollout") else sessions.describe
-        return _json_response(await described(sessions.find(request.path_params["id"])))
-
     gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(completions, chat=True),
@@ -168,23 +158,21 @@ def create_app(
     for prefix, serving in services.items():
         routes += [Route(prefix + path, handler, methods=["GET"]) for path, handler in gets.items()]
         for path, handler in posts.items():
-            endpoint = _Endpoint(serving, prefix + path, partial(_read, handler), request_timeout, sessions)
+            endpoint = _Endpoint(serving, prefix + path, handler, request_timeout, sessions)
             routes.append(Route(prefix + path, endpoint, methods=["POST"]))
     if sessions is not None:
         service.more_figures = sessions.figures
-        routes += [Route(path, session, methods=["GET"]) for path in ("/sessions/{id}", "/sessions/{id}/rollout")]
-        for path, reader in _session_readers(sessions, advertise_url).items():
-            routes.append(Route(path, _Endpoint(service, path, reader, request_timeout), methods=["POST"]))
+        routes += _session_routes(sessions, advertise_url)
 
     async def routing_error(request: Request, error: Exception) -> Response:
         """404 and 405 are in our log, too: Atropos clients swallow them."""
         status = error.status_code if isinstance(error, HTTPException) else 500
         what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
-        service.warn_refused(f"route {request.url.path[:200]}", "a client calls %s", what)
+        service.warn(f"route {request.url.path[:200]}", "a client calls %s", what, again=True)
         return _error_response(ApiError(status, what))
 
-    async def refused(_: Request, error: Exception) -> Response:
-        return _error_response(to_api_error(error))
+    async def refused(request: Request, error: Exception) -> Response:
+        return _error_response(_told(service, request.url.path, error))
 
     who: dict[str, Any] = {"key": api_key, "hosts": allowed_hosts, "sessions": sessions}
     entrance = Middleware(_Entrance, service=service, evaluates=evaluated is not None, **who)
@@ -201,12 +189,25 @@ def _error_response(error: ApiError, path: str = "") -> Response:
     return Response(error.body(path), status_code=error.status, media_type=_JSON, headers=headers)
 
 
+def _told(service: GatewayService, path: str, error: Exception) -> ApiError:
+    """What the client is told of an error. The log is told too: Atropos clients show a status, not its reason."""
+    refusal = to_api_error(error)
+    if refusal.status >= 500:
+        # 503 and 504 say all there is to say; a traceback is of use where something broke
+        trace = error if refusal.status == 500 else None
+        logger.error("%s: %s", path[:200], printable(refusal.message), exc_info=trace)
+    else:
+        key = f"refused {path[:200]} {refusal.param} {refusal.code}"
+        service.warn(key, "%s: a client was refused: %s", path[:200], refusal.message, again=True)
+    return refusal
+
+
 class _Reply:
     """The answer to one request: headers go out with the first piece, so that an early error still gets its status."""
 
     def __init__(self, send: Send, path: str) -> None:
         self._send, self._path = send, path
-        self._started = self._finished = False
+        self._started = self.finished = False
         self.status = 500
 
     async def write(self, piece: bytes, *, more: bool = False, status: int = 200, media_type: str = _JSON) -> None:
@@ -216,12 +217,12 @@ class _Reply:
             headers = [(b"content-type", media_type.encode()), length]
             self._started, self.status = True, status
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        self._finished = not more
+        self.finished = not more
         await self._send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def fail(self, error: ApiError) -> None:
         """The error as the answer, or as the last event of a stream that has begun."""
-        if not self._finished:
+        if not self.finished:
             self.status = error.status
             await self.write(error.body(self._path, streamed=self._started), status=error.status)
 
@@ -246,11 +247,12 @@ class _Entrance:
                 path, session = self._admit(scope["path"], Headers(scope=scope))
             except ApiError as refusal:
                 text = "a client was refused at %s: %s"
-                self.service.warn_refused(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message)
+                self.service.warn(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message, again=True)
                 await _error_response(refusal, scope["path"])(scope, receive, send)
                 return
             scope = {**scope, "path": path, "session": session}
-        await self.app(scope, receive, send)
+        with contextlib.suppress(ClientDisconnect):
+            await self.app(scope, receive, send)
 
     def _admit(self, path: str, headers: Headers) -> tuple[str, Session | None]:
         """The route, and the session whose agent calls it. Raises ``ApiError`` 401, 403, 404, 415."""
@@ -290,15 +292,13 @@ class _Endpoint:
 
     service: GatewayService
     path: str
-    read: Reader
+    handler: Handler
     request_timeout: float | None
-    sessions: SessionStore | None = None
+    sessions: SessionStore | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self.service
-        reply = _Reply(send, self.path)
+        service, reply, body = self.service, _Reply(send, self.path), bytearray()
         service.counts["in_flight"] += 1
-        body = bytearray()
         try:
             async for piece in Request(scope, receive).stream():
                 body += piece
@@ -324,29 +324,27 @@ class _Endpoint:
 
     async def _serve_while_connected(self, scope: Scope, body: bytearray, receive: Receive, reply: _Reply) -> None:
         """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
-        gone = asyncio.create_task(disconnected(receive))
-        work = asyncio.create_task(self._serve(scope, body, reply, gone))
+        task, gone = asyncio.current_task(), asyncio.create_task(disconnected(receive))
+
+        def leave(_: object) -> None:
+            if task is not None and not (gone.cancelled() or reply.finished):
+                task.cancel()
+
+        gone.add_done_callback(leave)
         try:
-            await asyncio.wait({work, gone}, timeout=self.request_timeout, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            left = gone.done()
-            work.cancel()
-            await asyncio.wait({work}, timeout=_CANCEL_TIMEOUT)
-            if not work.done():
-                text = "%s: the engine still holds a cancelled request after %.0f s"
-                logger.warning(text, self.path, _CANCEL_TIMEOUT)
-            if left:
-                raise ClientDisconnect
-            if not work.done() or work.cancelled():
-                message = f"not finished within {self.request_timeout} s, the request_timeout of this gateway"
-                raise ApiError(504, message, code="timeout")
+            async with asyncio.timeout(self.request_timeout):
+                await self._serve(scope, body, reply, gone)
+        except TimeoutError:
+            message = f"not finished within {self.request_timeout} s, the request_timeout of this gateway"
+            raise ApiError(504, message, code="timeout") from None
+        except asyncio.CancelledError:
+            if gone.done():
+                raise ClientDisconnect from None
+            raise  # the server is being stopped
         finally:
             gone.cancel()
-            work.cancel()  # also when the server itself is being stopped
 
     async def _serve(self, scope: Scope, body: bytearray, reply: _Reply, gone: asyncio.Task[None]) -> None:
-        abandoned = threading.Event()
         service, was_received = self.service, False
         try:
             if self.sessions is not None and (session := scope["session"]) is not None:
@@ -354,7 +352,7 @@ class _Endpoint:
             # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
             readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
             loop = asyncio.get_running_loop()
-            answer = (await loop.run_in_executor(readers, self.read, service, scope, body, abandoned))()
+            answer = (await loop.run_in_executor(readers, self._read, service, body))()
             self._forget(body)
             last = b""
             if isinstance(answer, AsyncGenerator):
@@ -365,54 +363,43 @@ class _Endpoint:
                 last = await answer
             was_received = not gone.done()
             await reply.write(last)
-        except asyncio.CancelledError:
-            abandoned.set()
-            raise
-        except Exception as error:
-            refusal = to_api_error(error)
-            if refusal.status >= 500:
-                # 503 and 504 say all there is to say; a traceback is of use where something broke
-                text, trace = printable(refusal.message), error if refusal.status == 500 else None
-                logger.error("%s: %s", self.path, text, exc_info=trace)
-            else:  # Atropos clients show its status only, not its reason
-                key = f"refused {self.path} {refusal.param} {refusal.code}"
-                self.service.warn_refused(key, "%s: a client was refused: %s", self.path, refusal.message)
-            await reply.fail(refusal)
-            del refusal  # its traceback holds this frame, and so a circle of it and the whole body would be kept
+        except Exception as error:  # noqa: BLE001 - the client is told of it, and the log
+            await reply.fail(_told(self.service, self.path, error))
         finally:
             if isinstance(service, SessionService):
                 service.ended(was_received=was_received)
 
+    def _read(self, service: GatewayService, body: bytearray) -> Answer:
+        return self.handler(service, parse_body(body))
 
-def _read(handler: Handler, service: GatewayService, _: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
-    return handler(service, parse_body(body, abandoned))
 
-
-def _session_readers(sessions: SessionStore, advertise_url: str | None) -> dict[str, Reader]:
-    """The POST routes of sessions. An empty body is an empty object."""
-
-    async def create(scope: Scope, body: bytes) -> dict[str, Any]:
-        request = Request(scope)
-        session = await sessions.create(body, request.headers.get("idempotency-key", "").strip() or None)
-        base, record = (advertise_url or str(request.base_url)).rstrip("/"), session.record
-        return {**summary_of(session), "base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
-
-    def reader(act: Callable[[Scope, bytes], Awaitable[dict[str, Any]]]) -> Reader:
-        def read(_: GatewayService, scope: Scope, body: bytearray, abandoned: threading.Event) -> Answer:
+def _session_routes(sessions: SessionStore, advertise_url: str | None) -> list[Route]:
+    async def body_of(request: Request) -> bytes:
+        """An empty body is an empty object."""
+        body = b""
+        async for piece in request.stream():
+            body += piece
             if len(body) > _MAX_SESSION_BODY_BYTES:
                 text = f"the body is larger than {_MAX_SESSION_BODY_BYTES} bytes; store large things elsewhere"
                 raise ApiError(413, text)
-            sent = bytes(body) or b"{}"
+        return body or b"{}"
 
-            async def answer() -> bytes:
-                return msgspec.json.encode(await act(scope, sent))
+    async def create(request: Request) -> Response:
+        key = request.headers.get("idempotency-key", "").strip() or None
+        session = await sessions.create(await body_of(request), key)
+        base, record = (advertise_url or str(request.base_url)).rstrip("/"), session.record
+        own = {"base_url": f"{base}/s/{record.id}/v1", "api_key": record.api_key}
+        return _json_response({**summary_of(session), **own})
 
-            return answer
+    def route(method: str, suffix: str, act: Callable[..., Awaitable[dict[str, Any]]]) -> Route:
+        async def answer(request: Request) -> Response:
+            session = sessions.find(request.path_params["id"])
+            return _json_response(await act(session, *([await body_of(request)] if method == "POST" else [])))
 
-        return read
+        return Route("/sessions/{id}" + suffix, answer, methods=[method])
 
-    def ends(how: Callable[[Session, bytes], Awaitable[dict[str, Any]]]) -> Reader:
-        return reader(lambda scope, body: how(sessions.find(scope["path_params"]["id"]), body))
-
-    own = "/sessions/{id}"
-    return {"/sessions": reader(create), f"{own}/reward": ends(sessions.reward), f"{own}/abort": ends(sessions.abort)}
+    gets = {"": sessions.describe, "/rollout": sessions.rollout}
+    posts = {"/reward": sessions.reward, "/abort": sessions.abort}
+    routes = [Route("/sessions", create, methods=["POST"])]
+    routes += [route("GET", suffix, act) for suffix, act in gets.items()]
+    return routes + [route("POST", suffix, act) for suffix, act in posts.items()]

@@ -1,16 +1,22 @@
-"""One turn of a conversation, as every dialect is translated into it: OpenAI's chat form, normalised."""
+"""A conversation, as every dialect is translated into it: OpenAI's chat form, normalised; and its prompt, by the
+model's chat template. A template is a program: it runs in a worker thread."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import Fields, Sampling
+from atropos_verl.gateway.fields import ApiError, Fields, Sampling
 
-_TEXT_PARTS = {"refusal": "refusal", **dict.fromkeys(("text", "input_text", "output_text"), "text")}
-_TEXT_PARTS |= dict.fromkeys(("reasoning_text", "summary_text"), "text")
+_TEXT_PARTS = {"refusal": "refusal"}
+_TEXT_PARTS |= dict.fromkeys(("text", "input_text", "output_text", "reasoning_text", "summary_text"), "text")
 """Type of a content part → its field that holds the text."""
+_MAX_MESSAGES = 10_000
+_MAX_CHARACTERS = 16 << 20
 
 
 class ToolCall(msgspec.Struct, frozen=True):
@@ -26,17 +32,12 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One message. ``role`` is one of the chat template's (``system``, ``user``, ``assistant``, ``tool``, …)."""
 
     role: str
-    content: str | tuple[str, ...] = ""
-    """Several texts only where the template knows contents of several parts; otherwise they were joined by lines."""
+    content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     extra: dict[str, Any] = {}
     """Other fields of the message, for templates that know them (``name``, …)."""
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(self.content)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +65,21 @@ class ChatTurn:
         return bool(self.tools) and self.tool_choice != "none"
 
 
+# -- what dialects read. Each raises ``ApiError`` 400 naming the field ------------------------------------------------
+
+
 def read_list(fields: Fields, name: str) -> list[Any]:
-    """The items of a field that must have some. Raises ``ApiError`` 400."""
+    """The items of a field that must have some."""
     items = fields.raw(name)
     if not isinstance(items, list) or not items:
         raise fields.error(name, "expected a non-empty list")
     return items
 
 
-def read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], ...]:
-    """The ``tools`` in the chat API's form; ``function_of`` finds the function in an item. Raises ``ApiError`` 400."""
-    tools = fields.raw("tools") or []
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise fields.error("tools", "expected a list of objects")
+def _read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> tuple[dict[str, Any], ...]:
+    """The ``tools`` in the chat API's form; ``function_of`` finds the function in an item."""
     functions: dict[str, Any] = {}
-    for index, tool in enumerate(tools):
+    for index, tool in enumerate(fields.read("tools", list[dict[str, Any]](), list[dict[str, Any]])):
         function = function_of(tool)
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
@@ -93,10 +94,10 @@ def read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) -> 
     return tuple({"type": "function", "function": function} for function in functions.values())
 
 
-def read_tool_choice(
+def _read_tool_choice(
     fields: Fields, tools: tuple[dict[str, Any], ...], function_of: Callable[[dict[str, Any]], Any]
 ) -> str:
-    """``tool_choice`` as ``ChatTurn`` has it; ``function_of`` finds what has a name in an object. ``ApiError`` 400."""
+    """``tool_choice`` as ``ChatTurn`` has it; ``function_of`` finds what has a name in an object."""
     choice = fields.raw("tool_choice")
     if choice is None or choice in ("auto", "none"):
         return choice or "auto"
@@ -106,16 +107,14 @@ def read_tool_choice(
         text = "expected 'none', 'auto', 'required', or an object that names a function"
         raise fields.error("tool_choice", text, "unsupported_field")
     known = [tool["function"]["name"] for tool in tools]
-    if name is not None and name not in known:
-        raise fields.error("tool_choice", f"there is no tool {name[:100]!r} among the tools {known[:20]}")
-    if not known:
-        raise fields.error("tool_choice", "a call is required, but there are no tools")
+    if name not in (None, *known) or not known:
+        raise fields.error("tool_choice", f"there is no tool {(name or '')[:100]!r} among the tools {known[:20]}")
     return "required" if name is None else f"function {name}"
 
 
-def read_format(fields: Fields, name: str) -> dict[str, Any] | None:
-    """The JSON schema of the content that the field ``name`` asks for; None: any text. Raises ``ApiError`` 400."""
-    value = fields.get(name, dict[str, Any]())
+def _read_format(fields: Fields, name: str) -> dict[str, Any] | None:
+    """The JSON schema of the content that the field ``name`` asks for; None: any text."""
+    value = fields.read(name, dict[str, Any]())
     kind = value.get("type", "text")
     if kind == "text":
         return None
@@ -123,15 +122,20 @@ def read_format(fields: Fields, name: str) -> dict[str, Any] | None:
         return {"type": "object"}
     holder = value.get("json_schema", value)
     schema = holder.get("schema") if isinstance(holder, dict) else None
-    if kind != "json_schema":
-        text = f"the type {str(kind)[:40]!r} is not supported; send text, json_object or json_schema"
+    if kind != "json_schema" or not isinstance(schema, dict):
+        text = f"{str(kind)[:40]!r} is not supported; send text, json_object, or json_schema with a 'schema', an object"
         raise fields.error(name, text, "unsupported_field")
-    if not isinstance(schema, dict):
-        raise fields.error(name, "json_schema needs a 'schema', an object")
     return schema
 
 
-def read_calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
+def joined(parts: Any) -> Any:
+    """The text of an answer whose text is in several parts; anything else as it is."""
+    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def _calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise fields.error(name, f"item {index}: 'tool_calls' must be a list of objects")
     for call in calls:
@@ -148,8 +152,7 @@ def read_calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[To
         yield ToolCall(id=str(call.get("id") or ""), name=function["name"], arguments=arguments)
 
 
-def read_texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> Iterator[str]:
-    """The texts of the content ``parts`` of item ``index`` of the field ``name``. Raises ``ApiError`` 400."""
+def _texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> Iterator[str]:
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get(_TEXT_PARTS[kind]) if isinstance(kind, str) and kind in _TEXT_PARTS else part
@@ -160,21 +163,148 @@ def read_texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> I
         yield text
 
 
-def joined(parts: Any) -> Any:
-    """The text of an answer whose text is in several parts; anything else as it is."""
-    if isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
+# -- the chat template ------------------------------------------------------------------------------------------------
 
 
-def template_form(message: Message) -> dict[str, Any]:
-    """The message as chat templates expect it, which is not quite what it is on the wire.
+class ChatTemplate:
+    """The chat template of a Hugging Face tokenizer."""
 
-    As vLLM does: arguments of calls, JSON text on the wire, are objects. What is absent is not there at all.
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def source(self) -> str:
+        """The text of the model's own template."""
+        return str(self._tokenizer.chat_template)
+
+    @property
+    def writes_calls_in_tags(self) -> bool:
+        """Calls are JSON in ``<tool_call>``: as Hermes and Qwen have them, and where the preamble is ours."""
+        return "tools" not in self.source or "<args-json-object>" in self.source
+
+    def turn(
+        self,
+        fields: Fields,
+        messages: tuple[Message, ...],
+        function_of: Callable[[dict[str, Any]], Any],
+        response_format: tuple[Fields, str],
+        *,
+        choice: Fields | None = None,
+        separates_reasoning: bool | None = None,
+        **parts: Any,
+    ) -> ChatTurn:
+        """The turn of ``messages`` with the tools in ``fields``, and what these say to the template. ``ApiError`` 400.
+
+        ``function_of`` finds the function in an item of ``tools`` and in ``tool_choice`` (of ``choice``, if given);
+        ``response_format``: where that is; ``separates_reasoning`` None: where there are tools.
+        """
+        if fields.raw("chat_template") not in (None, self.source):
+            text = "templates are programs, and this server runs the model's own only; leave it out"
+            raise fields.error("chat_template", text, "unsupported_field")
+        variables = fields.read("chat_template_kwargs", dict[str, Any]())
+        for name in variables:
+            if name in _reserved_names() or not name:
+                raise fields.error("chat_template_kwargs", f"{name} cannot be set in here")
+        tools = _read_tools(fields, function_of)
+        return ChatTurn(
+            messages=messages,
+            tools=tools,
+            tool_choice=_read_tool_choice(choice or fields, tools, function_of),
+            separates_reasoning=bool(tools) if separates_reasoning is None else separates_reasoning,
+            response_schema=_read_format(*response_format),
+            variables={**variables, "add_generation_prompt": fields.read("add_generation_prompt", True)},
+            add_special_tokens=fields.read("add_special_tokens", False),
+            **parts,
+        )
+
+    def messages(
+        self, fields: Fields, name: str, items: Iterable[tuple[int, Any]], before: Iterable[Message] = ()
+    ) -> tuple[Message, ...]:
+        """Messages in the form of the chat API, each with its place in the field ``name``. Raises ``ApiError`` 400.
+
+        Text parts are lines of one text; what is null is absent; the content is not. A ``developer`` is the ``system``
+        of templates that do not know the name, and a tool's answer has the name of the call it answers, here or in
+        ``before``.
+        """
+        result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
+        for index, message in items:
+            given = message.items() if isinstance(message, dict) else ()
+            known = {key: value for key, value in given if value is not None}
+            role, content, answered = known.pop("role", None), known.pop("content", ""), known.pop("tool_call_id", None)
+            thought = known.pop("reasoning_content", known.pop("reasoning", None))
+            if not isinstance(role, str):
+                raise fields.error(name, f"item {index} must be an object with a string 'role'")
+            if not isinstance(answered, str | None) or not isinstance(thought, str | None):
+                raise fields.error(name, f"item {index}: 'tool_call_id' and 'reasoning_content' must be strings")
+            calls = tuple(_calls(fields, name, index, known.pop("tool_calls", [])))
+            names |= {call.id: call.name for call in calls}
+            if role == "tool" and (tool := names.get(str(answered))):
+                known.setdefault("name", tool)
+            if role == "developer" and role not in self.source:
+                role = "system"
+            if isinstance(content, list):
+                content = "\n".join(_texts(fields, name, index, content))
+            elif not isinstance(content, str):
+                raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
+            result.append(Message(role, content, calls, answered, thought, known))
+        if len(result) > _MAX_MESSAGES:  # templates may look through all of them for each
+            raise fields.error(name, f"{len(result)} messages; send {_MAX_MESSAGES} at most")
+        return tuple(result)
+
+    def prompt(self, turn: ChatTurn) -> str:
+        """The prompt text of a turn. Raises ``ApiError`` 400."""
+        said = list(turn.messages)
+        if "tool_calls" not in self.source:
+            said = [_with_calls_as_text(message) for message in said]
+        if turn.parses_calls and "tools" not in self.source:
+            said = _with_preamble(said, turn)
+        options = {**turn.variables, **({"tools": list(turn.tools)} if turn.tools else {})}
+        try:
+            forms = [_template_form(message) for message in said]
+            text = str(self._tokenizer.apply_chat_template(forms, tokenize=False, **options))
+        except Exception as error:  # whatever a template, a program, raises
+            reason = f"the chat template failed: {type(error).__name__}: {error}"[:300]
+            raise ApiError(400, f"messages: {reason}", param="messages") from error
+        if len(text) > _MAX_CHARACTERS:
+            message = f"messages: the prompt has more than {_MAX_CHARACTERS} characters; send less"
+            raise ApiError(400, message, param="messages")
+        return text
+
+
+def _with_preamble(messages: list[Message], turn: ChatTurn) -> list[Message]:
+    """The tools as text of the system message, for templates that know none; models know the form from Hermes and Qwen.
+
+    What tools answer is then a user's text in ``<tool_response>``, answers one after the other in one message.
     """
-    form: dict[str, Any] = {"role": message.role, **message.extra}
-    content = message.content
-    form["content"] = content if isinstance(content, str) else [{"type": "text", "text": text} for text in content]
+    tools = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in turn.tools)
+    preamble = f"You may call tools:\n<tools>\n{tools}\n</tools>\nA call of a tool is\n"
+    preamble += '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>'
+    result: list[Message] = []
+    for is_answer, group in groupby(messages, key=lambda message: message.role == "tool"):
+        said = [*group]
+        texts = [f"<tool_response>\n{message.content}\n</tool_response>" for message in said]
+        result += [Message(role="user", content="\n".join(texts))] if is_answer else said
+    if result[0].role != "system":
+        return [Message(role="system", content=preamble), *result]
+    text = f"{result[0].content}\n\n{preamble}" if result[0].content else preamble
+    return [msgspec.structs.replace(result[0], content=text), *result[1:]]
+
+
+def _with_calls_as_text(message: Message) -> Message:
+    """The calls of a message as the policy wrote them, for templates that do not know ``tool_calls``."""
+    if not message.tool_calls:
+        return message
+    parts = [message.content] if message.content else []
+    for call in message.tool_calls:
+        name = msgspec.json.encode(call.name).decode()
+        parts.append(f'<tool_call>\n{{"name": {name}, "arguments": {call.arguments}}}\n</tool_call>')
+    return msgspec.structs.replace(message, content="\n".join(parts), tool_calls=())
+
+
+def _template_form(message: Message) -> dict[str, Any]:
+    """The message as chat templates expect it. As vLLM does: arguments of calls, JSON text on the wire, are objects.
+    What is absent is not there at all."""
+    form: dict[str, Any] = {"role": message.role, **message.extra, "content": message.content}
     if message.reasoning_content is not None:
         form["reasoning_content"] = message.reasoning_content
     if message.tool_call_id is not None:
@@ -194,3 +324,13 @@ def parsed_arguments(arguments: str) -> Any:
     except (ValueError, RecursionError):
         return arguments
     return parsed if isinstance(parsed, dict | list) else arguments
+
+
+@cache
+def _reserved_names() -> set[str]:
+    """Names that are no variables of a template, but parameters on the way to it."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    functions = (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template)
+    return {"self", "messages", *(name for function in functions for name in inspect.signature(function).parameters)}

@@ -1,28 +1,23 @@
 """Reads a JSON body field by field, typed and bounded, and answers what cannot be served with an ``ApiError``.
 
-``parse_sampling`` reads the sampling parameters, which all dialects share.
-
-Every reader marks its field as seen; ``Fields.unread`` names what nobody asked for. JSON null means absent, as in the
-APIs that are imitated here.
+``parse_sampling`` reads the sampling parameters, which all dialects share. ``Fields.unread`` names what nobody read.
+JSON null means absent, as in the APIs that are imitated here.
 """
 
 import gc
-import itertools
-import sys
-import threading
-from collections.abc import Collection, Mapping, Sequence
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError
 from atropos_verl.types import GenerationRequest
 
-T = TypeVar("T", bool, str, dict[str, Any])
-D = TypeVar("D", int, None)
+T = TypeVar("T")
 
-_EXPECTED = {bool: "true or false", str: "a string", dict: "an object"}
 _TYPE_OF_STATUS = {
     401: "authentication_error",
     404: "not_found_error",
@@ -38,39 +33,38 @@ _ANTHROPIC_TYPE_OF_STATUS = {
     503: "overloaded_error",
 }
 
-_MAX_N = 1024
-"""Completions of one prompt in one request, at most: a typing error should not queue a million sequences."""
-_MAX_STOPS, _MAX_STOP_LENGTH = 256, 4096
-_MAX_TOKEN_ID = (1 << 31) - 1
-_TokenId = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN_ID)]
+AtLeast0, AtLeast1 = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
+_Share = Annotated[float, Meta(ge=0, le=1)]
+_N = Annotated[int, Meta(ge=1, le=1024)]
+"""Completions of one prompt in one request: a typing error should not queue a million sequences."""
+_TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenIds = tuple[_TokenId, ...]
+_Stops = Annotated[list[Annotated[str, Meta(min_length=1, max_length=4096)] | _TokenId], Meta(max_length=256)]
 _MAX_BRACKETS = 1 << 18
 """Opening ones, those in texts included: two million empty lists took seconds, in which no other thread ran."""
 
 _TOP_K_OFF = 1 << 30
 """SGLang's own "no top-k"."""
 
-# Field → values that change nothing. Everything here would change the distribution that is sampled from (or what the
-# answer means), and the engine does not do it: training on such tokens with our logprobs would be wrong in silence.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), (1,)),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("use_beam_search", "early_stopping", "echo", "background"), (False,)),
-    **dict.fromkeys(("bad_words", "allowed_token_ids", "logits_processors", "guided_choice"), ([],)),
-    **dict.fromkeys(("image_data", "video_data", "audio_data"), ([],)),
-    **dict.fromkeys(("logit_bias", "custom_params", "structured_outputs", "multi_modal_data"), ({},)),
-    **dict.fromkeys(("mm_processor_kwargs", "session_params"), ({},)),
-    **dict.fromkeys(("guided_regex", "guided_grammar", "guided_decoding_regex", "regex", "ebnf", "suffix"), ("",)),
-    **dict.fromkeys(("custom_logit_processor", "guided_json", "structural_tag", "json_schema"), ()),
-    **dict.fromkeys(("prompt_embeds", "input_embeds", "lora_path"), ()),
-    "no_repeat_ngram_size": (0,),
-    "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"}, {}),
-    "truncate_prompt_tokens": (-1,),
+# Everything here would change the distribution that is sampled from (or what the answer means), and the engine does not
+# do it: training on such tokens with our logprobs would be wrong in silence.
+_REFUSED: tuple[str, ...] = (
+    *("frequency_penalty", "presence_penalty", "min_tokens", "min_new_tokens", "no_repeat_ngram_size", "logit_bias"),
+    *("use_beam_search", "early_stopping", "echo", "suffix", "background", "bad_words", "allowed_token_ids"),
+    *("logits_processors", "custom_logit_processor", "custom_params", "session_params", "lora_path", "prompt_embeds"),
+    *("input_embeds", "image_data", "video_data", "audio_data", "multi_modal_data", "mm_processor_kwargs"),
+    *("guided_choice", "guided_regex", "guided_grammar", "guided_json", "guided_decoding_regex", "regex", "ebnf"),
+    *("structured_outputs", "structural_tag", "json_schema"),
+)
+_REFUSED_UNLESS = {
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), 1),
+    "spaces_between_special_tokens": True,
+    "response_format": {"type": "text"},
+    "truncate_prompt_tokens": -1,
 }
-
 # Fields of OpenAI's APIs, and of vLLM's and SGLang's, that change neither tokens, logprobs nor text here.
-_HARMLESS_OPENAI = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_HARMLESS_NATIVE = ("cache_salt", "priority", "guided_decoding_backend")
+_HARMLESS: tuple[str, ...] = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_HARMLESS += ("cache_salt", "priority", "guided_decoding_backend")
 
 
 class ApiError(Exception):
@@ -118,11 +112,9 @@ def to_api_error(error: Exception) -> ApiError:
 class Fields:
     """One JSON object of a request, called ``prefix``. Its readers raise ``ApiError`` 400 naming field and value."""
 
-    def __init__(self, data: Mapping[str, Any], prefix: str = "", abandoned: threading.Event | None = None) -> None:
+    def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
         self._data, self._prefix = data, prefix
         self._seen: set[str] = set()
-        self.abandoned = abandoned or threading.Event()
-        """Set when the client has left: who reads the fields may give up."""
 
     def __contains__(self, name: str) -> bool:
         return self._data.get(name) is not None
@@ -136,77 +128,37 @@ class Fields:
         """A 400 about field ``name`` (to be raised by the caller)."""
         return ApiError(400, f"{self._prefix}{name}: {message}", param=self._prefix + name, code=code)
 
-    def integer(self, name: str, default: D, *, minimum: int | None = None, maximum: int | None = None) -> int | D:
+    def read(self, name: str, default: T, kind: Any = None) -> T:
+        """The value as ``convert`` gives it; ``kind`` None: of the type of ``default``, which stands for null."""
         value = self.raw(name)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # some clients send 16.0 for 16
-        if value is not None and type(value) is not int:
-            raise self.error(name, f"expected an integer, got {_show(value)}")
-        return default if value is None else self._within(name, value, minimum, maximum)
+        return default if value is None else self.convert(name, value, kind or type(default))
 
-    def number(self, name: str, default: float, *, minimum: float | None = None, maximum: float | None = None) -> float:
-        value = self.raw(name)
-        if value is not None and (type(value) not in (int, float) or not abs(value) <= sys.float_info.max):
-            raise self.error(name, f"expected a finite number, got {_show(value)}")
-        return default if value is None else float(self._within(name, value, minimum, maximum))
-
-    def _within(self, name: str, value: Any, minimum: float | None, maximum: float | None) -> Any:
-        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            allowed = f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"
-            raise self.error(name, f"{_show(value)} is out of range, allowed: {allowed}")
-        return value
-
-    def get(self, name: str, default: T) -> T:
-        """A boolean, a string or an object, as ``default`` is."""
-        value = self.raw(name)
-        if value is None:
-            return default
-        if not isinstance(value, type(default)):
-            raise self.error(name, f"expected {_EXPECTED[type(default)]}, got {_show(value)}")
-        return value
+    def convert(self, name: str, value: Any, kind: Any) -> Any:
+        """``value`` as ``kind``, a type of msgspec. Not one by one: other threads wait meanwhile."""
+        try:  # some clients send 16.0 for 16
+            return msgspec.convert(int(value) if isinstance(value, float) and value.is_integer() else value, kind)
+        except (msgspec.ValidationError, OverflowError) as error:
+            raise self.error(name, f"{error}; it is {reprlib.repr(value)[:80]}") from None
 
     def child(self, name: str) -> Self:
         """The object under ``name`` (empty when absent), with its own record of what was read."""
-        return type(self)(self.get(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
+        return type(self)(self.read(name, dict[str, Any]()), prefix=f"{self._prefix}{name}.")
 
     def stops(self, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Stop strings and stop token ids: a string, an id, or a list of them. (Environments send the id of an end.)"""
         value = self.raw(name)
-        items = value if isinstance(value, list) else [] if value is None else [value]
-        if len(items) > _MAX_STOPS:
-            raise self.error(name, f"{len(items)} items; send {_MAX_STOPS} at most")
-        for index, item in enumerate(items):
-            if not (isinstance(item, str) and 0 < len(item) <= _MAX_STOP_LENGTH) and type(item) is not int:
-                text = f"must be a string of 1 to {_MAX_STOP_LENGTH} characters or a token id, got {_show(item)}"
-                raise self.error(name, f"item {index} {text}")
-        ids = [item for item in items if isinstance(item, int)]
-        return tuple(item for item in items if isinstance(item, str)), self.check_token_ids(name, ids)
+        items = self.convert(name, value if isinstance(value, list) else [] if value is None else [value], _Stops)
+        strings = tuple(item for item in items if isinstance(item, str))
+        return strings, tuple(item for item in items if isinstance(item, int))
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A list of token ids (empty when absent)."""
-        value = self.raw(name)
-        return () if value is None else self.check_token_ids(name, value)
-
-    def check_token_ids(self, name: str, value: Any) -> tuple[int, ...]:
-        """``value`` as token ids: a list of integers ≥ 0."""
-        if not isinstance(value, list):
-            raise self.error(name, f"expected a list of token ids, got {_show(value)}")
-        try:  # not one by one: other threads wait while a long prompt is looked through
-            return tuple(msgspec.convert(value, list[_TokenId]))
-        except (msgspec.ValidationError, OverflowError):
-            index = next(i for i, item in enumerate(value) if type(item) is not int or not 0 <= item <= _MAX_TOKEN_ID)
-            text = f"item {index} must be a token id (an integer from 0 to {_MAX_TOKEN_ID}), got {_show(value[index])}"
-            raise self.error(name, text) from None
-
-    def require_neutral(self, refused: Mapping[str, Sequence[Any]]) -> None:
-        """``refused``: fields that are not implemented → values at which they change nothing, as null always does."""
-        for name, neutral in refused.items():
+    def refuse(self, *names: str, **unless: Any) -> None:
+        """Fields that are not implemented. What is null, empty, zero or false changes nothing; of those in ``unless``,
+        null and that value."""
+        for name in (*names, *unless):
             value = self.raw(name)
-            if value is None or any(value == item for item in neutral):
-                continue
-            allowed = " or ".join(msgspec.json.encode(item).decode() for item in neutral)
-            advice = f"leave it out or send {allowed}" if allowed else "leave it out"
-            raise self.error(name, f"not supported by this server ({_show(value)}); {advice}", code="unsupported_field")
+            if value is not None and (value != unless[name] if name in unless else value):
+                shown = reprlib.repr(value)[:80]
+                raise self.error(name, f"not supported by this server ({shown}); leave it out", "unsupported_field")
 
     def ignore(self, *names: str) -> None:
         """Fields that are known to change nothing in the answer."""
@@ -217,30 +169,19 @@ class Fields:
         return [self._prefix + name for name in self._data if name not in self._seen and name in self]
 
 
-def parse_body(body: bytes | bytearray, abandoned: threading.Event) -> Fields:
+def parse_body(body: bytes | bytearray) -> Fields:
     """Decode a request body. Raises ``ApiError`` 400 when it is not a JSON object, or one of too many parts."""
     if body.count(b"[") + body.count(b"{") > _MAX_BRACKETS:
         raise ApiError(400, f"the body has more than {_MAX_BRACKETS} brackets; send it in parts")
     collects = gc.isenabled()
     gc.disable()  # it would look through all objects of the process several times, and no other thread runs meanwhile
     try:
-        return Fields(msgspec.json.decode(body, type=dict[str, Any]), abandoned=abandoned)
+        return Fields(msgspec.json.decode(body, type=dict[str, Any]))
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not a JSON object: {error}") from error
     finally:
         if collects:
             gc.enable()
-
-
-def _show(value: Any) -> str:
-    """The value for an error message, cut at 80 characters."""
-    if isinstance(value, list | dict) and len(value) > 80:
-        value = type(value)(itertools.islice(value.items() if isinstance(value, dict) else value, 80))
-    try:
-        text = msgspec.json.encode(value).decode()
-    except RecursionError:
-        text = f"{type(value).__name__} of many levels"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,40 +196,31 @@ class Sampling:
 
 
 def parse_sampling(
-    fields: Fields,
-    *,
-    max_tokens_names: tuple[str, ...],
-    max_tokens_default: int | None,
-    served: Collection[str] = (),
+    fields: Fields, max_tokens_names: tuple[str, ...], max_tokens_default: int | None = None, served: str = ""
 ) -> Sampling:
-    """The sampling fields that dialects share. ``served``: those that others refuse, and this one reads itself;
+    """The sampling fields that dialects share. ``served``: one that others refuse, and this one reads itself;
     ``max_tokens_names``: the first one given wins; ``max_tokens_default`` None: the rest of the context."""
-    bounds = [fields.integer(name, None, minimum=1) for name in max_tokens_names]
-    given = [bound for bound in bounds if bound is not None]
-    n = fields.integer("n", 1, minimum=1, maximum=_MAX_N)
-    fields.require_neutral({name: neutral for name, neutral in _REFUSED.items() if name not in served})
-    fields.require_neutral({"best_of": (n,)})
-    fields.ignore(*_HARMLESS_OPENAI, *_HARMLESS_NATIVE)
-    top_p = fields.number("top_p", 1.0, minimum=0.0, maximum=1.0)
-    if top_p == 0.0:
-        raise fields.error("top_p", "0.0 is out of range, allowed: above 0 and at most 1")
-    top_k = fields.integer("top_k", -1, minimum=-1)
+    bounds: list[int | None] = [fields.read(name, None, AtLeast1) for name in max_tokens_names]
+    n = fields.read("n", 1, _N)
+    fields.refuse(*_REFUSED, best_of=n, **{name: value for name, value in _REFUSED_UNLESS.items() if name != served})
+    fields.ignore(*_HARMLESS)
+    top_k = fields.read("top_k", -1, Annotated[int, Meta(ge=-1)])
     stop, stop_ids = fields.stops("stop")
     template = GenerationRequest(
         prompt_token_ids=(),
         n=n,
-        max_tokens=given[0] if given else max_tokens_default,
-        temperature=fields.number("temperature", 1.0, minimum=0.0),
-        top_p=top_p,
+        max_tokens=next((bound for bound in bounds if bound is not None), max_tokens_default),
+        temperature=fields.read("temperature", 1.0, Annotated[float, Meta(ge=0)]),
+        top_p=fields.read("top_p", 1.0, Annotated[float, Meta(gt=0, le=1)]),
         top_k=-1 if top_k == 0 or top_k >= _TOP_K_OFF else top_k,
-        min_p=fields.number("min_p", 0.0, minimum=0.0, maximum=1.0),
+        min_p=fields.read("min_p", 0.0, _Share),
         stop=stop,
-        stop_token_ids=(*fields.token_ids("stop_token_ids"), *stop_ids),
-        ignore_eos=fields.get("ignore_eos", False),
-        seed=fields.integer("seed", None, minimum=-(1 << 63), maximum=(1 << 63) - 1),
+        stop_token_ids=(*fields.read("stop_token_ids", (), TokenIds), *stop_ids),
+        ignore_eos=fields.read("ignore_eos", False),
+        seed=fields.read("seed", None, Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]),
     )
     return Sampling(
         template=template,
-        skip_special_tokens=fields.get("skip_special_tokens", True),
-        include_stop=fields.get("include_stop_str_in_output", False) or fields.get("no_stop_trim", False),
+        skip_special_tokens=fields.read("skip_special_tokens", True),
+        include_stop=fields.read("include_stop_str_in_output", False) or fields.read("no_stop_trim", False),
     )

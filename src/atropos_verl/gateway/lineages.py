@@ -4,7 +4,8 @@ A ``Turn`` is one completion with the prompt tokens that its parent's sequence l
 """
 
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,7 +18,15 @@ from numpy.typing import NDArray
 from atropos_verl.gateway.chat import ChatTurn, Message, parsed_arguments
 from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.text import TextCodec
-from atropos_verl.types import MIN_LOGPROB, NO_LOGPROB, NOT_TRAINED, UNKNOWN_VERSION, FinishReason, Generation
+from atropos_verl.types import (
+    MIN_LOGPROB,
+    NO_LOGPROB,
+    NOT_TRAINED,
+    UNKNOWN_VERSION,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+)
 
 _IDS, _LOGPROBS = np.dtype("<i4"), np.dtype("<f4")
 _CONTEXT = 8
@@ -245,10 +254,9 @@ class Tree:
 def new_turn(
     codec: TextCodec,
     prompt: Prompt,
+    asked: GenerationRequest,
     generation: Generation,
-    *,
     answer: Message | None,
-    has_end: bool,
     **fields: Any,
 ) -> StoredTurn:
     """The turn of a completion of ``prompt``. ``answer`` is what the agent was given; None: no message."""
@@ -263,7 +271,8 @@ def new_turn(
         logprobs=np.asarray(generation.logprobs, _LOGPROBS).tobytes(),
         runs=generation.policy_version_runs,
         finish_reason=generation.finish_reason,
-        has_end=has_end,
+        has_end=codec.has_end(generation.token_ids, generation.finish_reason, asked),
+        constrained=asked.constraint is not None,
         key=list(message_keys(messages))[-1] if messages else 0,
         messages=len(messages),
         characters=len(text),
@@ -282,10 +291,10 @@ def message_keys(messages: Sequence[Message]) -> Iterator[int]:
     """
     key = 0
     for message in messages:
-        parts: list[Any] = [key, message.role, message.text]
+        parts: list[Any] = [key, message.role, message.content]
         if message.role == "assistant":
             calls = [(call.name, parsed_arguments(call.arguments)) for call in message.tool_calls]
-            parts = [key, message.role, message.text.strip(), (message.reasoning_content or "").strip(), calls]
+            parts = [key, message.role, message.content.strip(), (message.reasoning_content or "").strip(), calls]
         key = hash_of(msgspec.json.encode(parts, order="deterministic")) or 1
         yield key
 
@@ -304,46 +313,35 @@ def training_rows(turns: Sequence[StoredTurn], received: Sequence[int]) -> list[
     nothing continues. A sampled token is trained in the first that holds it. ``received``: as ``Turn`` has it."""
     parents = [-1 if turn.parent is None else turn.parent for turn in turns]
     kept = kept_turns(parents, received)
-    order = {number: index for index, number in enumerate(kept)}
-    continued = {parents[number] for number in kept}
-    trained, rows = set[int](), []
+    continued, trained, rows = {parents[number] for number in kept}, set[int](), []
     for leaf in (number for number in kept if number not in continued):
         path = [leaf]
         while parents[path[-1]] >= 0:
             path.append(parents[path[-1]])
-        rows.append(_row(turns, path[::-1], trained, order))
+        columns = ("token_ids", "masks", "logprobs", "versions", "finish_reasons", "turns", "spans")
+        row: dict[str, list[Any]] = {name: [] for name in columns}
+        for number in reversed(path):
+            turn, start = turns[number], len(row["token_ids"])
+            ids = np.frombuffer(turn.prompt + turn.sampled, _IDS).tolist()
+            row["token_ids"] += ids
+            count = len(ids) if number in trained else len(turn.prompt) // _IDS.itemsize
+            row["masks"] += [NOT_TRAINED] * count
+            row["logprobs"] += [NO_LOGPROB] * count
+            row["versions"] += [UNKNOWN_VERSION] * count
+            if sampled := ids[count:]:
+                row["spans"].append([start + count, start + len(ids)])
+                row["turns"].append(bisect_left(kept, number))
+                row["finish_reasons"].append(turn.finish_reason)
+                logprobs = np.frombuffer(turn.logprobs, _LOGPROBS).astype(float).tolist()
+                # A token that was the only one allowed has no gradient where it was sampled.
+                is_forced = [turn.constrained and value >= 0.0 for value in logprobs]
+                pairs = zip(sampled, is_forced, strict=True)
+                row["masks"] += [NOT_TRAINED if forced else token for token, forced in pairs]
+                row["logprobs"] += [NO_LOGPROB if turn.constrained else max(v, MIN_LOGPROB) for v in logprobs]
+                row["versions"] += [version for version, run in turn.runs for _ in range(run)]
+        rows.append(row)
         trained.update(path)
     return rows
-
-
-def _row(
-    turns: Sequence[StoredTurn], path: list[int], trained: Collection[int], order: dict[int, int]
-) -> dict[str, Any]:
-    row: dict[str, list[Any]] = {
-        name: [] for name in ("token_ids", "masks", "logprobs", "versions", "finish_reasons", "turns", "spans")
-    }
-
-    def add(*columns: Sequence[float]) -> None:
-        for values, column in zip(row.values(), columns, strict=False):
-            values += column
-
-    for number in path:
-        turn = turns[number]
-        ids = np.frombuffer(turn.prompt + turn.sampled, _IDS).tolist()
-        count = len(ids) if number in trained else len(turn.prompt) // _IDS.itemsize
-        add(ids[:count], [NOT_TRAINED] * count, [NO_LOGPROB] * count, [UNKNOWN_VERSION] * count)
-        if sampled := ids[count:]:
-            row["spans"].append([len(row["token_ids"]), len(row["token_ids"]) + len(sampled)])
-            row["turns"].append(order[number])
-            row["finish_reasons"].append(turn.finish_reason)
-            masks, logprobs = sampled, np.frombuffer(turn.logprobs, _LOGPROBS).astype(float).tolist()
-            if turn.constrained:  # a token that was the only one allowed has no gradient where it was sampled
-                pairs = zip(sampled, logprobs, strict=True)
-                masks = [token if value < 0.0 else NOT_TRAINED for token, value in pairs]
-                logprobs = [NO_LOGPROB] * len(sampled)
-            versions = [version for version, run in turn.runs for _ in range(run)]
-            add(sampled, masks, [max(value, MIN_LOGPROB) for value in logprobs], versions)
-    return row
 
 
 def _begins(text: str, turn: Turn) -> bool:

@@ -6,11 +6,11 @@ Atropos asks for tokens and logprobs through these. vLLM and SGLang share the pa
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import ApiError, Fields, Sampling, parse_sampling
+from atropos_verl.gateway.fields import ApiError, Fields, Sampling, TokenIds, parse_sampling
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
 
@@ -21,7 +21,7 @@ _VLLM_DEFAULT_TOKENS = 16
 """``SamplingParams.max_tokens`` of vLLM when absent."""
 _SGLANG_DEFAULT_TOKENS = 128
 """``max_new_tokens`` of SGLang when absent."""
-_MAX_PROMPT_LOGPROBS = 1024
+_PromptLogprobs = Annotated[int, msgspec.Meta(ge=0, le=1024)]
 
 
 def generate(service: GatewayService, fields: Fields) -> Answer:
@@ -42,16 +42,14 @@ def generate(service: GatewayService, fields: Fields) -> Answer:
 
 
 def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
-    sampling = parse_sampling(fields, max_tokens_names=_VLLM_BOUNDS, max_tokens_default=_VLLM_DEFAULT_TOKENS)
-    fields.require_neutral({"stream": (False,)})
-    fields.ignore("detokenize")  # false would only leave the text out
+    sampling = parse_sampling(fields, _VLLM_BOUNDS, _VLLM_DEFAULT_TOKENS)
+    fields.refuse("stream")
+    fields.ignore("detokenize", "request_id")  # false would only leave the text out
     with_logprobs = "logprobs" in fields
-    if fields.integer("logprobs", 0, minimum=0, maximum=1):
-        service.warn_once("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
-    prompt_logprobs = fields.integer("prompt_logprobs", None, minimum=0, maximum=_MAX_PROMPT_LOGPROBS)
+    if fields.read("logprobs", 0, Annotated[int, msgspec.Meta(ge=0, le=1)]):
+        service.warn("generate logprobs=1", "/generate: logprobs=1 returns the sampled token only, as logprobs=0")
+    prompt_logprobs: int | None = fields.read("prompt_logprobs", None, _PromptLogprobs)
     prompt_text, prompt_ids, holder = _vllm_prompt(service, fields)
-    service.check_model(fields)
-    fields.ignore("request_id")
     name = service.new_id("generate-")
     [request] = service.requests(sampling, [prompt_ids], param="prompt", name=name, prompt_logprobs=prompt_logprobs)
     service.report_unread("/generate", fields, holder)
@@ -81,18 +79,18 @@ def _generate_vllm(service: GatewayService, fields: Fields) -> Answer:
 
 def _vllm_prompt(service: GatewayService, fields: Fields) -> tuple[str | None, tuple[int, ...], Fields]:
     """(text as sent or None, token ids, the object that holds the prompt)."""
-    add_special, prompt, holder = fields.get("add_special_tokens", True), fields.raw("prompt"), fields
+    add_special, prompt, holder = fields.read("add_special_tokens", True), fields.raw("prompt"), fields
     if prompt is not None and "prompt_token_ids" in fields:
         raise fields.error("prompt_token_ids", "send either prompt or prompt_token_ids, not both")
     if isinstance(prompt, list):
-        return None, fields.check_token_ids("prompt", prompt), holder
+        return None, fields.convert("prompt", prompt, TokenIds), holder
     if prompt is not None and not isinstance(prompt, str):
         holder = fields.child("prompt")
-        holder.require_neutral({"multi_modal_data": ({},), "prompt_embeds": ()})
+        holder.refuse("multi_modal_data", "prompt_embeds")
     if "prompt_token_ids" in holder:
         holder.ignore("prompt")
-        return None, holder.token_ids("prompt_token_ids"), holder
-    text = holder.get("prompt", "")
+        return None, holder.read("prompt_token_ids", (), TokenIds), holder
+    text = holder.read("prompt", "")
     return text, service.codec.encode(text, add_special_tokens=add_special), holder
 
 
@@ -117,49 +115,53 @@ def _prompt_logprobs(request: GenerationRequest, generation: Generation) -> list
 
 def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     params = fields.child("sampling_params")
-    sampling = parse_sampling(params, max_tokens_names=_SGLANG_BOUNDS, max_tokens_default=_SGLANG_DEFAULT_TOKENS)
-    fields.require_neutral({"stream": (False,), "return_hidden_states": (False,), "top_logprobs_num": (0,)})
-    fields.require_neutral({"token_ids_logprob": ([],), "image_data": ([],), "input_embeds": (), "lora_path": ()})
-    with_logprobs = fields.get("return_logprob", False)
-    with_texts = fields.get("return_text_in_logprobs", False)
-    start = fields.integer("logprob_start_len", -1, minimum=-1) if with_logprobs else -1
-    fields.ignore("logprob_start_len", "rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
+    sampling = parse_sampling(params, _SGLANG_BOUNDS, _SGLANG_DEFAULT_TOKENS)
+    fields.refuse("stream", "return_hidden_states", "top_logprobs_num", "token_ids_logprob", "image_data")
+    fields.refuse("input_embeds", "lora_path")
+    with_logprobs = fields.read("return_logprob", False)
+    with_texts = fields.read("return_text_in_logprobs", False)
+    start = fields.read("logprob_start_len", -1, Annotated[int, msgspec.Meta(ge=-1)])
+    scores_prompt = with_logprobs and start >= 0
+    fields.ignore("rid", "log_metrics", "bootstrap_host", "bootstrap_port", "bootstrap_room")
     if ("input_ids" in fields) == ("text" in fields):
         raise fields.error("input_ids", "send either input_ids or text")
     param = "input_ids" if "input_ids" in fields else "text"
     prompts, batched = service.codec.prompts(fields, param, texts=param == "text", ids=param == "input_ids")
-    service.check_model(fields)
-    scored = 0 if start >= 0 else None
+    scored = 0 if scores_prompt else None
     requests = service.requests(sampling, prompts, param=param, name=service.new_id(""), prompt_logprobs=scored)
     service.report_unread("/generate", fields, params)
 
+    def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
+        """``[logprob, token id, text or null]`` per token."""
+        texts = [service.codec.tokens[token_id][0] if with_texts else None for token_id in token_ids]
+        return list(zip(logprobs, token_ids, texts, strict=True))
+
+    def form(request: GenerationRequest, generation: Generation) -> dict[str, Any]:
+        meta, text = _sglang_meta(service, sampling, request, generation)
+        if with_logprobs:
+            meta["output_token_logprobs"] = rows(generation.token_ids, finite_logprobs(generation.logprobs))
+            entries = _prompt_logprobs(request, generation) if scores_prompt else []
+            values = [None if entry is None else next(iter(entry.values())) for entry in entries]
+            prompt = request.prompt_token_ids[start:] if scores_prompt else ()
+            meta["input_token_logprobs"] = rows(prompt, values[max(start, 0) :])
+        return {"text": text, "output_ids": generation.token_ids, "meta_info": meta}
+
     async def answer() -> bytes:
-        results = await service.generate(requests)
-        answers = [
-            _sglang_answer(service, sampling, request, generation, start if with_logprobs else None, with_texts)
-            for request, generations in zip(requests, results, strict=True)
-            for generation in generations
-        ]
+        results = zip(requests, await service.generate(requests), strict=True)
+        answers = [form(request, generation) for request, generations in results for generation in generations]
         return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
 
     return answer
 
 
-def _sglang_answer(
-    service: GatewayService,
-    sampling: Sampling,
-    request: GenerationRequest,
-    generation: Generation,
-    start: int | None,
-    with_texts: bool,
-) -> dict[str, Any]:
-    """``start``: prompt position from which prompt logprobs are wanted (-1: none); None: no logprobs at all."""
-    codec = service.codec
-    text, matched = codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
-    why: dict[str, Any] = (
-        {"length": len(generation.token_ids)} if generation.finish_reason == "length" else {"matched": matched}
-    )
-    meta: dict[str, Any] = {
+def _sglang_meta(
+    service: GatewayService, sampling: Sampling, request: GenerationRequest, generation: Generation
+) -> tuple[dict[str, Any], str]:
+    """``meta_info`` without logprobs; and the text."""
+    text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
+    is_cut = generation.finish_reason == "length"
+    why = {"length": len(generation.token_ids)} if is_cut else {"matched": matched}
+    meta = {
         "id": request.request_id,
         "finish_reason": {"type": generation.finish_reason, **why},
         "prompt_tokens": len(request.prompt_token_ids),
@@ -169,20 +171,7 @@ def _sglang_answer(
         "policy_version": generation.policy_versions[0],
         "policy_versions": list(generation.policy_versions),
     }
-
-    def rows(token_ids: Sequence[int], logprobs: Sequence[float | None]) -> list[tuple[float | None, int, str | None]]:
-        """``[logprob, token id, text or null]`` per token."""
-        texts = [codec.tokens[token_id][0] for token_id in token_ids] if with_texts else [None] * len(token_ids)
-        return list(zip(logprobs, token_ids, texts, strict=True))
-
-    if start is not None:
-        meta["output_token_logprobs"] = rows(generation.token_ids, finite_logprobs(generation.logprobs))
-        meta["input_token_logprobs"] = []
-        if start >= 0:
-            entries = _prompt_logprobs(request, generation)
-            values = [None if entry is None else next(iter(entry.values())) for entry in entries]
-            meta["input_token_logprobs"] = rows(request.prompt_token_ids[start:], values[start:])
-    return {"text": text, "output_ids": generation.token_ids, "meta_info": meta}
+    return meta, text
 
 
 # trl ----------------------------------------------------------------------------------------------------------------
@@ -193,16 +182,14 @@ def generate_trl(service: GatewayService, fields: Fields) -> Answer:
     if "prompts" not in fields:
         message = "missing; this is trl's dialect (/generate/ with a slash). vLLM's and SGLang's are at /generate"
         raise fields.error("prompts", message)
-    sampling = parse_sampling(fields, max_tokens_names=_VLLM_BOUNDS, max_tokens_default=_VLLM_DEFAULT_TOKENS)
-    fields.require_neutral({"images": ([],), "generation_kwargs": ({},), "logprobs": (0,)})
-    fields.ignore("model")
+    sampling = parse_sampling(fields, _VLLM_BOUNDS, _VLLM_DEFAULT_TOKENS)
+    fields.refuse("images", "generation_kwargs", "logprobs")
     prompts, _ = service.codec.prompts(fields, "prompts", ids=False)
     requests = service.requests(sampling, prompts, param="prompts", name=service.new_id("trl-"))
     service.report_unread("/generate/", fields)
 
     async def answer() -> bytes:
-        results = await service.generate(requests)
-        everything = [generation for generations in results for generation in generations]
+        everything = [generation for generations in await service.generate(requests) for generation in generations]
         parts = {
             "prompt_ids": [request.prompt_token_ids for request in requests],
             "completion_ids": [generation.token_ids for generation in everything],

@@ -5,18 +5,17 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_format, read_list, read_tool_choice, read_tools
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, read_list
 from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
-from atropos_verl.gateway.parsing import Piece, ReplyReader
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
-from atropos_verl.gateway.text import StreamText
+from atropos_verl.gateway.text import Piece, ReplyReader
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
-_MAX_ALTERNATIVES = 20
+_Alternatives = Annotated[int, msgspec.Meta(ge=0, le=20)]
 """As OpenAI's API allows."""
 _DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of /v1/completions when absent: the documented default of that API, in vLLM too."""
@@ -36,34 +35,31 @@ class _Call:
         request_id = service.new_id("chatcmpl-" if chat else "cmpl-")
         if chat:
             self.turn = _read_turn(service, fields)
-            self.sampling = self.turn.sampling
-            self.logprobs = fields.get("logprobs", False)
-            alternatives = fields.integer("top_logprobs", 0, minimum=0, maximum=_MAX_ALTERNATIVES)
+            self.logprobs = fields.read("logprobs", False)
+            alternatives = fields.read("top_logprobs", 0, _Alternatives)
             if alternatives and not self.logprobs:
                 raise fields.error("top_logprobs", "send logprobs = true with it")
         else:
-            names, default = ("max_tokens",), _DEFAULT_COMPLETION_TOKENS
-            self.sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=default)
+            sampling = parse_sampling(fields, ("max_tokens",), _DEFAULT_COMPLETION_TOKENS)
+            self.turn = ChatTurn(messages=(), sampling=sampling)
             self.logprobs = "logprobs" in fields
             fields.ignore("parallel_tool_calls")
-            alternatives = fields.integer("logprobs", 0, minimum=0, maximum=_MAX_ALTERNATIVES)
-            if alternatives == 1:  # what clients send that want the sampled token's
-                alternatives = 0
+            alternatives = fields.read("logprobs", 0, _Alternatives)
+            alternatives -= alternatives == 1  # what clients send that want the sampled token's
             prompts, _ = service.codec.prompts(fields, "prompt")
-        self.streamed = fields.get("stream", False)
-        self.return_token_ids = fields.get("return_token_ids", False)
-        self.tokens_as_ids = fields.get("return_tokens_as_token_ids", False)
+        self.streamed = fields.read("stream", False)
+        self.return_token_ids = fields.read("return_token_ids", False)
+        self.tokens_as_ids = fields.read("return_tokens_as_token_ids", False)
         """Show tokens as ``token_id:123`` in logprobs (for tokens that are no valid UTF-8)."""
         options = fields.child("stream_options")
-        self.include_usage = options.get("include_usage", False)
+        self.include_usage = options.read("include_usage", False)
         options.ignore("include_obfuscation")
         fields.ignore("request_id")
-        fields.require_neutral({"prompt_logprobs": ()})
-        service.check_model(fields)
+        fields.refuse(prompt_logprobs=None)
         if chat:
             self.requests = [service.request(self.turn, request_id)]
         else:
-            self.requests = service.requests(self.sampling, prompts, param="prompt", name=request_id)
+            self.requests = service.requests(self.turn.sampling, prompts, param="prompt", name=request_id)
         if self.streamed and len(self.requests) != 1:
             message = f"one prompt at a time can be streamed, not {len(self.requests)}"
             raise fields.error("stream", message, "unsupported_field")
@@ -97,18 +93,16 @@ class _Call:
         return {"prompt_token_ids": request.prompt_token_ids} if self.return_token_ids else {}
 
     def _choice(self, index: int, request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        token_ids, reason = generation.token_ids, generation.finish_reason
-        text, matched = self.service.codec.completion_text(token_ids, reason, self.sampling)
-        is_asked_for = isinstance(matched, str) or matched in self.sampling.template.stop_token_ids
-        said, called = {"text": text, **self._prompt_ids(request)}, False
-        if self.chat:
-            message = self.service.message(self.turn, request, generation, index)
-            said, called = {"message": _message_form(message)}, bool(message.tool_calls)
+        token_ids = generation.token_ids
+        reader = self.service.reader(self.turn, request, generation, index)
+        message, matched = reader.message, reader.text.matched
+        is_asked_for = isinstance(matched, str) or matched in self.turn.sampling.template.stop_token_ids
+        text = {"text": message.content, **self._prompt_ids(request)}
         return {
             "index": index,
-            **said,
+            **({"message": _message_form(message)} if self.chat else text),
             "logprobs": self._logprobs(token_ids, generation.logprobs, generation.top_logprobs),
-            "finish_reason": "tool_calls" if called else reason,
+            "finish_reason": "tool_calls" if message.tool_calls else generation.finish_reason,
             # vLLM: the stop string or the stop token id the client asked for; null at the end-of-sequence token
             "stop_reason": matched if is_asked_for else None,
             **({"token_ids": token_ids} if self.return_token_ids else {}),
@@ -162,25 +156,18 @@ class _Call:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """The events of a call with one prompt. Closing the generator frees the slots."""
         [request] = self.requests
-        codec = self.service.codec
-        readers: list[ReplyReader | StreamText] = [
-            ReplyReader(codec, self.turn, request, index) if self.chat else StreamText(codec, self.sampling)
-            for index in range(request.n)
-        ]
+        readers = [ReplyReader(self.service.codec, self.turn, request, index) for index in range(request.n)]
         offsets: dict[int, int] = {}
-        completion_tokens = 0
         async with aclosing(self.service.stream(request)) as deltas:
             async for delta in deltas:
-                completion_tokens += len(delta.token_ids)
                 for chunk in self._chunks(readers[delta.index], offsets, delta):
                     yield sent_event(chunk)
         if self.include_usage:
-            yield sent_event({**self.envelope, "choices": [], "usage": self._usage(completion_tokens)})
+            usage = self._usage(sum(len(reader.text.ids) for reader in readers))
+            yield sent_event({**self.envelope, "choices": [], "usage": usage})
         yield b"data: [DONE]\n\n"
 
-    def _chunks(
-        self, reader: ReplyReader | StreamText, offsets: dict[int, int], delta: GenerationDelta
-    ) -> Iterator[dict[str, Any]]:
+    def _chunks(self, reader: ReplyReader, offsets: dict[int, int], delta: GenerationDelta) -> Iterator[dict[str, Any]]:
         """The chunks for one delta. ``offsets``: characters of the tokens sent so far of each choice that has begun."""
         first, offset = delta.index not in offsets, offsets.setdefault(delta.index, 0)
         envelope = {**self.envelope, **({"usage": None} if self.include_usage else {})}
@@ -193,12 +180,12 @@ class _Call:
         logprobs = self._logprobs(delta.token_ids, delta.logprobs, delta.top_logprobs, offset)
         if logprobs is not None and not self.chat:
             offsets[delta.index] += sum(map(len, logprobs["tokens"]))
-        calls = reader.calls if isinstance(reader, ReplyReader) else []
+        said = _delta_form(read, reader.calls)
         piece: dict[str, Any] = {
             "index": delta.index,
-            **({"text": read} if isinstance(read, str) else {"delta": _delta_form(read, calls)}),
+            **({"delta": said} if self.chat else {"text": said["content"]}),
             "logprobs": logprobs,
-            "finish_reason": "tool_calls" if finish_reason and calls else finish_reason,
+            "finish_reason": "tool_calls" if finish_reason and reader.calls else finish_reason,
             **({"token_ids": delta.token_ids} if self.return_token_ids else {}),
             **(self._prompt_ids(self.requests[0]) if first and not self.chat else {}),
         }
@@ -234,19 +221,15 @@ def _function(holder: dict[str, Any]) -> Any:
 
 
 def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
-    names = ("max_completion_tokens", "max_tokens")
-    sampling = parse_sampling(fields, max_tokens_names=names, max_tokens_default=None, served=("response_format",))
-    fields.require_neutral({"functions": ([],), "function_call": ("none", "auto")})
-    fields.require_neutral({"modalities": (["text"],), "audio": (), "continue_final_message": (False,)})
-    tools = read_tools(fields, _function)
+    sampling = parse_sampling(fields, ("max_completion_tokens", "max_tokens"), served="response_format")
+    fields.refuse("functions", "audio", "continue_final_message", function_call="none", modalities=["text"])
     template = service.codec.template
     return template.turn(
         fields,
         template.messages(fields, "messages", enumerate(read_list(fields, "messages"))),
-        tools=tools,
-        tool_choice=read_tool_choice(fields, tools, _function),
-        parallel_tool_calls=fields.get("parallel_tool_calls", True),
-        separates_reasoning=fields.get("separate_reasoning", bool(tools)),
-        response_schema=read_format(fields, "response_format"),
+        _function,
+        (fields, "response_format"),
+        parallel_tool_calls=fields.read("parallel_tool_calls", True),
+        separates_reasoning=fields.read("separate_reasoning", None, bool),
         sampling=sampling,
     )

@@ -4,51 +4,47 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from atropos_verl.gateway.chat import ChatTurn, Message, joined, read_format, read_list, read_tool_choice, read_tools
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall, joined, read_list
 from atropos_verl.gateway.fields import Fields, parse_sampling, sent_event
-from atropos_verl.gateway.parsing import Piece
 from atropos_verl.gateway.service import Answer, EventAnswer, GatewayService
 from atropos_verl.types import FinishReason
 
 _ROLES = ("user", "assistant", "system", "developer")
 _HARMLESS = ("stream", "store", "include", "reasoning", "truncation", "prompt_cache_retention", "max_tool_calls")
-_ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "tool_choice", "tools", "text")
+_ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "temperature", "text", "top_p")
 
 
 def responses(service: GatewayService, fields: Fields) -> Answer:
     """One answer. Raises ``ApiError`` 400."""
     call = _Call(service, fields)
-    return call.stream if fields.get("stream", False) else call.whole
+    return call.stream if fields.read("stream", False) else call.whole
 
 
 def _read_turn(service: GatewayService, fields: Fields) -> ChatTurn:
-    sampling = parse_sampling(fields, max_tokens_names=("max_output_tokens",), max_tokens_default=None)
-    fields.require_neutral({"n": (1,), "conversation": (), "prompt": (), "top_logprobs": (0,), "moderation": ()})
+    sampling = parse_sampling(fields, ("max_output_tokens",))
+    fields.refuse("conversation", "prompt", "top_logprobs", "moderation", n=1)
     fields.ignore("stream_options", *_HARMLESS)
-    tools = read_tools(fields, _function)
     template = service.codec.template
     form = fields.child("text")
     form.ignore("verbosity")
     said: list[Message] = []
-    if previous := fields.get("previous_response_id", ""):
+    if previous := fields.read("previous_response_id", ""):
         if (kept := service.messages_of(previous)) is None:
             text = f"{previous[:100]!r} is not known (any more); send the whole conversation in 'input'"
             raise fields.error("previous_response_id", text, "previous_response_not_found")
         said = [message for message in kept if not message.extra.get("instructions")]
     if "instructions" in fields:  # of this request only: the next one sends its own
-        instructions = Message(role="system", content=fields.get("instructions", ""), extra={"instructions": True})
+        instructions = Message(role="system", content=fields.read("instructions", ""), extra={"instructions": True})
         said = [instructions, *said]
     turn = template.turn(
         fields,
         (*said, *template.messages(fields, "input", _items(fields), said)),
-        tools=tools,
-        tool_choice=read_tool_choice(fields, tools, _function),
-        parallel_tool_calls=fields.get("parallel_tool_calls", True),
+        _function,
+        (form, "format"),
+        parallel_tool_calls=fields.read("parallel_tool_calls", True),
         separates_reasoning=True,
-        response_schema=read_format(form, "format"),
         sampling=sampling,
     )
-    service.check_model(fields)
     service.report_unread("/v1/responses", fields, form)
     return turn
 
@@ -104,7 +100,6 @@ def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
 class _Call(EventAnswer):
     def __init__(self, service: GatewayService, fields: Fields) -> None:
         super().__init__(service, _read_turn(service, fields), "resp_", "input")
-        template = self.turn.sampling.template
         self.envelope: dict[str, Any] = {
             "id": self.id,
             "object": "response",
@@ -114,18 +109,13 @@ class _Call(EventAnswer):
             **{name: fields.raw(name) for name in _ECHOED},
             "tools": fields.raw("tools") or [],
             "tool_choice": fields.raw("tool_choice") or "auto",
-            "metadata": fields.raw("metadata") or {},
-            "text": fields.raw("text") or {"format": {"type": "text"}},
             "parallel_tool_calls": self.turn.parallel_tool_calls,
-            "temperature": template.temperature,
-            "top_p": template.top_p,
-            "truncation": "disabled",
             "error": None,
             "incomplete_details": None,
             "output": [],
             "usage": None,
         }
-        self._stores = fields.get("store", True)
+        self._stores = fields.read("store", True)
         self._items: list[dict[str, Any]] = []
         self._sent = 0
 
@@ -140,32 +130,29 @@ class _Call(EventAnswer):
         self._sent += 1
         return sent_event({"type": kind, "sequence_number": self._sent - 1, **data}, kind)
 
-    def part(self, piece: Piece) -> Iterator[bytes]:
-        if piece.call is not None:
-            call = {"call_id": piece.call.id, "name": piece.call.name, "arguments": ""}
-            yield self._begin("fc", "function_call", **call)
-            item, arguments = self._items[-1], piece.call.arguments
-            item |= {"arguments": arguments, "status": "completed"}
-            place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
-            kind = "response.function_call_arguments"
-            yield self._event(f"{kind}.delta", **place, delta=arguments)
-            yield self._event(f"{kind}.done", **place, name=item["name"], arguments=arguments)
-            yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
-            return
-        if self.open_kind is None:
-            self.open_kind = piece.kind
-            if piece.kind == "reasoning":
-                part: dict[str, Any] = {"type": "reasoning_text"}
-                yield self._begin("rs", "reasoning", summary=[], content=[])
-            else:
-                part = {"type": "output_text", "annotations": [], "logprobs": []}
-                yield self._begin("msg", "message", role="assistant", content=[])
-            self._items[-1]["content"] = [{**part, "text": ""}]
-            yield self._part_event("response.content_part.added", part=self._items[-1]["content"][0])
-        part = self._items[-1]["content"][0]
-        part["text"] += piece.text
-        more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
-        yield self._part_event(f"response.{part['type']}.delta", delta=piece.text, **more)
+    def call(self, call: ToolCall) -> Iterator[bytes]:
+        yield self._begin("fc", "function_call", call_id=call.id, name=call.name, arguments="")
+        item, kind = self._items[-1], "response.function_call_arguments"
+        item |= {"arguments": call.arguments, "status": "completed"}
+        place = {"output_index": len(self._items) - 1, "item_id": item["id"]}
+        yield self._event(f"{kind}.delta", **place, delta=call.arguments)
+        yield self._event(f"{kind}.done", **place, name=call.name, arguments=call.arguments)
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=item)
+
+    def open(self, kind: str) -> Iterator[bytes]:
+        if kind == "reasoning":
+            part: dict[str, Any] = {"type": "reasoning_text"}
+            yield self._begin("rs", "reasoning", summary=[], content=[])
+        else:
+            part = {"type": "output_text", "annotations": [], "logprobs": []}
+            yield self._begin("msg", "message", role="assistant", content=[])
+        self._items[-1]["content"] = [{**part, "text": ""}]
+        yield self._part_event("response.content_part.added", part=self._items[-1]["content"][0])
+
+    def more(self, text: str) -> Iterator[bytes]:
+        [part] = self._items[-1]["content"]
+        part["text"] += text
+        yield self._part_event(f"response.{part['type']}.delta", delta=text, **_logprobs(part))
 
     def _begin(self, prefix: str, kind: str, **data: Any) -> bytes:
         name = f"{prefix}_{self.id.removeprefix('resp_')}_{len(self._items)}"
@@ -176,23 +163,20 @@ class _Call(EventAnswer):
         place = {"output_index": len(self._items) - 1, "item_id": self._items[-1]["id"], "content_index": 0}
         return self._event(kind, **place, **data)
 
-    def close(self) -> Iterator[bytes]:
-        if self.open_kind is None:
-            return
-        self.open_kind, item = None, self._items[-1]
+    def close(self, kind: str) -> Iterator[bytes]:
+        item = self._items[-1]
         item["status"], part = "completed", item["content"][0]
-        more: dict[str, Any] = {"logprobs": []} if part["type"] == "output_text" else {}
-        yield self._part_event(f"response.{part['type']}.done", text=part["text"], **more)
+        yield self._part_event(f"response.{part['type']}.done", text=part["text"], **_logprobs(part))
         yield self._part_event("response.content_part.done", part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
     def end(self, finish_reason: FinishReason) -> Iterator[bytes]:
         if not self._items:
-            yield from (*self.part(Piece("content")), *self.close())
+            yield from (*self.open("content"), *self.more(""), *self.close("content"))
         if self._stores:
             self.service.remember(self.id, (*self.turn.messages, self.reader.message))
-        tokens = len(self.token_ids)
-        prompt, cut = len(self.request.prompt_token_ids), finish_reason == "length"
+        prompt, tokens = len(self.request.prompt_token_ids), len(self.reader.text.ids)
+        cut = finish_reason == "length"
         self.envelope |= {
             "status": "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
@@ -207,3 +191,8 @@ class _Call(EventAnswer):
             "policy_version": self.service.engine.policy_version,
         }
         yield self._event(f"response.{self.envelope['status']}", response=self.envelope)
+
+
+def _logprobs(part: dict[str, Any]) -> dict[str, Any]:
+    """What events of a text have."""
+    return {"logprobs": []} if part["type"] == "output_text" else {}

@@ -20,10 +20,9 @@ from prometheus_client.registry import Collector
 
 from atropos_verl.engine.protocol import GenerationEngine, RequestGate
 from atropos_verl.errors import EngineError
-from atropos_verl.gateway.chat import ChatTurn, Message
+from atropos_verl.gateway.chat import ChatTurn, Message, ToolCall
 from atropos_verl.gateway.fields import ApiError, Fields, Sampling
-from atropos_verl.gateway.parsing import Piece, ReplyReader, constraint_of
-from atropos_verl.gateway.text import TextCodec
+from atropos_verl.gateway.text import ReplyReader, TextCodec, constraint_of
 from atropos_verl.http_thread import SameLines, printable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
@@ -84,7 +83,6 @@ class GatewayService(Collector):
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
-        """The figures as they are now."""
         text = "Requests answered, by endpoint and HTTP status (499: client went away)."
         requests = CounterMetricFamily(f"{_PREFIX}_requests", text, labels=["endpoint", "status"])
         for (endpoint, status), count in sorted(self.answered.items()):
@@ -121,32 +119,27 @@ class GatewayService(Collector):
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(f"{_PREFIX}_{name}", text, value=value)
 
-    def warn_once(self, key: str, message: str, *args: object) -> None:
-        """Log ``message`` at WARNING the first time ``key`` occurs, without what a terminal obeys."""
-        if key not in self._warned and len(self._warned) < _MAX_REMEMBERED_WARNINGS:
-            self._warned.add(key)
+    def warn(self, key: str, message: str, *args: object, again: bool = False) -> None:
+        """Log ``message`` at WARNING the first time ``key`` occurs, without what a terminal obeys; ``again``: once in
+        10 s, so that the newest refusal in the log says why requests fail now."""
+        is_new = key not in self._warned and len(self._warned) < _MAX_REMEMBERED_WARNINGS
+        self._warned.update([key] if is_new else ())
+        if again:
+            is_new = self._refusals.is_new(key if key in self._warned else "others")
+        if is_new:
             logger.warning("%s", printable(message % args))
 
-    def warn_refused(self, key: str, message: str, *args: object) -> None:
-        """Log a refusal, equal ones once in 10 s: the newest in the log says why requests fail now."""
-        if len(self._warned) < _MAX_REMEMBERED_WARNINGS:
-            self._warned.add(key)
-        if self._refusals.is_new(key if key in self._warned else "others"):
-            logger.warning("%s", printable(message % args))
-
-    def report_unread(self, endpoint: str, *parts: Fields) -> None:
-        """Log each unknown field once: it is tolerated, as vLLM does, but never in silence."""
-        for name in (name[:100] for fields in parts for name in fields.unread()):
-            if "template" in name:
-                raise ApiError(400, f"{name}: no template is taken in this field", param=name)
-            self.warn_once(f"field {name}", "%s: the request field %r is unknown here and is ignored", endpoint, name)
-
-    def check_model(self, fields: Fields) -> None:
-        """Any model name is served (environments often send a tokenizer path); another one is logged once."""
-        name = fields.get("model", self.model_name)[:200]
+    def report_unread(self, endpoint: str, fields: Fields, *parts: Fields) -> None:
+        """Log each unknown field once: it is tolerated, as vLLM does, but never in silence. So is another model's name
+        (environments often send a tokenizer path)."""
+        name = fields.read("model", self.model_name)[:200]
         if name != self.model_name[:200]:
             text = "a client asks for model %r; this gateway serves %r only and answers with that"
-            self.warn_once(f"model {name}", text, name, self.model_name)
+            self.warn(f"model {name}", text, name, self.model_name)
+        for name in (name[:100] for part in (fields, *parts) for name in part.unread()):
+            if "template" in name:
+                raise ApiError(400, f"{name}: no template is taken in this field", param=name)
+            self.warn(f"field {name}", "%s: the request field %r is unknown here and is ignored", endpoint, name)
 
     def requests(
         self,
@@ -177,7 +170,7 @@ class GatewayService(Collector):
             bound, asked = min(room, self.max_new_tokens or room), template.max_tokens or room
             if self.max_new_tokens is not None and asked > self.max_new_tokens:
                 text = "requests ask for up to %d new tokens; max_response_length=%d is what they get"
-                self.warn_once("max_response_length", text, asked, self.max_new_tokens)
+                self.warn("max_response_length", text, asked, self.max_new_tokens)
             request = replace(
                 template,
                 prompt_token_ids=prompt,
@@ -212,11 +205,11 @@ class GatewayService(Collector):
         [request] = self.requests(turn.sampling, [prompt_ids], param=param, name=name)
         return replace(request, constraint=constraint)
 
-    def message(self, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int = 0) -> Message:
-        """The message that the answer of a turn holds, in completion ``index`` of its request."""
+    def reader(self, turn: ChatTurn, request: GenerationRequest, generation: Generation, index: int) -> ReplyReader:
+        """It has read completion ``index`` of the request for a turn."""
         reader = ReplyReader(self.codec, turn, request, index)
         reader.push(generation.token_ids, generation.finish_reason)
-        return reader.message
+        return reader
 
     def messages_of(self, answer_id: str) -> Sequence[Message] | None:
         """The conversation that ended with the answer of this id; None: not kept."""
@@ -330,15 +323,16 @@ class EventAnswer:
         self.service, self.turn, self.id = service, turn, service.new_id(prefix)
         self.request = service.request(turn, self.id, param)
         self.reader = ReplyReader(service.codec, turn, self.request)
-        self.token_ids: list[int] = []
         self.open_kind: str | None = None
         """The kind of piece that the last part of the answer takes more of."""
 
-    # Each dialect has the events before the first piece, those of a piece (which put it into the answer, too), those at
-    # the end of the part that is open, if one is, and the last ones; and the whole answer.
+    # Each dialect has the events before the first part, those of a call, of a part of content or reasoning that begins,
+    # goes on (these put it into the answer, too) and ends, and the last ones; and the whole answer.
     begin: Callable[[], Iterator[bytes]]
-    part: Callable[[Piece], Iterator[bytes]]
-    close: Callable[[], Iterator[bytes]]
+    call: Callable[[ToolCall], Iterator[bytes]]
+    open: Callable[[str], Iterator[bytes]]
+    more: Callable[[str], Iterator[bytes]]
+    close: Callable[[str], Iterator[bytes]]
     end: Callable[[FinishReason], Iterator[bytes]]
     body: Callable[[], dict[str, Any]]
 
@@ -358,14 +352,23 @@ class EventAnswer:
                     yield event
 
     def _events(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> Iterator[bytes]:
-        self.token_ids += token_ids
         for piece in self.reader.push(token_ids, finish_reason):
             if piece.kind != self.open_kind:
-                yield from self.close()
-            yield from self.part(piece)
+                yield from self._close()
+            if piece.call is not None:
+                yield from self.call(piece.call)
+                continue
+            if self.open_kind is None:
+                self.open_kind = piece.kind
+                yield from self.open(piece.kind)
+            yield from self.more(piece.text)
         if finish_reason is not None:
-            yield from self.close()
+            yield from self._close()
             yield from self.end(finish_reason)
+
+    def _close(self) -> Iterator[bytes]:
+        kind, self.open_kind = self.open_kind, None
+        yield from self.close(kind) if kind is not None else ()
 
 
 def joined(seen: Sequence[Sequence[GenerationDelta]]) -> list[Generation]:

@@ -169,6 +169,11 @@ class Session:
         return self.number << _TURN_BITS
 
     @property
+    def last(self) -> int:
+        """The largest key that a turn of it may have."""
+        return self.base + (1 << _TURN_BITS) - 1
+
+    @property
     def unrecorded(self) -> int:
         return sum(not exchange.turns for exchange in self.exchanges.values())
 
@@ -206,18 +211,18 @@ class Session:
     def restore(self, rows: _Rows, answers: _Rows) -> tuple[list[StoredTurn], str | None]:
         """Become what the disk holds, up to the first damage, which is returned with what comes before it."""
         ends, turns, received = dict(answers), list[StoredTurn](), -1
-        for index, (key, value) in enumerate(rows):
-            if key != self.base + index:
-                return turns, f"turn {index} is missing"
-            try:
+        try:
+            for index, (key, value) in enumerate(rows):
+                if key != self.base + index:
+                    return turns, f"turn {index} is missing"
                 stored = _decoded(value)
                 if not turns or turns[-1].request != stored.request:
                     received = -1 if key not in ends else int(ends[key] == b"1")
                 self.tree.add(stored, received)
-            except _UNREADABLE as error:
-                return turns, f"turn {index} is not one of this version: {error!r}"
-            turns.append(stored)
-            self.stored_bytes += len(value)
+                turns.append(stored)
+                self.stored_bytes += len(value)
+        except _UNREADABLE as error:
+            return turns, f"turn {len(turns)} is not one of this version: {error!r}"
         missing = self.record.turns - len(rows)
         return turns, f"{missing} turns are missing" if missing > 0 else None
 
@@ -266,11 +271,11 @@ class SessionStore:
             logger.error(text, number, self.records.path, error)
             return
         session = Session(number, record)
-        is_open = record.state == "open"
-        damage = session.restore(*(rows.result() for rows in self._rows(session)))[1] if is_open else None
-        if damage is not None:
-            logger.error("session %s is damaged and is aborted: %s", record.id, damage)
-            record.state, record.reason = "aborted", f"it is damaged: {damage}"
+        if record.state == "open":
+            _, damage = session.restore(*(rows.result() for rows in self._rows(session)))
+            if damage is not None:
+                logger.error("session %s is damaged and is aborted: %s", record.id, damage)
+                record.state, record.reason = "aborted", f"it is damaged: {damage}"
         self._add(session)
 
     def _add(self, session: Session) -> None:
@@ -285,7 +290,7 @@ class SessionStore:
     async def create(self, body: bytes, key: str | None) -> Session:
         """``POST /sessions``. Raises ``ApiError`` 400, 409, 429, 507."""
         self.expire()
-        digest = xxhash.xxh3_64_intdigest(body) >> 1
+        digest = hash_of(body)
         own_id = secrets.token_hex(12) if key is None else hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         if (known := self._sessions.get(own_id)) is not None:
             if known.record.idempotency != (key, digest):
@@ -342,12 +347,10 @@ class SessionStore:
                 raise ApiError(409, text, code="already_finished")
             if record.state != "finished":
                 session.check_open()
-                recorded = session.tree.turns
-                kept = kept_turns(recorded["parent"].tolist(), recorded["received"].tolist())
-                turns, values = len(kept), len(given.per_turn or ())
+                recorded, values = session.tree.turns, len(given.per_turn or ())
+                turns = len(kept_turns(recorded["parent"].tolist(), recorded["received"].tolist()))
                 if given.per_turn is not None and (values > turns or (given.finished and values != turns)):
-                    text = f"per_turn: {values} values for {turns} answered turns"
-                    raise ApiError(400, text, param="per_turn")
+                    raise ApiError(400, f"per_turn: {values} values for {turns} answered turns", param="per_turn")
                 await self._store(session, record, "finished" if given.finished else "open")
         return summary_of(session)
 
@@ -407,8 +410,7 @@ class SessionStore:
 
     async def describe(self, session: Session) -> dict[str, Any]:
         """``GET /sessions/ID``: its tree."""
-        rows, found = await self._fetched(session), Session(session.number, session.record)
-        turns, _ = await asyncio.to_thread(found.restore, *rows)
+        found, turns, _ = await self._restored(session)
         return _described(session if session.record.state == "open" else found, turns)
 
     async def rollout(self, session: Session) -> dict[str, Any]:
@@ -416,35 +418,31 @@ class SessionStore:
         if session.record.state != "finished":
             text = f"session {session.record.id} is {session.record.state}; only a finished one has a rollout"
             raise ApiError(409, text, code=f"session_{session.record.state}")
-        rows, answers = await self._fetched(session)
-
-        def made() -> list[dict[str, Any]]:
-            found = Session(session.number, session.record)
-            turns, damage = found.restore(rows, answers)
-            if damage is not None:
-                raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
-            return training_rows(turns, found.tree.turns["received"].tolist())
-
-        return {**summary_of(session), "rows": await asyncio.to_thread(made)}
+        found, turns, damage = await self._restored(session)
+        if damage is not None:
+            raise ApiError(500, f"session {session.record.id} is damaged: {damage}", code="storage")
+        rows = await asyncio.to_thread(training_rows, turns, found.tree.turns["received"].tolist())
+        return {**summary_of(session), "rows": rows}
 
     def figures(self) -> list[tuple[str, str, float]]:
         """For the metrics: name, text, value."""
         self.expire()
-        ended = [(f"sessions_{state}_total", f"Sessions that ended {state}.", n) for state, n in self._ended.items()]
         return [
             ("sessions_open", "Open sessions.", len(self._open)),
-            *ended,
+            *((f"sessions_{state}_total", f"Sessions that ended {state}.", n) for state, n in self._ended.items()),
             ("session_turns_total", "Completions recorded in sessions.", self.counts["turns"]),
             ("session_lineages_total", "Lineages that these began.", self.counts["lineages"]),
             ("session_replays_total", "Requests that got the completions of an earlier one.", self.counts["replays"]),
         ]
 
     def _rows(self, session: Session) -> "list[Future[list[tuple[Key, bytes]]]]":
-        last = session.base + (1 << _TURN_BITS) - 1
-        return [self.records.fetch(table, session.base, last) for table in ("turns", "answers")]
+        return [self.records.fetch(table, session.base, session.last) for table in ("turns", "answers")]
 
-    async def _fetched(self, session: Session) -> list[list[tuple[Key, bytes]]]:
-        return await asyncio.gather(*map(asyncio.wrap_future, self._rows(session)))
+    async def _restored(self, session: Session) -> tuple[Session, list[StoredTurn], str | None]:
+        """What the disk holds of it; see ``Session.restore``."""
+        rows = await asyncio.gather(*map(asyncio.wrap_future, self._rows(session)))
+        found = Session(session.number, session.record)
+        return found, *await asyncio.to_thread(found.restore, *rows)
 
     def _row(self, session: Session, record: SessionRecord) -> Change:
         return "sessions", session.number, msgspec.msgpack.encode(record)
@@ -659,22 +657,13 @@ class SessionService(GatewayService):
         exchange.turns = range(first, first + len(turns))
 
     def _stored_turn(self, request: GenerationRequest, index: int, generation: Generation) -> StoredTurn:
-        prompt, answer = self._prompt, None
+        exchange, prompt, answer = self._exchange, self._prompt, None
         if self._turn is None or prompt is None:
             prompt = self._session.tree.place(request.prompt_token_ids)
         else:
-            answer = self.message(self._turn, request, generation, index)
-        return new_turn(
-            self.codec,
-            prompt,
-            generation,
-            answer=answer,
-            has_end=self.codec.has_end(generation.token_ids, generation.finish_reason, request),
-            request=self._exchange.id,
-            digest=self._exchange.digest,
-            idempotency_key=self._exchange.key,
-            constrained=request.constraint is not None,
-        )
+            answer = self.reader(self._turn, request, generation, index).message
+        asked = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": exchange.key}
+        return new_turn(self.codec, prompt, request, generation, answer, **asked)
 
 
 def _decoded(value: bytes) -> StoredTurn:
@@ -740,10 +729,9 @@ def stored_session(directory: Path, session_id: str) -> dict[str, Any] | None:
                 record = msgspec.msgpack.decode(value, type=SessionRecord)
                 if record.id == session_id:
                     found = Session(number, record)
-                    last = found.base + (1 << _TURN_BITS) - 1
-                    between = "SELECT key, value FROM {} WHERE key BETWEEN ? AND ? ORDER BY key"
-                    rows = [db.execute(between.format(t), (found.base, last)).fetchall() for t in ("turns", "answers")]
-                    turns, _ = found.restore(*rows)
+                    keys = f"BETWEEN {found.base} AND {found.last} ORDER BY key"
+                    tables = (f"SELECT key, value FROM {table} WHERE key {keys}" for table in ("turns", "answers"))
+                    turns, _ = found.restore(*(db.execute(text).fetchall() for text in tables))
                     return _described(found, turns)
     except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error

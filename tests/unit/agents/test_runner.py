@@ -64,6 +64,15 @@ async def ask(session: AgentSession, client: Client) -> int:
     return int(answer.json()["choices"][0]["message"]["content"])
 
 
+def asking(client: Client, turns: int = 1) -> Any:
+    """An agent that takes so many turns; its reward is the last answer."""
+
+    async def solve(task: str, session: AgentSession) -> float:
+        return [float(await ask(session, client)) for _ in range(turns)][-1]
+
+    return solve
+
+
 def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -103,15 +112,9 @@ async def until(runner: Runner, api: AtroposClient, notes: Notes, groups: int) -
 async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_wants(
     gateway: StubGateway, server: TrajectoryServer, tmp_path: Path
 ) -> None:
-    client = client_of(gateway)
-
-    async def solve(task: str, session: AgentSession) -> float:
-        await ask(session, client)
-        return float(await ask(session, client))
-
-    notes = Notes(tmp_path / "agent.jsonl")
+    client, notes = client_of(gateway), Notes(tmp_path / "agent.jsonl")
     shares = ("--env.inference_weight", "2", "--env.min_batch_allocation", "0.5")
-    groups = await until(runner_of(client, solve, *shares), registered(server), notes, 2)
+    groups = await until(runner_of(client, asking(client, 2), *shares), registered(server), notes, 2)
     [seen] = (await asyncio.to_thread(httpx.get, f"{server.url}/page-data")).json()["environments"]
     assert (seen["weight"], seen["min_batch_allocation"]) == (2.0, 0.5)
     assert [group.rollouts.tolist() for group in groups] == [[0, 0, 1, 1]] * 2
@@ -130,11 +133,7 @@ async def test_its_least_share_is_made_although_others_have_filled_the_queue(
     rows = [[1, 2], [1, 3]]
     posted = [encode_group(tokens=rows, masks=rows, scores=[float(n), 0.0], env_id=other_id) for n in range(6)]
     await asyncio.to_thread(api.post_scored_data_list, posted)
-
-    async def solve(task: str, session: AgentSession) -> float:
-        return float(await ask(session, client))
-
-    runner = runner_of(client, solve, "--env.min_batch_allocation", "0.5")
+    runner = runner_of(client, asking(client), "--env.min_batch_allocation", "0.5")
     groups = await until(runner, api, Notes(tmp_path / "agent.jsonl"), 1)
     assert sorted(group.env_id for group in groups) == [0, 1], "no batch is made without its share"
 
@@ -172,16 +171,13 @@ async def test_where_an_api_knows_no_keys_a_group_whose_post_may_have_arrived_is
     client, api, path = client_of(gateway), registered(server, 2), tmp_path / "agent.jsonl"
     post = api.post_scored_data_list
 
-    async def solve(task: str, session: AgentSession) -> float:
-        return float(await ask(session, client))
-
     def unanswered(groups: Any, key: str | None) -> None:
         post(groups, key)
         raise AtroposTimeoutError("no answer")
 
     monkeypatch.setattr(api, "post_scored_data_list", unanswered)
     with pytest.raises(AtroposTimeoutError):
-        await runner_of(client, solve).serve(api, Notes(path))
+        await runner_of(client, asking(client)).serve(api, Notes(path))
     assert (api.status().queue_size, Notes(path).begun, Notes(path).unfinished) == (1, 1, {})
 
 
@@ -213,11 +209,11 @@ async def test_an_agent_that_never_succeeds_ends_the_runner_with_its_error(
         await runner.serve(registered(server), Notes(tmp_path / "agent.jsonl"))
 
 
-@pytest.mark.parametrize("result", ["yes", None, float("nan")])
-async def test_what_is_no_reward_is_refused(gateway: StubGateway, result: Any) -> None:
+async def test_what_is_no_reward_is_refused(gateway: StubGateway) -> None:
     async with client_of(gateway) as client, client.session("group") as session:
-        with pytest.raises(AgentError, match="return a finite number, a Reward, or call"):
-            await module.give(session, result)
+        for result in ("yes", None, float("nan")):
+            with pytest.raises(AgentError, match="return a finite number, a Reward, or call"):
+                await module.give(session, result)
 
 
 async def test_silent_agents_are_ended_and_count_as_failures(gateway: StubGateway) -> None:
@@ -236,10 +232,6 @@ async def test_a_runner_that_is_started_again_posts_what_was_finished_and_sample
     gateway: StubGateway, server: TrajectoryServer, tmp_path: Path
 ) -> None:
     client, path = client_of(gateway), tmp_path / "agent.jsonl"
-
-    async def solve(task: str, session: AgentSession) -> float:
-        return float(await ask(session, client))
-
     # The process died with one rollout finished and one open, after it had posted another group, and before it posted
     # one in which a rollout was replaced that had its reward.
     for _ in range(7):
@@ -255,13 +247,15 @@ async def test_a_runner_that_is_started_again_posts_what_was_finished_and_sample
     with path.open("a") as file:
         file.write('{"group": "tw')
     api = registered(server, 6)
-    two = encode_rollouts([await client.rollout(name) for name in ("s2", "s3")], 0, holds_rollouts=True)
+    two = encode_rollouts(
+        [await client.ask("GET", f"/sessions/{name}/rollout") for name in ("s2", "s3")], 0, holds_rollouts=True
+    )
     api.register_env(EnvRegistration(max_token_length=9, group_size=2, desired_name="old"))
     api.post_scored_data_list([two], "two")
     again = Notes(path)
     sessions = [group.sessions for group in again.unfinished.values()]
     assert (again.begun, sessions) == (3, [["s0", "s1"], ["s2", "s3"], ["s4", "s5", "s6"]])
-    groups = await until(runner_of(client, solve), api, again, 3)
+    groups = await until(runner_of(client, asking(client)), api, again, 3)
     assert sorted(group.scores.tolist() for group in groups) == [[5.0, 1.0], [5.0, 5.0], [5.0, 5.0]]
     assert gateway.sessions["s1"]["state"] == "aborted"
     assert not Notes(path).unfinished
@@ -350,25 +344,14 @@ def test_no_address_is_guessed(
     assert capsys.readouterr().err == f"CONFIGURATION ERROR: --{missing}: set it, or {variable}\n"
 
 
-class APIConnectionError(Exception):
-    pass
-
-
 def test_which_failures_say_nothing_of_the_agent() -> None:
-    def caused(cause: Exception) -> Exception:
-        try:
-            try:
-                raise cause
-            except Exception as error:
-                raise RuntimeError("wrapped") from error
-        except RuntimeError as error:
-            return error
-
-    for error in (httpx.ReadTimeout("x"), ConnectionResetError(), APIConnectionError(), SessionError("x", 503)):
-        assert is_infrastructure(error)
-        assert is_infrastructure(caused(error))
-    for error in (ValueError(), TimeoutError(), SessionError("x", 409), KeyError("status")):
-        assert not is_infrastructure(error)
+    named = type("APIConnectionError", (Exception,), {})()
+    for error in (httpx.ReadTimeout("x"), ConnectionResetError(), named, SessionError("x", 503)):
+        wrapped = RuntimeError("wrapped")
+        wrapped.__cause__ = error
+        assert is_infrastructure(error) and is_infrastructure(wrapped)
+    for other in (ValueError(), TimeoutError(), SessionError("x", 409), KeyError("status")):
+        assert not is_infrastructure(other)
 
 
 async def test_a_gateway_that_stays_away_says_nothing_of_the_agent() -> None:

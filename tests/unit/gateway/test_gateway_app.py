@@ -5,7 +5,6 @@ import contextlib
 import gc
 import json
 import logging
-import socket
 import threading
 from base64 import b64encode
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -205,27 +204,6 @@ def test_short_requests_are_read_while_many_long_ones_are(monkeypatch: pytest.Mo
         assert {answer.result().status_code for answer in long} == {200}
 
 
-def test_prompts_of_a_client_that_left_are_not_read_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, encoding, go_on, encoded = build_tiny_tokenizer(), threading.Event(), threading.Event(), list[str]()
-
-    def encode(text: str, **_: Any) -> list[int]:
-        encoded.append(text)
-        encoding.set()
-        assert go_on.wait(15.0)
-        return [1]
-
-    monkeypatch.setattr(tokenizer, "encode", encode)
-    engine = FakeEngine()
-    with serving(engine, tokenizer) as client:
-        connection = raw_post(client, "/v1/completions", {"prompt": ["a", "b", "c"]})
-        assert encoding.wait(15.0)
-        connection.close()
-        eventually(lambda: client.get("/health").json()["in_flight"] == 0, "the request to be forgotten")
-        go_on.set()
-        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
-    assert encoded == ["a"] and len(engine.requests) == 1
-
-
 def test_request_during_a_pause_waits_and_is_served_unless_its_client_hangs_up() -> None:
     engine, gate = FakeEngine(), RequestGate()
     with serving(engine, TOKENIZER, gate=gate) as client, ThreadPoolExecutor(1) as pool:
@@ -323,17 +301,6 @@ def test_64_clients_with_pauses_in_between_all_get_their_own_answer() -> None:
         assert len(engine.finished) == 192 and engine.cancelled == []
         shown = 'requests_total{endpoint="/generate",status="200"} 192'
         eventually(lambda: shown in client.get("/metrics").text, "all to be counted")
-
-
-def test_slow_body_that_never_comes_is_no_request() -> None:
-    engine = FakeEngine()
-    with serving(engine, TOKENIZER) as client:
-        connection = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        eventually(lambda: client.get("/health").json()["in_flight"] == 1, "the request to have begun")
-        connection.close()
-        eventually(lambda: client.get("/health").json()["in_flight"] == 0, "the request to be forgotten")
-        assert engine.started == []
 
 
 def test_body_that_is_too_large_is_a_413_and_is_not_kept() -> None:

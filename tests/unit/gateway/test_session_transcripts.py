@@ -1,13 +1,15 @@
-"""A corpus of hostile transcripts through the official SDK, streamed and not, against what the engine sampled.
+"""A corpus of hostile transcripts through the official SDKs, streamed and not, against what the engine sampled.
 
 Of each: no legitimate request is refused, the lineages are the true ones, and every sampled token is trained once, in
-exactly the context in which it was sampled.
+exactly the context in which it was sampled. Of those that Responses and Messages can express each runs in one of their
+four forms (which API, streamed or not); ``ATROPOS_VERL_ALL_TRANSCRIPTS=1`` runs all.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,6 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -59,38 +62,121 @@ ADD, FIND = call("add", '{"a": 1, "b": 2}'), call("find", '{"what": "é"}')
 TWO = f"{ADD}\n{FIND}"
 
 
-class Agent:
-    """An agent with a history, on the official SDK."""
+Messages = Sequence[dict[str, Any]]
 
-    def __init__(self, client: httpx.Client, session: dict[str, Any], options: dict[str, Any], *, stream: bool) -> None:
-        self._sdk = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
-        self._raw, self._session, self.options, self._stream = client, session, options, stream
+
+def chat(session: dict[str, Any], messages: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
+    """The answers to ``messages``, as an agent would put them in its history."""
+    client = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
+    body: Any = {"model": "m", "messages": list(messages), **options}
+    if not stream:
+        return [c.message.model_dump() for c in client.chat.completions.create(**body).choices]
+    answers: dict[int, dict[str, Any]] = {}
+    for chunk in client.chat.completions.create(**body, stream=True):
+        for choice in chunk.choices:
+            answer = answers.setdefault(choice.index, {"role": "assistant", "content": "", "tool_calls": []})
+            delta = choice.delta.model_dump()
+            answer["content"] += delta.get("content") or ""
+            if thought := delta.get("reasoning_content"):
+                answer["reasoning_content"] = answer.get("reasoning_content", "") + thought
+            for piece in delta.get("tool_calls") or []:
+                calls = answer["tool_calls"]
+                if piece["index"] == len(calls):
+                    calls.append({"id": piece["id"], "type": "function", "function": {"name": "", "arguments": ""}})
+                calls[-1]["function"]["name"] += piece["function"].get("name") or ""
+                calls[-1]["function"]["arguments"] += piece["function"].get("arguments") or ""
+    return [_said(**answers[index]) for index in sorted(answers)]
+
+
+def _said(content: str, tool_calls: list[Any], reasoning_content: str = "", role: str = "assistant") -> dict[str, Any]:
+    more = {"reasoning_content": reasoning_content} if reasoning_content else {}
+    return {"role": role, "content": content, **more, **({"tool_calls": tool_calls} if tool_calls else {})}
+
+
+def _call(id_: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _items(messages: Messages) -> Iterator[dict[str, Any]]:
+    for number, message in enumerate(messages):
+        if message["role"] == "tool":
+            yield {"type": "function_call_output", "call_id": message["tool_call_id"], "output": message["content"]}
+        elif message["role"] != "assistant":
+            yield {"role": message["role"], "content": message["content"]}
+        else:
+            if thought := message.get("reasoning_content"):
+                content = [{"type": "reasoning_text", "text": thought}]
+                yield {"type": "reasoning", "id": f"rs_{number}", "summary": [], "content": content}
+            if text := message["content"]:
+                content = [{"type": "output_text", "text": text, "annotations": []}]
+                about = {"type": "message", "id": f"msg_{number}", "status": "completed"}
+                yield {**about, "role": "assistant", "content": content}
+            for one in message.get("tool_calls") or ():
+                yield {"type": "function_call", "call_id": one["id"], **one["function"]}
+
+
+def responses(session: dict[str, Any], messages: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
+    client = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
+    tools = [{"type": "function", **tool["function"]} for tool in options.pop("tools", [])]
+    body: Any = {"model": "m", "input": [*_items(messages)], "tools": tools}
+    if "max_tokens" in options:
+        body["max_output_tokens"] = options["max_tokens"]
+    if stream:
+        *_, last = client.responses.create(**body, stream=True)  # the SDK's helper knows no answers that are cut
+        answer = last.response
+    else:
+        answer = client.responses.create(**body)
+    parts: dict[str, list[Any]] = {kind: [] for kind in ("reasoning", "message", "function_call")}
+    for item in answer.output:
+        parts[item.type].append(item)
+    texts = ("".join(item.content[0].text for item in parts[kind]) for kind in ("message", "reasoning"))
+    content, thought = texts
+    return [_said(content, [_call(c.call_id, c.name, c.arguments) for c in parts["function_call"]], thought)]
+
+
+def _blocks(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if message["role"] == "tool":
+        yield {"type": "tool_result", "tool_use_id": message["tool_call_id"], "content": message["content"]}
+    elif isinstance(message["content"], list):
+        yield from message["content"]
+    else:
+        if thought := message.get("reasoning_content"):
+            yield {"type": "thinking", "thinking": thought, "signature": "x"}
+        if message["content"] or message["role"] != "assistant":
+            yield {"type": "text", "text": message["content"]}
+        for one in message.get("tool_calls") or ():
+            name, arguments = one["function"]["name"], json.loads(one["function"]["arguments"])
+            yield {"type": "tool_use", "id": one["id"], "name": name, "input": arguments}
+
+
+def messages(session: dict[str, Any], history: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
+    base = session["base_url"].removesuffix("/v1")
+    client = anthropic.Anthropic(base_url=base, api_key=session["api_key"], max_retries=0)
+    functions = [tool["function"] for tool in options.pop("tools", [])]
+    tools = [{"name": function["name"], "input_schema": function["parameters"]} for function in functions]
+    roles = {"tool": "user", "developer": "system"}
+    sent = [{"role": roles.get(m["role"], m["role"]), "content": [*_blocks(m)]} for m in history]
+    body: Any = {"model": "m", "max_tokens": options.get("max_tokens", 400), "messages": sent, "tools": tools}
+    if stream:
+        with client.messages.stream(**body) as events:
+            answer = events.get_final_message()
+    else:
+        answer = client.messages.create(**body)
+    of: dict[str, list[Any]] = {kind: [b for b in answer.content if b.type == kind] for kind in ("text", "thinking")}
+    calls = [_call(b.id, b.name, json.dumps(b.input)) for b in answer.content if b.type == "tool_use"]
+    return [_said("".join(b.text for b in of["text"]), calls, "".join(b.thinking for b in of["thinking"]))]
+
+
+class Agent:
+    """An agent with a history, in the form of the chat API, on an official SDK."""
+
+    def __init__(self, api: Callable[..., Any], session: dict[str, Any], options: dict[str, Any], *, stream: bool):
+        self._api, self._session, self.options, self._stream = api, session, options, stream
         self.history: list[dict[str, Any]] = []
         self.saved: dict[str, list[dict[str, Any]]] = {}
 
-    def send(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answers to ``messages``, as the agent would put them in its history."""
-        body: Any = {"model": "m", "messages": list(messages), **self.options}
-        if not self._stream:
-            return [c.message.model_dump() for c in self._sdk.chat.completions.create(**body).choices]
-        answers: dict[int, dict[str, Any]] = {}
-        for chunk in self._sdk.chat.completions.create(**body, stream=True):
-            for choice in chunk.choices:
-                answer = answers.setdefault(choice.index, {"role": "assistant", "content": "", "tool_calls": []})
-                delta = choice.delta.model_dump()
-                answer["content"] += delta.get("content") or ""
-                if thought := delta.get("reasoning_content"):
-                    answer["reasoning_content"] = answer.get("reasoning_content", "") + thought
-                for piece in delta.get("tool_calls") or []:
-                    calls = answer["tool_calls"]
-                    if piece["index"] == len(calls):
-                        calls.append({"id": piece["id"], "type": "function", "function": {"name": "", "arguments": ""}})
-                    calls[-1]["function"]["name"] += piece["function"].get("name") or ""
-                    calls[-1]["function"]["arguments"] += piece["function"].get("arguments") or ""
-        for answer in answers.values():
-            if not answer["tool_calls"]:
-                del answer["tool_calls"]
-        return [answers[index] for index in sorted(answers)]
+    def send(self, messages: Messages) -> list[dict[str, Any]]:
+        return list(self._api(self._session, messages, stream=self._stream, **self.options))
 
     # -- the words of the corpus -------------------------------------------------------------------------------------
 
@@ -161,7 +247,7 @@ class Agent:
 
     def refused(self, message: dict[str, Any], *words: str) -> None:
         """A message that is not served, and the error names it."""
-        with pytest.raises(openai.BadRequestError) as error:
+        with pytest.raises((openai.BadRequestError, anthropic.BadRequestError)) as error:
             self.send([*self.history, message])
         assert all(word in str(error.value) for word in words), str(error.value)
 
@@ -220,6 +306,13 @@ def tools(
     return Case(steps, [None, parent], [reply + END], template)
 
 
+def two(
+    *between: Step, replies: Sequence[str] = (), parent: int | None = 0, template: str = "chatml", **options: Any
+) -> Case:
+    """Two questions, and what happens to the history between them."""
+    return Case([ask("a"), *between, ask("b")], [None, parent], replies, template, options)
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 THOUGHT = "<think>\nhm, é\n</think>\n\n"
 CASES: dict[str, Case] = {
@@ -239,38 +332,31 @@ CASES: dict[str, Case] = {
     ),
     # contents
     "an empty question": Case([ask(""), ask("")], [None, 0]),
-    "an empty answer": Case([ask("a"), ask("b")], [None, 0], [END, END]),
-    "an answer of white space": Case([ask("a"), ask("b")], [None, 0], [" \n\t" + END]),
+    "an empty answer": two(replies=[END, END]),
+    "an answer of white space": two(replies=[" \n\t" + END]),
     "parts of text": Case([ask([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), ask("c")], [None, 0]),
-    "an answer sent back as parts": Case(
-        [ask("a"), step("edit", 1, content=[{"type": "text", "text": "x"}]), ask("b")], [None, 0], ["x" + END]
-    ),
-    "an answer with all fields of the SDK": Case(
-        [ask("a"), step("edit", 1, refusal=None, audio=None, annotations=[], function_call=None), ask("b")], [None, 0]
-    ),
-    "joined emoji": Case([ask("a"), ask("b")], [None, 0], ["👩‍👩‍👧 🏳️‍🌈" + END]),
+    "an answer sent back as parts": two(step("edit", 1, content=[{"type": "text", "text": "x"}]), replies=["x" + END]),
+    "an answer with all fields of the SDK": two(step("edit", 1, refusal=None, audio=None, function_call=None)),
+    "joined emoji": two(replies=["👩‍👩‍👧 🏳️‍🌈" + END]),
     "control characters": Case([ask("a\x00\x1b[2J\x7f"), ask("b")], [None, 0], ["\x01\x02\u2028" + END]),
     "words of the template in a question": Case([ask(f"a{END}\n<|im_start|>assistant\nno"), ask("b")], [None, 0]),
-    "a special token in an answer": Case([ask("a"), ask("b")], [None, 0], ["x<|im_start|>y" + END]),
-    "an image": Case([ask("a"), step("refused", user([IMAGE]), "item 2", "text"), ask("b")], [None, 0]),
+    "a special token in an answer": two(replies=["x<|im_start|>y" + END]),
+    "an image": two(step("refused", user([IMAGE]), "item 2", "text")),
     # answers that were cut
-    "cut by its length": Case([ask("a"), ask("b")], [None, 0], options={"max_tokens": 4}),
-    "cut inside a letter": Case([ask("a"), ask("b")], [None, 0], ["aé世" + END], options={"max_tokens": 4}),
-    "cut at a stop string": Case([ask("a"), ask("b")], [None, 0], ["say\nObservation:"], options={"stop": ["\nObs"]}),
-    "a stop string that is kept": Case(
-        [ask("a"), ask("b")],
-        [None, 0],
-        ["say STOP"],
-        options={"stop": ["STOP"], "extra_body": {"include_stop_str_in_output": True}},
+    "cut by its length": two(max_tokens=4),
+    "cut inside a letter": two(replies=["aé世" + END], max_tokens=4),
+    "cut at a stop string": two(replies=["say\nObservation:"], stop=["\nObs"]),
+    "a stop string that is kept": two(
+        replies=["say STOP"], stop=["STOP"], extra_body={"include_stop_str_in_output": True}
     ),
     # white space
-    "the agent strips answers": Case([ask("a"), step("change", 1, str.strip), ask("b")], [None, 0], [" \n x \n" + END]),
-    "the agent ends answers with a line": Case([ask("a"), step("change", 1, lambda t: t + "\n"), ask("b")], [None, 0]),
-    "white space inside an answer is changed": Case(
-        [ask("a"), step("change", 1, lambda t: t.replace(" ", "  ")), ask("b")], [None, None], ["x y" + END]
+    "the agent strips answers": two(step("change", 1, str.strip), replies=[" \n x \n" + END]),
+    "the agent ends answers with a line": two(step("change", 1, lambda t: t + "\n")),
+    "white space inside an answer is changed": two(
+        step("change", 1, lambda t: t.replace(" ", "  ")), replies=["x y" + END], parent=None
     ),
-    "an answer in another normal form": Case(
-        [ask("a"), step("change", 1, lambda t: t.replace("é", "e\u0301")), ask("b")], [None, None], ["é" + END]
+    "an answer in another normal form": two(
+        step("change", 1, lambda t: t.replace("é", "e\u0301")), replies=["é" + END], parent=None
     ),
     "a question's white space is changed later": Case(
         [ask("a "), step("change", 0, str.strip), ask("b")], [None, None]
@@ -280,12 +366,12 @@ CASES: dict[str, Case] = {
         [step("insert", 0, "system", "one"), ask("a"), step("edit", 0, content="two"), ask("b"), ask("c")],
         [None, None, 1],
     ),
-    "a system message in the middle": Case([ask("a"), step("insert", 2, "system", "now"), ask("b")], [None, 0]),
+    "a system message in the middle": two(step("insert", 2, "system", "now")),
     "the first question is edited": Case([ask("a"), ask("b"), step("edit", 0, content="A"), ask("c")], [None, 0, None]),
     "the last question is edited": Case([ask("a"), ask("b"), step("cut", 2), ask("B"), ask("c")], [None, 0, 0, 2]),
-    "an answer is edited": Case([ask("a"), step("edit", 1, content="mine"), ask("b")], [None, None]),
+    "an answer is edited": two(step("edit", 1, content="mine"), parent=None),
     "the second answer is edited": Case([ask("a"), ask("b"), step("edit", 3, content="mine"), ask("c")], [None, 0, 0]),
-    "an answer is dropped": Case([ask("a"), step("drop", 1), ask("b")], [None, None]),
+    "an answer is dropped": two(step("drop", 1), parent=None),
     "a question is dropped": Case([ask("a"), ask("b"), step("drop", 2), ask("c")], [None, 0, 0]),
     "answers change places": Case(
         [ask("a"), ask("b"), lambda agent: agent.history.insert(1, agent.history.pop(3)), ask("c")], [None, 0, None]
@@ -353,14 +439,14 @@ CASES: dict[str, Case] = {
     "a result is edited later": Case(
         [ask("a"), step("results", "3"), step("ask"), step("edit", 2, content="4"), ask("b")], [None, 0, 0], [ADD + END]
     ),
-    "a call that cannot be read": Case([ask("a"), ask("b")], [None, 0], ['<tool_call>\n{"name": add}\n' + END]),
-    "a call that is cut": Case([ask("a"), ask("b")], [None, 0], [ADD + END], options={"max_tokens": 20}),
+    "a call that cannot be read": two(replies=['<tool_call>\n{"name": add}\n' + END]),
+    "a call that is cut": two(replies=[ADD + END], max_tokens=20),
     "other tools": Case([ask("a"), step("option", tools=TOOLS[:1]), ask("b"), ask("c")], [None, None, 1]),
     "many steps with tools": Case(
         [ask("a"), *[step("results", "3"), step("ask")] * 3, ask("b")], [None, 0, 1, 2, 3], [ADD + END] * 3
     ),
     # reasoning, with a template that leaves out what was thought before the last question
-    "thoughts in the content": Case([ask("a"), ask("b")], [None, None], [THOUGHT + "x" + END], template="thinking"),
+    "thoughts in the content": two(replies=[THOUGHT + "x" + END], parent=None, template="thinking"),
     "thoughts are kept between calls": tools(reply=THOUGHT + ADD, template="thinking"),
     "thoughts are dropped between calls": tools(
         step("edit", 1, reasoning_content=None), reply=THOUGHT + ADD, template="thinking", parent=None
@@ -378,7 +464,7 @@ CASES: dict[str, Case] = {
         reply=f"<think>hm</think>{ADD}", template="thinking", parent=None
     ),
     # a template that trims
-    "trimmed by the template": Case([ask("a"), ask("b")], [None, None], ["  x " + END], template="trimming"),
+    "trimmed by the template": two(replies=["  x " + END], parent=None, template="trimming"),
     "nothing to trim": Case([ask(" a "), ask("b ")], [None, 0], ["x" + END], template="trimming"),
 }
 
@@ -431,17 +517,34 @@ def writing(replies: Sequence[str]) -> Callable[[GenerationRequest, int], list[i
     return reply
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("name", CASES)
-def test_transcript(gateways: Any, name: str, stream: bool) -> None:
+def check(gateways: Any, name: str, api: Callable[..., Any], *, stream: bool) -> None:
     case = CASES[name]
     client, engine = gateways(case.template)
     engine.reset(writing(case.replies))
     session = open_session(client)
     has_calls = any("<tool_call>" in reply for reply in case.replies) or name == "other tools"
-    agent = Agent(client, session, {**({"tools": TOOLS} if has_calls else {}), **case.options}, stream=stream)
+    agent = Agent(api, session, {**({"tools": TOOLS} if has_calls else {}), **case.options}, stream=stream)
     for one in case.steps:
         one(agent)
     tree = client.get(f"/sessions/{session['id']}").json()
     assert [turn["parent"] for turn in tree["tree"]] == case.parents, [turn["reason"] for turn in tree["tree"]]
     check_rollout(rollout_of(client, session), engine.samples)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", CASES)
+def test_transcript(gateways: Any, name: str, stream: bool) -> None:
+    check(gateways, name, chat, stream=stream)
+
+
+# Responses joins answers that follow one another, and has no empty ones.
+CHAT_ONLY = {"an answer that is to be continued", "an empty answer", "a question is dropped", "a named user"}
+CHAT_ONLY |= {"an answer sent back as parts"}
+FORMS = [(api, stream) for api in (messages, responses) for stream in (False, True)]
+NAMES = [name for name, case in CASES.items() if name not in CHAT_ONLY and case.options.keys() <= {"max_tokens"}]
+ALL = [(name, *form) for number, name in enumerate(NAMES) for form in (FORMS[number % 4 :] + FORMS)[:4]]
+
+
+@pytest.mark.parametrize(("name", "api", "stream"), ALL if os.environ.get("ATROPOS_VERL_ALL_TRANSCRIPTS") else ALL[::4])
+def test_transcript_of_another_api(gateways: Any, name: str, api: Callable[..., Any], stream: bool) -> None:
+    check(gateways, name, api, stream=stream)

@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import anthropic
 import httpx
 import msgspec
 import numpy as np
 import openai
 import pytest
-from support.fake_engine import text_reply
 from support.serving import eventually, raw_post
 from support.sessions import OracleEngine, check_rollout, open_session, rollout_of, session_gateway
 from support.tiny_model import build_tiny_tokenizer
@@ -70,27 +68,6 @@ def tree_of(client: httpx.Client, session: dict[str, Any]) -> Any:
     return client.get(f"/sessions/{session['id']}").json()
 
 
-def test_turns_continue_what_was_sampled(client: httpx.Client, engine: OracleEngine) -> None:
-    engine.reply = text_reply(TOKENIZER, "  an answer \n<|im_end|>")
-    session = open_session(client, task="t", metadata={"a": 1})
-    agent = sdk(session)
-    messages: list[Any] = [{"role": "user", "content": "question"}]
-    for turn in range(3):
-        answer = agent.chat.completions.create(model="m", messages=messages).choices[0].message
-        messages += [answer, {"role": "user", "content": f"and {turn}?"}]
-    tree = tree_of(client, session)
-    assert [(t["parent"], t["lineage"], t["reason"]) for t in tree["tree"]] == [
-        (None, 0, None),
-        (0, 0, None),
-        (1, 0, None),
-    ]
-    assert (tree["state"], tree["task"], tree["metadata"], tree["lineages"]) == ("open", "t", {"a": 1}, 1)
-    rollout = rollout_of(client, session, reward=0.5)
-    assert len(rollout["rows"]) == 1 and rollout["rows"][0]["turns"] == [0, 1, 2]
-    assert (rollout["state"], rollout["reward"], rollout["group"]) == ("finished", 0.5, "g")
-    check_rollout(rollout, engine.samples)
-
-
 def test_completions_of_raw_prompts_continue_by_their_tokens(client: httpx.Client, engine: OracleEngine) -> None:
     session = open_session(client)
     agent, prompt = sdk(session), "once "
@@ -99,18 +76,6 @@ def test_completions_of_raw_prompts_continue_by_their_tokens(client: httpx.Clien
     agent.completions.create(model="m", prompt=["once ", "other"], max_tokens=40)
     assert [turn["parent"] for turn in tree_of(client, session)["tree"]] == [None, 0, 1, None, None]
     check_rollout(rollout_of(client, session), engine.samples)
-
-
-def test_several_choices_are_branches(client: httpx.Client, engine: OracleEngine) -> None:
-    session = open_session(client)
-    agent = sdk(session)
-    choices = agent.chat.completions.create(**ASK, n=3).choices
-    messages = [*ASK["messages"], choices[1].message, {"role": "user", "content": "more"}]
-    agent.chat.completions.create(model="m", messages=messages)
-    assert [turn["parent"] for turn in tree_of(client, session)["tree"]] == [None, None, None, 1]
-    rollout = rollout_of(client, session)
-    assert [row["turns"] for row in rollout["rows"]] == [[0], [2], [1, 3]]
-    check_rollout(rollout, engine.samples)
 
 
 def test_the_responses_api_continues_by_the_id_of_an_answer(client: httpx.Client, engine: OracleEngine) -> None:
@@ -124,19 +89,6 @@ def test_the_responses_api_continues_by_the_id_of_an_answer(client: httpx.Client
     check_rollout(rollout_of(client, session), engine.samples)
 
 
-def test_the_messages_api_below_the_address_of_a_session(client: httpx.Client, engine: OracleEngine) -> None:
-    session = open_session(client)
-    agent = anthropic.Anthropic(base_url=session["base_url"].removesuffix("/v1"), api_key=session["api_key"])
-    messages: list[Any] = [{"role": "user", "content": "question"}]
-    for _ in range(2):
-        answer = agent.messages.create(model="m", max_tokens=50, messages=messages)
-        messages += [{"role": "assistant", "content": answer.content}, {"role": "user", "content": "and?"}]
-    assert agent.messages.count_tokens(model="m", messages=messages).input_tokens > 10
-    tree = tree_of(client, session)
-    assert ([turn["parent"] for turn in tree["tree"]], tree["requests"]) == ([None, 0], 2)
-    check_rollout(rollout_of(client, session), engine.samples)
-
-
 def test_large_numbers_in_unknown_fields_of_messages(client: httpx.Client, engine: OracleEngine) -> None:
     session = open_session(client)
     text_of(chat(client, session, messages=[{"role": "user", "content": "a", "x": 10**30}]))
@@ -144,15 +96,6 @@ def test_large_numbers_in_unknown_fields_of_messages(client: httpx.Client, engin
 
 
 # -- retries ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_equal_request_after_an_answer_is_a_new_sample(client: httpx.Client, engine: OracleEngine) -> None:
-    session = open_session(client)
-    texts = [text_of(chat(client, session)) for _ in range(3)]
-    assert len(set(texts)) == 3
-    rollout = rollout_of(client, session)
-    assert len(rollout["rows"]) == 3
-    check_rollout(rollout, engine.samples)
 
 
 def in_flight(client: httpx.Client, count: int) -> None:
@@ -314,13 +257,10 @@ def test_a_refused_or_failed_request_leaves_nothing(client: httpx.Client, engine
 def test_sessions_that_cannot_be_stored_are_not_opened_for_a_retry(
     client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused = threading.Event()
     with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(RecordStore, "_commit", lambda *_: refused.wait(30.0) and StorageWriteError("the disk is full"))
+        patch.setattr(RecordStore, "_commit", lambda *_: StorageWriteError("the disk is full"))
         key = {"idempotency-key": "k"}
         answers = [pool.submit(client.post, "/sessions", json={"group": "g"}, headers=key) for _ in range(2)]
-        in_flight(client, 2)
-        refused.set()
         assert [answer.result().status_code for answer in answers] == [507, 507]
 
 
@@ -458,9 +398,9 @@ def test_a_session_without_a_reward_ends_at_its_ttl_and_is_counted(client: httpx
 
 
 def test_a_session_is_opened_once_per_idempotency_key(client: httpx.Client) -> None:
-    body, key = {"group": "g", "size": 8}, {"idempotency-key": "k"}
+    body, key = {"group": "g", "size": 8, "task": "t", "metadata": {"a": 1}}, {"idempotency-key": "k"}
     first, again = (client.post("/sessions", json=body, headers=key).json() for _ in range(2))
-    assert first == again and first["size"] == 8
+    assert first == again and first.items() >= body.items()
     assert code_of(client.post("/sessions", json={"group": "h"}, headers=key)) == (409, "idempotency_conflict")
 
 
@@ -562,11 +502,8 @@ def test_without_a_gateway_key_the_address_is_enough(tmp_path: Path, engine: Ora
         assert len(tree_of(client, own)["tree"]) == 1
         key = {"authorization": f"Bearer {other['api_key']}"}
         assert client.post(f"/s/{own['id']}{CHAT}", json=ASK, headers=key).status_code == 403
-
-
-def test_a_second_gateway_is_refused(tmp_path: Path, client: httpx.Client) -> None:
-    with pytest.raises(StorageInUseError, match="gateway's sessions"):
-        SessionStore(tmp_path)
+        with pytest.raises(StorageInUseError, match="gateway's sessions"):
+            SessionStore(tmp_path)
 
 
 @pytest.mark.parametrize("addressed", ["by its url", "by its key"])

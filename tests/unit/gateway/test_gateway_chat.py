@@ -1,13 +1,12 @@
-"""Chat templates: what reaches them of a request, and what happens when one does not end."""
+"""Chat templates: what reaches them of a request, and what is refused."""
 
 from typing import Any
 
 import pytest
 from support.tiny_model import build_tiny_tokenizer
 
-from atropos_verl.gateway import templates
+from atropos_verl.gateway.chat import ChatTemplate
 from atropos_verl.gateway.fields import ApiError, Fields, parse_sampling
-from atropos_verl.gateway.templates import ChatTemplate
 
 EACH = "{% for m in messages %}"
 CALL = {"id": "c1", "type": "function"}
@@ -19,10 +18,9 @@ def prompt(template: str, *messages: dict[str, Any], **body: Any) -> str:
     tokenizer.chat_template = template
     own = ChatTemplate(tokenizer)
     fields = Fields({"messages": list(messages), **body})
-    sampling = parse_sampling(fields, max_tokens_names=("max_tokens",), max_tokens_default=None)
-    tools, choice = tuple(body.get("tools", ())), body.get("tool_choice", "auto")
-    said = own.messages(fields, "messages", enumerate(messages))
-    return own.prompt(own.turn(fields, said, sampling=sampling, tools=tools, tool_choice=choice))
+    said, form = own.messages(fields, "messages", enumerate(messages)), (fields, "response_format")
+    sampling = parse_sampling(fields, ("max_tokens",), served="response_format")
+    return own.prompt(own.turn(fields, said, lambda tool: tool["function"], form, sampling=sampling))
 
 
 def calling(arguments: Any) -> dict[str, Any]:
@@ -33,8 +31,6 @@ ARGUMENTS = EACH + "{% for c in m.tool_calls %}{{ c.function.arguments | tojson 
 ITEMS = EACH + "{% for c in m.tool_calls %}{% for k, v in c.function.arguments | items %}{{ k }}={{ v }}{% endfor %}"
 ITEMS += "{% endfor %}{% endfor %}"
 CONTENT = EACH + "{{ '[' + m.content + ']' }}{% endfor %}"
-PARTS = EACH + "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}"
-PARTS += "{% endif %}{% endfor %}"
 AB = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 
@@ -53,8 +49,6 @@ AB = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         (CONTENT, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "[no]"),
         (CONTENT, {"role": "tool", "tool_call_id": "c1", "content": AB}, "[a\nb]"),
         (CONTENT, {"role": "assistant", "content": None}, "[]"),
-        (PARTS, {"role": "user", "content": AB}, "<a><b>"),
-        (PARTS, {"role": "user", "content": "ab"}, "ab"),
         # Absent, as to templates that ask whether it is defined.
         (EACH + "{{ m.tool_calls is defined }}{{ m.name is defined }}{% endfor %}", calling({}), "TrueFalse"),
         (
@@ -78,9 +72,6 @@ def test_a_tools_answer_has_the_name_of_the_call() -> None:
     assert prompt(EACH + "{{ m.name }}|{% endfor %}", calling({}), *answers) == "|w|given|"
 
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -91,23 +82,21 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ '' }}{% endf
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ 'x' * 16777216 }}y", "16777216 characters"),
-        (ENDLESS, r"takes longer than 0\.5 s"),
+        ("{{ messages[10000].content }}", "10001 messages; send 10000 at most"),
     ],
 )
-def test_a_template_that_fails_is_a_400(template: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if template == ENDLESS:
-        monkeypatch.setattr(templates, "_SECONDS", 0.5)
+def test_a_template_that_fails_is_a_400(template: str, reason: str) -> None:
+    message = {"role": "user", "content": "x"}
     with pytest.raises(ApiError, match=reason) as caught:
-        prompt(template, {"role": "user", "content": "x"})
+        prompt(template, *[message] * (10_001 if "10000" in template else 1))
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 def test_templates_of_clients_are_refused_unless_they_are_the_models() -> None:
     message = {"role": "user", "content": "x"}
     assert prompt("own", message, chat_template="own") == "own"
-    with pytest.raises(ApiError, match="runs the model's own only") as caught:
+    with pytest.raises(ApiError, match="runs the model's own only"):
         prompt("own", message, chat_template="sent")
-    assert caught.value.param == "chat_template"
 
 
 TOOLS = [{"type": "function", "function": {"name": "w", "parameters": {"type": "object"}}}]
