@@ -85,7 +85,7 @@ def measure(worker: Any, samples: list[TrainingSample], options: argparse.Namesp
 
     def step(*, packs: bool, in_order: bool) -> float:
         engine._packs = packs
-        data = worker._to_tensordict(samples, None)
+        data, _ = worker._to_tensordict(samples, None)
         if in_order:
             rows = max(options.budget // options.longest, 1)
             while len(samples) % rows:  # verl wants equal parts

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # verl picks its platform for the life of a process when something first asks, which may be the import of any test file
 # of this process. A test that wants another platform runs in a process of its own.
 os.environ.setdefault("VERL_PLATFORM", "cpu")
-os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "atropos_verl.verl_plugin.platform_cpu")
+os.environ.setdefault("VERL_USE_EXTERNAL_MODULES", "atropos_verl.verl_plugin.plugin")
 
 # A shell that runs the suite in the background hands down an ignored SIGINT (nohup: SIGHUP), and so would every process
 # we start: the tests of Ctrl-C and of a terminal that closes need them as a terminal gives them.

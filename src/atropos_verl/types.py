@@ -283,9 +283,27 @@ class SampleReport:
     filtered: list[ScoredGroup] = field(default_factory=list)  # sound groups that ``keeps`` left out
     dropped_overlong: int = 0  # sequences longer than ``max_token_len`` that were left out
     truncated: int = 0
-    groups: int = 0  # that were used
-    scores: FloatArray = field(default_factory=lambda: np.zeros(0))
-    """Raw scores of every rollout of every used group, overlong ones included."""
+    used: list[ScoredGroup] = field(default_factory=list)
+    """The groups of the samples, and of those that were dropped as overlong."""
+
+    @property
+    def scores(self) -> list[tuple[int | None, float]]:
+        """Environment and raw score of every rollout of every used group, overlong ones included."""
+        return [(group.env_id, float(score)) for group in self.used for score in group.rollout_scores]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """``data/NAME`` of a step on these samples."""
+        return {
+            "groups": len(self.used),
+            "quarantined": len(self.quarantined),
+            "filtered": len(self.filtered),
+            "dropped_overlong": self.dropped_overlong,
+            "truncated": self.truncated,
+            "sequences": len(self.samples),
+            "rollouts": len({(sample.group_id, sample.rollout_id) for sample in self.samples}),
+            "trained_tokens": sum(int(sample.loss_mask.sum()) for sample in self.samples),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,15 +78,15 @@ def test_the_same_batches_give_the_same_weights_in_both_modes(lab: Lab, tmp_path
 def test_the_gate_stays_open_while_the_trainer_trains_and_the_next_batch_comes_meanwhile(lab: Lab) -> None:
     seen: list[tuple[bool, bool]] = []
     with lab.trainer("open", batches(3, seed=1), 3, **OVERLAP) as trainer:
-        train = trainer.stack.worker.train
+        train = trainer.worker.train
 
         def watched(samples: Any) -> Any:
             if trainer.step < 2:
                 wait_for_batch(trainer.run_dir, trainer.step + 2)
-            seen.append((trainer.stack.gate.is_open, trainer.engine.weights_ready))
+            seen.append((trainer.gate.is_open, trainer.engine.weights_ready))
             return train(samples)
 
-        trainer.stack.worker.train = watched  # type: ignore[method-assign]
+        trainer.worker.train = watched  # type: ignore[method-assign]
         trainer.fit()
         assert trainer.engine.policy_version == 3
         assert trainer.sharding_manager.syncs == 4
@@ -133,7 +133,7 @@ def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path:
 
 def hit_update(trainer: Any, number: int, hit: Callable[[], None]) -> None:
     """Call ``hit`` in the middle of update ``number``: the weights have changed, nobody has counted the step yet."""
-    train, calls = trainer.stack.worker.train, iter(range(1, 100))
+    train, calls = trainer.worker.train, iter(range(1, 100))
 
     def watched(samples: Any) -> Any:
         output = train(samples)
@@ -141,7 +141,7 @@ def hit_update(trainer: Any, number: int, hit: Callable[[], None]) -> None:
             hit()
         return output
 
-    trainer.stack.worker.train = watched
+    trainer.worker.train = watched
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -277,7 +277,7 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
         # It must not go on with rollouts of another policy. The first sync of an overlapped run stages nothing.
         assert trainer.step == (2 if overlapped else 1)
         assert trainer.engine.policy_version <= 1
-        assert not trainer.stack.gate.is_open, "nobody may be served by the wrong weights"
+        assert not trainer.gate.is_open, "nobody may be served by the wrong weights"
         # The last step was taken, though nobody was served its weights.
         *_, last = lines = metrics_of(tmp_path / "stale")
         assert [line["step"] for line in lines] == list(range(1, trainer.step + 1))

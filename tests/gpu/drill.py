@@ -177,7 +177,7 @@ class Drill:
         trainer = self.trainer = AtroposTrainer.from_config(config, reward_fn=_share_of_even_ids)
         memory: dict[str, float] = {}
         seconds: dict[str, list[float]] = {}
-        self._watch(trainer.stack.worker, "train", memory, seconds)
+        self._watch(trainer.worker, "train", memory, seconds)
         self._watch(trainer.engine, "generate", memory, seconds)
         self._watch(trainer.sharding_manager, "sync", memory, seconds)
         rng = np.random.default_rng(0)
@@ -257,7 +257,7 @@ class Drill:
 
     def prefixes(self) -> dict[str, Any]:
         """The update and the logprobs of one batch with every shared prefix computed once, and with none."""
-        worker = self.trainer.stack.worker
+        worker = self.trainer.worker
         engine = worker._worker.engine
         engine.lr_scheduler.base_lrs = [0.0] * len(engine.lr_scheduler.base_lrs)  # the same weights for both
         for group in engine.optimizer.param_groups:

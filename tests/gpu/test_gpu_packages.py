@@ -90,7 +90,7 @@ def _modules(package: str) -> Iterator[str]:
 def _own_modules() -> list[str]:
     names = [found.name for found in pkgutil.walk_packages(atropos_verl.__path__, "atropos_verl.")]
     # Adapters of other ecosystems run in interpreters of their own.
-    other = ("verifiers", "openenv", "nemo_gym", "harbor", *(() if STACK == "vllm" else ("vllm_cpu",)))
+    other = ("verifiers", "openenv", "nemo_gym", "harbor")
     return [name for name in names if ".assets.environments" not in name and not name.split(".")[-1].startswith(other)]
 
 

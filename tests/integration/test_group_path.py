@@ -109,15 +109,15 @@ def test_the_files_of_one_groups_way_from_post_to_the_optimiser(tracer: Tracer, 
                 if failures:
                     raise failures[0]
 
-            train = trainer.stack.worker.train
+            train = trainer.worker.train
 
             def train_and_stop(samples: Any) -> Any:
                 output = train(samples)
                 tracer.recording = False
                 return output
 
-            trainer.stack.worker.train = train_and_stop  # type: ignore[method-assign]
-            trainer.stack.engine.check_alive = lambda: None  # type: ignore[method-assign]
+            trainer.worker.train = train_and_stop  # type: ignore[method-assign]
+            trainer.engine.check_alive = lambda: None  # type: ignore[method-assign]
             thread = threading.Thread(target=environment)
             thread.start()
             trainer.fit(check_services=check_services)

@@ -305,7 +305,7 @@ def test_a_bound_holds_and_the_run_makes_progress(
     environment = {"ahead": 8, "latency": 0.02 if on_stale == "wait" else 0.0}
     with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
         lines = fit(trainer, env)
-        given_up, throttle = trainer.totals.batches_stale, trainer.stack.throttle
+        given_up, throttle = trainer.totals.batches_stale, trainer.throttle
     assert [line["policy_version"] for line in lines] == list(range(1, 13))
     for line in lines:
         assert line["off_policy/staleness_max"] <= bound

@@ -199,7 +199,7 @@ def test_every_batch_is_trained_once_and_the_bad_group_quarantined(story: Story)
 
 def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, local: list[dict[str, Any]]) -> None:
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
-    # are compared bit by bit in tests/unit/backends/ray/test_transfer.py.
+    # are compared bit by bit in tests/unit/backends/ray/test_feed.py.
     for line, step in zip(story.metrics, local, strict=True):
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
         assert line["data/trained_tokens"] == step["data/trained_tokens"]

@@ -1,13 +1,15 @@
 """vLLM's CPU build as a replica on a real Ray. Its extra is large and not in `make install`: see docs/cluster.md."""
 
 import asyncio
+import importlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from support.ray_cluster import Cluster, started_cluster
+from support.ray_cluster import Cluster, ray_session, started_cluster
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.backends.ray.gateway import AttemptClient, ClusterGateway, ReplicaEngine
@@ -31,6 +33,16 @@ _VLLM = [
 ]
 
 
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """Every process of this Ray loads ``support.vllm_cpu`` when it imports verl."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VERL_USE_EXTERNAL_MODULES", "support.vllm_cpu")
+        importlib.import_module("support.vllm_cpu")
+        with ray_session():
+            yield
+
+
 def _difference(cluster: Cluster) -> float:
     """Largest difference between the trainer's logprobs and those that vLLM gives for a prompt."""
     client = cluster.servers.get_client(AttemptClient)
@@ -41,23 +53,6 @@ def _difference(cluster: Cluster) -> float:
     [generation] = asyncio.run(engine.agenerate(request))
     pairs = zip(trainer, _TOKENS[1:], generation.prompt_logprobs[1:], strict=True)
     return max(abs(value - entry[token]) for value, token, entry in pairs)
-
-
-async def _generate_across_an_update(cluster: Cluster, step: int) -> None:
-    """Requests through the gateway while weights are updated as colocate_async does it."""
-    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
-            body = {"prompt": {"prompt_token_ids": [5, 6, 7]}, "n": 4, "max_tokens": 240, "logprobs": 0}
-            request = asyncio.ensure_future(client.post("/generate", json=body | {"ignore_eos": True}))
-            await asyncio.sleep(0.7)
-            await cluster.checkpoints.abort_replicas()
-            await asyncio.to_thread(cluster.step, step)
-            await cluster.checkpoints.resume_generation_replicas()
-            answer = await request
-        assert answer.status_code == 200, answer.text
-        assert [len(tokens) for tokens in answer.json()["token_ids"]] == [240] * 4
-        assert [len(rows) for rows in answer.json()["logprobs"]] == [240] * 4
-        assert all(last == step for _, last in answer.json()["policy_versions"])
 
 
 _SCHEMA = {
@@ -134,7 +129,6 @@ async def _under_load(cluster: Cluster) -> None:
         assert all(first <= end for first, end in versions)
         assert max(end for _, end in versions) == last
         assert any(first < end for first, end in versions), "no answer was cut and went on"
-        assert gateway.engine.continued > 0
 
 
 def test_sleep_wake_abort_and_weights_under_load(model_path: Path) -> None:
@@ -144,13 +138,11 @@ def test_sleep_wake_abort_and_weights_under_load(model_path: Path) -> None:
         assert _difference(cluster) < 1e-4
 
 
-def test_vllm_follows_the_trainer_and_requests_outlast_an_update(model_path: Path) -> None:
+def test_vllm_follows_the_trainer(model_path: Path) -> None:
     with started_cluster(model_path, *_VLLM) as cluster:
         for step in range(2):
             cluster.step(step)
             assert _difference(cluster) < 1e-4
-        asyncio.run(_generate_across_an_update(cluster, 2))
-        assert _difference(cluster) < 1e-4
         cluster.workers.nudge(3, 0.05)
         assert _difference(cluster) > 1e-2
 

@@ -101,7 +101,7 @@ class EndToEnd:
 
         mask = np.arange(len(probe)) > 0
         sample = TrainingSample(token_ids=np.array(probe), loss_mask=mask, advantages=np.zeros(len(probe)))
-        return self.trainer.stack.worker.compute_logprobs([sample])[0][1:]
+        return self.trainer.worker.compute_logprobs([sample])[0][1:]
 
     # ------------------------------------------------------------------ checks
 

@@ -62,7 +62,7 @@ def batches(count: int, seed: int) -> list[bytes]:
 
 
 def state_of(trainer: AtroposTrainer) -> dict[str, Any]:
-    weights = {name: tensor.clone() for name, tensor in trainer.stack.worker.named_tensors()}
+    weights = {name: tensor.clone() for name, tensor in trainer.worker.named_tensors()}
     return {
         "step": trainer.step,
         "policy_version": trainer.policy_version,

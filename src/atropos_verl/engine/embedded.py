@@ -43,7 +43,7 @@ from atropos_verl.engine.requests import (
 from atropos_verl.engine.runner import ModelRunner, context_len
 from atropos_verl.engine.sampling import Grammars
 from atropos_verl.engine.scheduler import ContinuousBatch, take_prefill
-from atropos_verl.engine.weights import trim_memory
+from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.errors import EngineError, EngineStoppedError, GenerationRequestError, WeightSyncError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
@@ -363,7 +363,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             if self._release_weights:
                 self._runner.weights.release()
             torch.cuda.empty_cache()
-            trim_memory(held)
+            if held >= TRIM_BYTES:
+                trim_memory()
 
     def resume_memory_occupation(self) -> None:
         """Take the weights' memory again (their values: ``update_weights_from_tensor``); the KV cache takes its when

@@ -11,8 +11,8 @@ import torch
 
 from atropos_verl.errors import WeightSyncError
 
-_WORTH_TRIMMING = 2**28
-"""Bytes of weights: pages that are taken again cost time (0.4 ms per MB, measured)."""
+TRIM_BYTES = 2**28
+"""Of the weights of a model that is worth it: pages that are taken again cost time (0.4 ms per MB, measured)."""
 _WORTH_PACKING = 2**16
 """Elements of a matrix below which a product costs less than the call of the packed one."""
 _PACKED_FOR = 32
@@ -65,12 +65,11 @@ def pack_linear_layers(model: torch.nn.Module) -> list[PackedLinear]:
     return [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
 
 
-def trim_memory(weight_bytes: int) -> None:
-    """Hands freed memory that the C library keeps back to the system, for models of a size that is worth it: after a
-    training step glibc keeps four times the weights (docs/performance.md)."""
-    if weight_bytes >= _WORTH_TRIMMING:
-        with contextlib.suppress(AttributeError, OSError):  # a C library without it
-            ctypes.CDLL(None).malloc_trim(0)
+def trim_memory() -> None:
+    """Hands freed memory that the C library keeps back to the system: after a training step glibc keeps four times the
+    weights (docs/performance.md)."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class WeightStore:

@@ -187,11 +187,10 @@ class BatchJournal:
             raise DamagedBatchError(f"{entry.path} is not what was written: its checksum differs")
         return body
 
-    def attach(self, entry: JournalEntry, name: str, content: bytes, *, durable: bool = False) -> None:
-        """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. Not ``durable``: a power
-        cut may lose it."""
+    def attach(self, entry: JournalEntry, name: str, content: bytes) -> None:
+        """Keep ``content`` beside the batch, as long as that; ``name`` is the file's ending. (Not durable.)"""
         with self._lock:
-            self._write(entry.path.with_suffix(f".{name}"), xxhash.xxh3_64_digest(content) + content, durable=durable)
+            self._write(entry.path.with_suffix(f".{name}"), xxhash.xxh3_64_digest(content) + content, durable=False)
 
     def attachment(self, entry: JournalEntry, name: str) -> bytes | None:
         """The content that ``attach`` kept; None when there is none, or it cannot be read (then the log says why)."""

@@ -212,7 +212,7 @@ def _show(
         for origin, refusal in [(item.origin, refusal) for item, refusal in hidden if refusal][:_MOST_REFUSALS]:
             _line(console, f"{origin}: {refusal}", "bold red")
     refused = sum(map(bool, refusals))
-    mean = float(report.scores.mean()) if report.scores.size else None
+    mean = float(np.mean([score for _, score in report.scores])) if report.scores else None
     _line(
         console,
         f"groups: {len(found) - refused} used, {refused} refused; sequences: {len(report.samples)} trained, "

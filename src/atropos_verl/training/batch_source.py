@@ -8,9 +8,8 @@ Durable writes of one batch, in this order:
 4. The lease is acked (``ack``), after the new weights are served.
 5. A checkpoint of that step, after which the journal forgets the batch (``discard_through``).
 
-``backends.local`` takes one batch a step (``take``), ``backends.ray`` fills slots of TransferQueue with one batch or
-several (``next``). ``protocol.leases`` has the crash table. This module imports no torch, so a run can register before
-the policy is loaded.
+``backends.local`` takes one batch a step (``take``), ``backends.ray`` fills slots of TransferQueue (``next``).
+``protocol.leases`` has the crash table. This module imports no torch, so a run can register before the policy is there.
 """
 
 import logging
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from atropos_verl.errors import (
     AtroposTimeoutError,
     ConfigError,
 )
-from atropos_verl.protocol.client import AtroposClient, make_client, register_trainer
+from atropos_verl.protocol.client import make_client, register_trainer
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.leases import HeldBatch, LeasedBatches
 from atropos_verl.protocol.schema import validated, without_fields
@@ -98,12 +98,12 @@ class BatchSource:
     thread fetches; ``trained``, ``ack`` and ``done`` may be called from another.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, client: AtroposClient | None = None) -> None:
-        if client is None and config.atropos.api_url is None:
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        if config.atropos.api_url is None:
             raise ConfigError("no trajectory API: set it, or run recipe/atropos/main_atropos.py", "atropos.api_url")
         self.config = config
         self.run_dir = run_dir
-        self.client = client or make_client(config, str(config.atropos.api_url))
+        self.client = make_client(config, config.atropos.api_url)
         self.journal = BatchJournal(run_dir / "journal", config.journal.keep)
         self.batches = LeasedBatches(self.client, self.journal)
         self.quarantine = QuarantineStore(run_dir / "quarantine", config.journal.quarantine_bytes)
@@ -171,6 +171,16 @@ class BatchSource:
         """Gives the source what comes with the policy, to decode batches. ``totals`` count lost and stale ones."""
         self._provenance, self._throttle, self._totals = provenance, throttle, totals
         self._count_fetched(len(self._early))
+
+    def go_on(self, step: int, policy_version: int, note: Callable[[str], None]) -> None:
+        """After ``attach``, when the checkpoint is loaded (0: there was none): what an earlier process knew is known
+        again, and ``resume``."""
+        assert self._provenance is not None and self._provenance.ledger is not None, "attach comes first"
+        version = self._provenance.resumed_at = None if self.config.resume == "disable" else policy_version
+        if known := self._provenance.ledger.persist(self.run_dir / "ledger", version):
+            note(f"{known} completions of before the interruption are known: their groups may still come")
+        if pending := self.resume(step):
+            note(f"{pending} batches fetched before the interruption are trained first")
 
     def start(
         self,
@@ -309,6 +319,24 @@ class BatchSource:
         timings = {"decode": decoded - started, "look_up": time.perf_counter() - decoded, "wait": held.waited}
         return RolloutData(groups, held.entry, matches=matches, timings=timings)
 
+    def collect(
+        self, data: RolloutData, policy_version: int, make: Callable[[list[ScoredGroup]], SampleReport]
+    ) -> SampleReport:
+        """Has samples made of the groups that are not too old for ``policy_version``, as the ledger completes them, and
+        keeps them in ``data``. Bad groups are written to ``run_dir/quarantine``."""
+        assert self._provenance is not None, "attach comes first"
+        (version, applied), data.applied = data.applied or (None, None), None
+        matches = self._provenance.look_up(data.groups) if data.matches is None else data.matches
+        if applied is None or version != policy_version:
+            applied = self._provenance.apply(data.groups, matches, policy_version)
+        data.off_policy = applied.figures
+        data.report = make(applied.groups)
+        if data.entry is not None:
+            self.trace.collected(data.places, data.groups, matches, applied, data.report)
+        for bad in data.report.quarantined:
+            self.quarantine.put(bad)
+        return data.report
+
     def discard_if_stale(self, data: RolloutData, policy_version: int) -> bool:
         """True when every group is older than ``off_policy.max_staleness``: the batch is over, without a step."""
         assert self._provenance is not None and data.matches is not None, "attach and fetch come first"
@@ -327,12 +355,13 @@ class BatchSource:
         self.done(len(data.groups))
         return True
 
-    def trained(self, data: RolloutData, step: int) -> None:
-        """Notes durably that ``step`` consumed the batch; ``ack`` follows when the new weights are served."""
+    def trained(self, data: RolloutData, step: int, **of_trace: Any) -> None:
+        """Notes durably that ``step`` consumed the batch; ``ack`` follows when the new weights are served.
+        ``of_trace``: for ``TraceWriter.ended``."""
         self._step = step
         if data.entry is not None:
             self.batches.trained(data.entry, step)
-            self.trace.ended(data.places, step, trainer_logprobs=data.trainer_logprobs_by_place())
+            self.trace.ended(data.places, step, **of_trace)
         if self._provenance is not None:
             self._provenance.consumed(data.matches or [])
 

@@ -121,8 +121,7 @@ def collect_samples(
         filtered=filtered,
         dropped_overlong=dropped,
         truncated=sum(sample.truncated for sample in samples),
-        groups=len(used),
-        scores=np.concatenate([group.rollout_scores for group in used]) if used else np.zeros(0),
+        used=used,
     )
     return report, sequences
 

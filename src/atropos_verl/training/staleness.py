@@ -254,7 +254,8 @@ class BatchProvenance:
 
 def look_up_counts(figures: Mapping[str, float | int | None]) -> dict[str, int]:
     """The counts among the figures of a look-up, by their names in ``RunTotals.count``."""
-    return {name: int(figures.get(f"data/{name}") or 0) for name in _COUNTS}
+    stale = int(figures.get("off_policy/dropped_stale_groups") or 0)
+    return {"stale": stale, **{name: int(figures.get(f"data/{name}") or 0) for name in _COUNTS}}
 
 
 def _records(matches: BatchMatches) -> list[int]:

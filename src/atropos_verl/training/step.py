@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from atropos_verl.storage import sync_to_disk, write_atomic
-from atropos_verl.types import FloatArray, StepReport
+from atropos_verl.types import StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -60,26 +60,26 @@ def step_report(
     policy_version: int,
     loss: float,
     *,
-    scores: FloatArray,
-    environments: Mapping[int, Sequence[float]],
+    scores: Sequence[tuple[int | None, float]],
     counts: Mapping[str, int],
     seconds: Mapping[str, float | None],
     figures: Mapping[str, Figure],
 ) -> StepReport:
-    """Joins the figures of one step: raw scores of every sequence of its groups, and the same by env_id; ``counts`` as
+    """Joins the figures of one step: environment and raw score of every rollout of its groups; ``counts`` as
     ``data/NAME`` (``trained_tokens`` among them), ``seconds`` as ``timing/NAME`` (``step``, the whole, among them), and
     all other ``figures`` under their full names, which do not replace these."""
     tokens, duration = counts["trained_tokens"], seconds["step"] or 0.0
+    raw = [score for _, score in scores]
     metrics: dict[str, Figure] = {
-        "reward/mean": float(scores.mean()) if scores.size else None,
-        "reward/std": float(scores.std()) if scores.size else None,
+        "reward/mean": float(np.mean(raw)) if raw else None,
+        "reward/std": float(np.std(raw)) if raw else None,
         **{f"data/{name}": number for name, number in counts.items()},
         **{f"timing/{name}": number for name, number in seconds.items()},
         "perf/trained_tokens_per_second": tokens / duration if duration > 0 else 0.0,
     }
-    for env_id, own in sorted(environments.items()):
-        metrics[f"env/{env_id}/sequences"] = len(own)
-        metrics[f"env/{env_id}/reward"] = float(np.mean(own)) if len(own) else None
+    for env_id in sorted({env_id for env_id, _ in scores if env_id is not None}):
+        own = [score for env, score in scores if env == env_id]
+        metrics |= {f"env/{env_id}/sequences": len(own), f"env/{env_id}/reward": float(np.mean(own))}
     return StepReport(step=step, policy_version=policy_version, loss=loss, metrics={**figures, **metrics})
 
 

@@ -1,7 +1,4 @@
-"""Registers with verl what it lacks: a CPU platform, engines, rollout names. A registration that fails raises.
-
-``activate(device)`` prepares the environment variables verl reads at import; call it before the first verl import.
-"""
+"""Tells verl what it lacks: a CPU platform, engines, rollout names. A registration that fails raises."""
 
 import importlib
 import logging
@@ -14,16 +11,17 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 """What torchrun tells a process of its ranks. Other launchers leave them to what they start, whole or in part."""
 DROPOUT_VARIABLE = "ATROPOS_VERL_DROPOUT"
 """``1`` in the environment of a training process of Ray: dropout is on in the update (``atropos.model.dropout``)."""
+_PLUGIN = "atropos_verl.verl_plugin.plugin"
 _PLATFORMS = {"cpu": "cpu", "cuda": "nvidia"}
 # Nothing may be fetched from a hub behind the user's back, and Ray must not phone home. verl's own default lets some of
 # its modules say on standard error what they do; below WARN its logger.info(..., flush=True) raises (separate_async).
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false", "VERL_LOGGING_LEVEL": "WARN"}
 
 
-def _with_module(module: str) -> str:
-    """Returns ``VERL_USE_EXTERNAL_MODULES`` with ``module`` in it, once."""
+def _with_plugin() -> str:
+    """Returns ``VERL_USE_EXTERNAL_MODULES`` with ours in it, once."""
     modules = [name for name in os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(",") if name]
-    return ",".join(dict.fromkeys([*modules, module]))
+    return ",".join(dict.fromkeys([*modules, _PLUGIN]))
 
 
 def own_rank() -> tuple[int, int]:
@@ -54,29 +52,21 @@ def rank_remedy() -> str:
 
 
 def activate(device: str) -> None:
-    """Makes verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children.
-
-    verl loads ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it
-    first needs it. (Plugins found by entry point fail silently in verl 0.9.1; those named by this variable raise.)
-
-    Raises ``RuntimeError`` when verl has already picked another device in this process.
+    """Makes verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children: it loads
+    ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it first needs
+    it. Raises ``RuntimeError`` when verl has already picked another device in this process.
     """
     os.environ["VERL_PLATFORM"] = _PLATFORMS[device]
-    module = "atropos_verl.verl_plugin.platform_cpu"
     if "verl" in sys.modules:
         from verl.plugin.platform import platform_manager
 
         # verl has no question for "picked already?"; asking get_platform() would pick.
         current = platform_manager._current_platform
         if current is not None and current.device_name != device:
-            raise RuntimeError(
-                f"verl has already picked {current.device_name!r} in this process; build the trainer ({device!r}) "
-                "before anything else that uses verl"
-            )
-        if device == "cpu":
-            importlib.import_module(module)
-    if device == "cpu":
-        os.environ["VERL_USE_EXTERNAL_MODULES"] = _with_module(module)
+            text = f"verl has already picked {current.device_name!r} in this process"
+            raise RuntimeError(f"{text}; build the trainer ({device!r}) before anything else that uses verl")
+        importlib.import_module(_PLUGIN)
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = _with_plugin()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(
@@ -97,5 +87,5 @@ def ray_environment(device: str) -> dict[str, str]:
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()} | {
         "VERL_PLATFORM": _PLATFORMS[device],
-        "VERL_USE_EXTERNAL_MODULES": _with_module("atropos_verl.verl_plugin.plugin"),
+        "VERL_USE_EXTERNAL_MODULES": _with_plugin(),
     }

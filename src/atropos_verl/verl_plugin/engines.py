@@ -1,10 +1,8 @@
 """verl's FSDP engine without padding on any device, and with an LM head for trained tokens only (docs/internals.md).
 
-Sequences are joined in one row for torch's own attention (``sdpa``), and a prefix that several of them share stands in
-it once. The update computes what the engine of rollouts computed: dropout and its like are off, unless
-``DROPOUT_VARIABLE`` says otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on.
-
-Import this module after ``verl_plugin.activate``; importing it registers the engines in this process.
+The update computes what the engine of rollouts computed: dropout and its like are off, unless ``DROPOUT_VARIABLE`` says
+otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing to train on. Import this module after
+``verl_plugin.activate``; importing it registers the engines in this process.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.engine.weights import trim_memory
+from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.errors import ConfigError
 from atropos_verl.training.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
 from atropos_verl.training.losses import kl_loss, reference_kl
@@ -110,7 +108,8 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        trim_memory(sum(parameter.nbytes for parameter in self.module.parameters()))
+        if sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES:
+            trim_memory()
         return norm
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
@@ -166,11 +165,8 @@ class SelectiveHeadEngine(UpdateEngine):
     """
 
     _head_request: _HeadRequest | None = None
-    _packs = False
-    """Micro-batches are joined in one row."""
-    _shares = True
-    """Shared prefixes stand in it once."""
-    _probed = False
+    _packs, _shares, _probed = False, True, False
+    """Micro-batches are joined in one row; shared prefixes stand in it once; it was tried that both are exact."""
 
     def initialize(self) -> None:
         super().initialize()

@@ -1,11 +1,10 @@
-"""Workarounds for faults of verl 0.9.1, TransferQueue 0.1.11 and vLLM's CPU build 0.27.1.
+"""Workarounds for faults of verl 0.9.1 and TransferQueue 0.1.11.
 
-Each says what the fault is and when it can be removed. Some have to be elsewhere: ``VLLMCpuWorkerExtension``
-(``backends/ray/vllm_cpu_worker.py``), the cut of micro-batches (``engines.py``), and variables (``__init__.py``).
+Each says what the fault is and when it can be removed. Some have to be elsewhere: the platform (``plugin.py``), the cut
+of micro-batches (``engines.py``), variables (``__init__.py``), and vLLM's CPU build (``tests/support/vllm_cpu.py``).
 """
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 from collections.abc import Iterator
@@ -13,26 +12,6 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
-
-
-def answer_for_vllm_cpu() -> None:
-    """Where only "vllm-cpu" is installed, "vllm" has its version with "+cpu".
-
-    verl asks the metadata for "vllm" (third_party/vllm/__init__.py, vllm_rollout/__init__.py) and refuses the CPU
-    build, which is called "vllm-cpu". Remove when verl asks for both, as vLLM does (vllm/platforms/__init__.py).
-    """
-    ask, unknown = importlib.metadata.version, importlib.metadata.PackageNotFoundError
-
-    def version(name: str) -> str:
-        try:
-            return ask(name)
-        except unknown:
-            with contextlib.suppress(unknown):
-                if name == "vllm":
-                    return f"{ask('vllm-cpu')}+cpu"
-            raise
-
-    importlib.metadata.version = version  # type: ignore[assignment]
 
 
 def let_trackers_fail() -> None:
@@ -51,18 +30,6 @@ def let_trackers_fail() -> None:
                     logger.warning("step %d did not reach %s (trainer.logger): %s", step, name, error)
 
     Tracking.log = log
-
-
-def keep_linear_weights() -> None:
-    """Before a model is loaded, in vLLM's worker process: Linear layers stay as they are, so weights can be updated.
-
-    vLLM packs every Linear weight after loading and leaves an empty parameter: a second load fails in the worker, and
-    the sender waits for ever. Remove when vLLM keeps both on CPU.
-    """
-    from torch.nn.functional import linear
-    from vllm.model_executor.layers import utils
-
-    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)
 
 
 def init_cpu_process_group() -> None:

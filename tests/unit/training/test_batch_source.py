@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from support import http_faults
@@ -27,7 +28,7 @@ from atropos_verl.provenance.throttle import StalenessThrottle
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.staleness import BatchProvenance
 from atropos_verl.training.step import RunTotals
-from atropos_verl.types import SampleSettings
+from atropos_verl.types import SampleReport, SampleSettings
 
 _MAX_TOKEN_LEN = 16
 NOWHERE = "http://127.0.0.1:9"
@@ -235,6 +236,20 @@ def test_a_batch_ahead_is_prepared_in_a_thread_and_goes_back_at_the_end(tmp_path
         source.done()
         source.stop(give_back=True)
         assert throttle.expected_staleness == 1, "the first batch is not done"
+
+
+@pytest.mark.parametrize(("version", "looks"), [(3, 1), (2, 2)])
+def test_what_was_found_for_this_version_is_used_for_its_samples(version: int, looks: int, tmp_path: Path) -> None:
+    with api_of([BODY]) as api, source_of(api, tmp_path) as source:
+        source.register(0, 8)
+        attached(source, max_staleness=9)
+        data = source.fetch()
+        with patch.object(BatchProvenance, "apply", autospec=True, side_effect=BatchProvenance.apply) as apply:
+            assert not source.discard_if_stale(data, version)
+            report = source.collect(data, 3, lambda groups: SampleReport(used=groups))
+        assert apply.call_count == looks
+        assert data.report is report and [group.group_id for group in report.used] == ids(data)
+        assert data.off_policy["off_policy/dropped_stale_groups"] == 0
 
 
 def test_an_error_of_the_fetching_thread_is_raised_where_the_batch_is_taken(

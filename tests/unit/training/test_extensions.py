@@ -201,8 +201,8 @@ def test_what_a_filter_leaves_out_is_counted_logged_and_in_no_baseline(caplog: p
     with caplog.at_level(logging.INFO):
         report, advantages = collect_samples(groups(group(), group((0.25, 0.0)), bad), sample_settings(config, None))
     assert [kept.scores.tolist() for kept in report.filtered] == [[0.25, 0.0]]
-    assert (report.groups, len(report.samples), len(advantages), len(report.quarantined)) == (1, 2, 2, 1)
-    assert report.scores.tolist() == [1.0, 0.0]
+    assert (len(report.used), len(report.samples), len(advantages), len(report.quarantined)) == (1, 2, 2, 1)
+    assert [score for _, score in report.scores] == [1.0, 0.0]
     assert "1 of 2 groups are left out by data.filter_path" in caplog.text
 
 
@@ -289,7 +289,7 @@ def test_the_other_examples() -> None:
     report = build(group((4.0, 1.0)), **config)
     assert [sample.advantages.max() or sample.advantages.min() for sample in report.samples] == [1.5, -1.5]
     report = build(group((0.5, 0.45)), group(), data={"filter_path": "spread_filter:keep"})
-    assert (report.groups, len(report.filtered)) == (1, 1)
+    assert (len(report.used), len(report.filtered)) == (1, 1)
     reward = extensions.load_function("reward.path", "spelling_reward:score")
     prompt = "Spell this word backward (example: sun -> nus): cat<|im_end|>\n<|im_start|>assistant\n"
     assert reward([prompt, prompt], ["tac", "tc"]) == [1.0, pytest.approx(1 / 3)]

@@ -39,7 +39,7 @@ def advantages(report: SampleReport) -> list[list[float]]:
 def reason(bad: dict[str, Any], **changes: Any) -> str:
     """Returns the reason for which ``bad`` was quarantined; the good group beside it must not be touched."""
     report = build(group(), bad, group(), **changes)
-    assert report.groups == 2
+    assert len(report.used) == 2
     assert [a for row in advantages(report) for a in row] == pytest.approx([0, 0, A, 0, 0, -A, -A] * 2)
     (quarantined,) = report.quarantined
     with pytest.raises(DataError) as error:
@@ -86,7 +86,12 @@ def test_group_baseline_goes_to_the_trained_tokens() -> None:
     report = build(group())
     assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
     assert [(s.score, s.sequence_index) for s in report.samples] == [(1.0, 0), (0.0, 1)]
-    assert (report.groups, report.scores.tolist(), report.dropped_overlong, report.truncated) == (1, [1.0, 0.0], 0, 0)
+    assert (len(report.used), [s for _, s in report.scores], report.dropped_overlong, report.truncated) == (
+        1,
+        [1.0, 0.0],
+        0,
+        0,
+    )
 
 
 def test_token_level_advantages_replace_the_baseline_of_their_sequence_only() -> None:
@@ -182,9 +187,9 @@ def test_policy_version_is_taken_where_it_is_an_integer() -> None:
 def test_overlong_is_dropped_counted_logged_and_counts_in_the_baseline(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         report = build(group(), max_token_len=3)
-    assert (report.dropped_overlong, report.truncated, report.groups) == (1, 0, 1)
+    assert (report.dropped_overlong, report.truncated, len(report.used)) == (1, 0, 1)
     assert advantages(report) == [pytest.approx([0, 0, A])]  # with the other's score in the baseline
-    assert report.scores.tolist() == [1.0, 0.0]
+    assert [score for _, score in report.scores] == [1.0, 0.0]
     assert "1 sequences longer than 3 tokens are left out of training" in caplog.text
 
 
@@ -232,13 +237,13 @@ def test_bad_groups_are_quarantined_with_a_reason(changes: dict[str, Any], expec
 
 
 def test_without_a_vocabulary_only_negative_ids_are_refused() -> None:
-    assert build(group(tokens=[[5, 6, 10**6], TOKENS[1]], masks=[[-100] * 3, MASKS[1]])).groups == 1
+    assert build(group(tokens=[[5, 6, 10**6], TOKENS[1]], masks=[[-100] * 3, MASKS[1]])).used
     assert reason(group(tokens=[[5, 6, -1], TOKENS[1]])) == "tokens[0][2] = -1: a token id is never negative"
 
 
 def test_every_group_bad_gives_no_sample() -> None:
     report = build(group(scores=[NAN, 0.0]), normalization="batch")
-    assert (report.samples, report.groups, report.scores.tolist()) == ([], 0, [])
+    assert (report.samples, report.used, report.scores) == ([], [], [])
     assert len(report.quarantined) == 1
     assert build().samples == []
 
@@ -270,7 +275,7 @@ ROW = st.lists(st.integers(-110, 12) | JUNK, max_size=5)
 )
 def test_whatever_comes_is_quarantined_or_sound(bad: dict[str, Any], normalization: str, estimator: str) -> None:
     report = build(group(), bad, vocab_size=13, normalization=normalization, estimator=estimator)
-    assert report.groups + len(report.quarantined) == 2
+    assert len(report.used) + len(report.quarantined) == 2
     assert all(quarantined.reason for quarantined in report.quarantined)
     for sample in report.samples:
         assert np.isfinite(sample.advantages).all()
@@ -293,7 +298,7 @@ def test_images_are_refused_by_name_unless_ignored_and_unknown_fields_are_warned
     report = build(group(images=["a.png", None]), ignore_fields=("images",))
     assert advantages(report) == [pytest.approx([0, 0, A]), pytest.approx([0, 0, -A, -A])]
     for absent in (None, [], {}):
-        assert build(group(images=absent)).groups == 1
+        assert build(group(images=absent)).used
     build(group(my_seed=5), group(my_seed=6, my_a=7))
     assert sorted(record.getMessage()[:31] for record in caplog.records if "no field" in record.getMessage()) == [
         'an environment sends "my_a", wh',

@@ -22,6 +22,7 @@ from atropos_verl.types import TrainingSample
 
 verl_plugin.activate("cpu")
 
+from atropos_verl.backends.local.worker import PolicyWorker  # noqa: E402
 from atropos_verl.verl_plugin import engines, prefix_forest  # noqa: E402
 from atropos_verl.verl_plugin.engines import (  # noqa: E402 - verl picks its platform at import
     ATTENTION,
@@ -50,10 +51,21 @@ def _model(path: Path, *, packed: bool, attention: str = "sdpa") -> Any:
     return model
 
 
+def _worker(path: Path, budget: int = 100, *, share: bool = True, **values: Any) -> PolicyWorker:
+    trainer = {"device": "cpu", "max_token_len_per_gpu": budget, "share_prefixes": share}
+    return PolicyWorker(RunConfig.from_mapping({"trainer": trainer, **values}), path)
+
+
 def _loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Weighted so that no two positions have the same gradient; logits [T, V]."""
     logprobs = logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).squeeze(1)
     return -(logprobs * torch.linspace(-1, 2, len(logprobs), dtype=logits.dtype)).sum()
+
+
+def _set_blocks(patch: pytest.MonkeyPatch, dense: int, branch: int, mask: int) -> None:
+    patch.setattr(prefix_forest, "DENSE_TOKENS", dense)
+    patch.setattr(engines, "BRANCH_BLOCK", branch)
+    patch.setattr(engines, "MASK_ELEMENTS", mask)
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -62,9 +74,7 @@ def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequenc
     model_path: Path, shares: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ``block`` 4 the branches are long ones, whose masks are made part by part, and again in the backward."""
-    monkeypatch.setattr(prefix_forest, "DENSE_TOKENS", block)
-    monkeypatch.setattr(engines, "BRANCH_BLOCK", block)
-    monkeypatch.setattr(engines, "MASK_ELEMENTS", 8 * block)
+    _set_blocks(monkeypatch, block, block, 8 * block)
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, 250, (length,), generator=generator) for length in LENGTHS]
     # Branches of one sequence, a beginning of it, and it again.
@@ -120,9 +130,7 @@ def test_flex_attention_gives_the_logits_of_sdpa(
 
 def test_no_mask_of_a_long_branch_is_kept_for_the_backward(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two branches of 90 tokens below 60: their masks are 4 · 90 · 150 numbers a layer; none is larger than a block."""
-    for module, name, value in ((prefix_forest, "DENSE_TOKENS", 16), (engines, "BRANCH_BLOCK", 32)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(engines, "MASK_ELEMENTS", 32)
+    _set_blocks(monkeypatch, 16, 32, 32)
     rows = _grown([(0, 0, 150), (0, 60, 90)], 1)
     kept: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
@@ -174,9 +182,7 @@ def test_random_forests_give_loss_gradients_and_logprobs_of_sequences_end_to_end
     """float32, 1e-5 relative."""
     rows, model = _grown(plan, seed), _models(model_path)[torch.float32]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_forest, "DENSE_TOKENS", block)
-        patch.setattr(engines, "BRANCH_BLOCK", block)
-        patch.setattr(engines, "MASK_ELEMENTS", 8 * block)
+        _set_blocks(patch, block, block, 8 * block)
         flat, shared = (_figures(model, rows, seed, shares=shares) for shares in (False, True))
     for expected, found in zip(flat, shared, strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-7
@@ -198,10 +204,7 @@ def test_in_bfloat16_the_error_against_float32_is_that_of_sequences_end_to_end(m
 
 @functools.cache
 def _models(path: Path) -> dict[torch.dtype, Any]:
-    models = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        models[dtype] = _model(path, packed=True).to(dtype)
-    return models
+    return {dtype: _model(path, packed=True).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 def test_entropy_and_old_logprobs_are_computed_with_shared_prefixes_and_for_trained_tokens_only(
@@ -209,15 +212,13 @@ def test_entropy_and_old_logprobs_are_computed_with_shared_prefixes_and_for_trai
 ) -> None:
     from verl.utils import tensordict_utils as tu
 
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     samples = branching_samples(9)
-    worker = PolicyWorker(RunConfig.from_mapping({"trainer": {"device": "cpu"}}), model_path)
+    worker = _worker(model_path, 4096)
     engine, plain = worker._worker.engine, _model(model_path, packed=False)
     worker.compute_logprobs(samples[:1])  # the probe is done
     seen: list[int] = []
     hook = engine.module.get_input_embeddings().register_forward_hook(lambda _m, a, _o: seen.append(a[0].numel()))
-    data = worker._to_tensordict(samples, None, [[*range(len(samples))]])
+    data, _ = worker._to_tensordict(samples, None)
     tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=True)
     output = worker._worker.infer_batch(data)
     hook.remove()
@@ -264,9 +265,9 @@ SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
+    "head_dim": 16,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 256,
     "bos_token_id": 256,
     "eos_token_id": 258,
@@ -299,8 +300,6 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
 ) -> None:
     import transformers
 
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     build_tiny_tokenizer(tmp_path)
     config = getattr(transformers, f"{name}Config")(**SMALL, **fields)
     with torch.random.fork_rng(devices=[]):
@@ -316,8 +315,7 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
         logprobs = logits.log_softmax(-1).gather(1, ids[1:, None]).squeeze(1).double().numpy()
         terms.append(-(logprobs * sample.advantages[1:] * sample.loss_mask[1:]).sum())
     expected = sum(terms) / sum(sample.loss_mask.sum() for sample in samples)
-    values = {"trainer": {"device": "cpu"}, "optim": {"lr": 0.0}}
-    worker = PolicyWorker(RunConfig.from_mapping(values), tmp_path)
+    worker = _worker(tmp_path, 4096, optim={"lr": 0.0})
     for _ in range(2):
         assert worker.train(samples)["loss"] == pytest.approx(expected, rel=1e-4)
     said = [record.message for record in caplog.records if "prefixes that sequences share" in record.message]
@@ -328,11 +326,8 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
 def test_every_distinct_prefix_is_computed_once_and_logprobs_are_those_of_padded_rows(
     model_path: Path, budget: int
 ) -> None:
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     samples = branching_samples(5)
-    trainer = {"device": "cpu", "max_token_len_per_gpu": budget}
-    worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer}), model_path)
+    worker = _worker(model_path, budget)
     engine = worker._worker.engine
     worker.compute_logprobs(samples[:1])  # the probe is done
     seen: list[torch.Size] = []
@@ -367,14 +362,10 @@ def test_every_distinct_prefix_is_computed_once_and_logprobs_are_those_of_padded
 def test_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(
     model_path: Path, loss: dict[str, Any], checkpointing: bool
 ) -> None:
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     results = []
     for shares in (False, True):
-        trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": shares}
-        model = {"enable_gradient_checkpointing": checkpointing}
-        values = {"trainer": trainer, "model": model, "loss": loss, "optim": {"lr": 1e-4}}
-        worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
+        values = {"model": {"enable_gradient_checkpointing": checkpointing}, "loss": loss, "optim": {"lr": 1e-4}}
+        worker = _worker(model_path, share=shares, **values)
         output = worker.train(branching_samples(7))
         weights = {name: tensor.clone() for name, tensor in worker.named_tensors()}
         results.append((output, weights))
@@ -407,12 +398,8 @@ def test_the_kl_to_teacher_and_reference_is_added_to_the_loss_of_each_kind_of_ro
     model_path: Path, strategy: str
 ) -> None:
     """Loss and gradient norm of branches, in micro-batches, against a float64 model that runs each by itself."""
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     samples = _taught(branching_samples(7))
-    trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": strategy == "shared"}
-    values = {"trainer": trainer, "optim": {"lr": 0.0}}
-    worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
+    worker = _worker(model_path, share=strategy == "shared", optim={"lr": 0.0})
     if strategy == "padded":
         worker._worker.engine._packs = False
     output = worker.train(samples)
@@ -448,10 +435,7 @@ def test_the_kl_to_teacher_and_reference_is_added_to_the_loss_of_each_kind_of_ro
 
 
 def test_teachers_are_refused_where_the_head_is_verls_own(model_path: Path) -> None:
-    from atropos_verl.backends.local.worker import PolicyWorker
-
-    trainer = {"device": "cpu", "max_token_len_per_gpu": 100}
-    worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer}), model_path)
+    worker = _worker(model_path)
     worker._worker.engine._selective = False
     with pytest.raises(ConfigError, match=r"distill: a teacher's values need trainer.strategy=fsdp2"):
         worker.train(_taught(branching_samples(7)))
@@ -464,17 +448,13 @@ def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_mode
     from verl.utils import tensordict_utils as tu
     from verl.workers import config as verls
 
-    from atropos_verl.backends.local.worker import PolicyWorker
-
     lora = {"lora_rank": 4, "lora_alpha": 16, "target_modules": "all-linear"}
     monkeypatch.setattr(verls, "HFModelConfig", functools.partial(verls.HFModelConfig, **lora))
     samples, results = branching_samples(11), []
     for shares in (False, True):
-        trainer = {"device": "cpu", "max_token_len_per_gpu": 100, "share_prefixes": shares}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of the adapters
-            values = {"trainer": trainer, "optim": {"lr": 1e-2}}
-            worker = PolicyWorker(RunConfig.from_mapping(values), model_path)
+            worker = _worker(model_path, share=shares, optim={"lr": 1e-2})
         seen: list[int] = []
         embedding = worker._worker.engine.module.get_input_embeddings()
         embedding.register_forward_hook(lambda _m, args, _o, seen=seen: seen.append(args[0].numel()))
@@ -484,7 +464,7 @@ def test_shared_prefixes_with_an_adapter_and_with_the_reference_that_is_the_mode
         }
         logprobs = []
         for reference in (False, True):
-            data = worker._to_tensordict(samples, None, [[*range(len(samples))]])
+            data, _ = worker._to_tensordict(samples, None)
             tu.assign_non_tensor(data, compute_loss=False, no_lora_adapter=reference)
             logprobs.append(worker._worker.infer_batch(data)["log_probs"].values().clone())
         results.append((outputs, trained, logprobs, sum(seen)))

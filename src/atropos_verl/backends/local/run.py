@@ -28,11 +28,9 @@ def run(
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Trains until ``config.steps``; returns the outcome for ``summary.json``, and the held-out scores by label.
 
-    Args:
-        listener: the socket of the gateway; it listens already.
-        start_environment: called once the trainer is registered. None: environments run elsewhere.
-        check_services: called while waiting; raises when the run cannot go on.
-        stop_services: called before the engine ends: requests of an environment would otherwise be waited for.
+    ``listener``: the socket of the gateway, which listens. ``start_environment`` is called once the trainer is
+    registered (None: environments run elsewhere), ``check_services`` while waiting (it raises when the run cannot go
+    on), ``stop_services`` before the engine ends: requests of an environment would otherwise be waited for.
     """
     run_dir = config.resolve_run_dir()
     with ExitStack() as stack:
@@ -52,7 +50,7 @@ def run(
 
             import_verl(config)
         on_step = _make_tracker(config, run_dir)
-        trainer = AtroposTrainer(config, run_dir=run_dir, source=source, gateway_listener=listener)
+        trainer = AtroposTrainer(config, source=source, gateway_listener=listener)
         stack.callback(trainer.close)
         stack.callback(stop_services)
         if start_environment is None:
@@ -82,17 +80,11 @@ def _make_tracker(config: RunConfig, run_dir: Path) -> Callable[[StepReport], No
     from atropos_verl.verl_plugin.shims import let_trackers_fail
 
     let_trackers_fail()
+    names = list(config.trainer.logger)
     try:
-        tracking = Tracking(
-            project_name=config.trainer.project_name,
-            experiment_name=config.trainer.experiment_name,
-            default_backend=list(config.trainer.logger),
-            config=config.public(),
-        )
+        tracking = Tracking(config.trainer.project_name, config.trainer.experiment_name, names, config.public())
     except Exception as error:  # each tracker has its own
-        names = ", ".join(config.trainer.logger)
-        raise ConfigError(f"{names} cannot be started: {error!r}", "trainer.logger") from error
-
+        raise ConfigError(f"{', '.join(names)} cannot be started: {error!r}", "trainer.logger") from error
     reader = TraceReader(run_dir)
 
     def send(report: StepReport) -> None:

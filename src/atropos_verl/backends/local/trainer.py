@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import numpy as np
+import torch
 
-from atropos_verl.backends.local.stack import LocalStack
+from atropos_verl.backends.local.worker import PolicyWorker, held_interrupts, import_verl
 from atropos_verl.config.composition import fitted_to_model
 from atropos_verl.config.schema import RunConfig, apply_environment, bounds_of, check_bounds
-from atropos_verl.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError, WeightSyncError
+from atropos_verl.engine.embedded import TransformersEngine
+from atropos_verl.engine.protocol import PinnedEngine, RequestGate
+from atropos_verl.engine.runner import engine_threads
+from atropos_verl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    TrainingDivergedError,
+    WeightSyncError,
+)
+from atropos_verl.gateway.app import GatewayServer, create_app
+from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import Listener
-from atropos_verl.protocol.client import AtroposClient
+from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.storage import locked
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.checkpoint_state import (
@@ -35,7 +46,7 @@ from atropos_verl.training.checkpoint_state import (
 from atropos_verl.training.extensions import check_extensions, load_function
 from atropos_verl.training.samples import build_samples, sample_settings
 from atropos_verl.training.selfplay import RewardFunction, SelfPlay
-from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
+from atropos_verl.training.staleness import BatchProvenance, look_up_counts, make_throttle, staleness_metrics
 from atropos_verl.training.step import (
     NO_SIGNAL,
     HeldOut,
@@ -46,70 +57,19 @@ from atropos_verl.training.step import (
     outcome,
     step_report,
 )
+from atropos_verl.training.weight_sync import AtroposShardingManager, Canary
 from atropos_verl.types import SampleReport, ScoredGroup, StepReport, TrainingSample
-from atropos_verl.verl_plugin import own_rank
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
-_ONE_INTERRUPT_SECONDS = 1.0
-"""Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
 
-_STOPPING = "stopping: the trainer ends its step and writes its checkpoint (interrupt again to end at once)\n"
-
-
-@contextmanager
-def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
-    """Delivers SIGINT, SIGTERM and SIGHUP when the block ends, after a whole step; a second, over 1 s later, at once.
-
-    An exception of the block drops the signal: the run is ending anyway, and its cause is the better explanation.
-    ``deliver=False`` drops the first signal altogether. Blocks may be nested. Only the main thread gets signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[int, Any] = {}
-    first: list[tuple[int, float]] = []
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if not first:
-            logger.info("%s: finishing the current step", signal.Signals(number).name)
-            if own_rank()[0] == 0:
-                # Standard error may be in the middle of a write, which refuses another one, or be gone.
-                with suppress(RuntimeError, OSError):
-                    sys.stderr.write(_STOPPING)
-                    sys.stderr.flush()
-            first.append((number, time.monotonic()))
-        elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
-            restore()
-            signal.raise_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # None: not set by Python, so it could not be put back. Ignored: nohup's SIGHUP.
-        if signal.getsignal(number) not in (None, signal.SIG_IGN):
-            before[number] = signal.signal(number, note)
-    try:
-        yield
-    finally:
-        restore()
-    if first and deliver:
-        signal.raise_signal(first[0][0])
-
-
-class AtroposTrainer:
+class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
     """Trains a policy in verl on rollouts that went through an Atropos trajectory API. Close it after use.
 
     Args:
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
             ``reward.path`` may name it instead.
-        source: the batch source of a run that has registered already; the trainer closes it, and ``client``.
+        source: the batch source of a run that has registered already; the trainer closes it.
     """
 
     def __init__(
@@ -117,8 +77,6 @@ class AtroposTrainer:
         config: RunConfig,
         *,
         reward_fn: RewardFunction | None = None,
-        client: AtroposClient | None = None,
-        run_dir: Path | None = None,
         source: BatchSource | None = None,
         gateway_listener: Listener | None = None,
     ) -> None:
@@ -127,13 +85,9 @@ class AtroposTrainer:
             if reward_fn is not None:
                 raise ConfigError("a reward_fn was given as well; give one of the two", "reward.path")
             reward_fn = load_function("reward.path", config.reward.path)
-        self.config = config
-        self._overlapped = config.is_overlapped
-        self.reward_fn = reward_fn
-        self.run_dir = run_dir or config.resolve_run_dir()
-        self.model_path = config.resolve_model_path()
-        self.source = source or BatchSource(config, self.run_dir, client)
-        self.client = self.source.client
+        self.config, self.reward_fn, self._overlapped = config, reward_fn, config.is_overlapped
+        self.source = source or BatchSource(config, config.resolve_run_dir())
+        self.run_dir, self.client = self.source.run_dir, self.source.client
         self.state = RunState()
         self.updating = False
         """The weights have changed, or may have, and ``step`` does not say so yet: this state must not be saved."""
@@ -142,24 +96,102 @@ class AtroposTrainer:
             if source is None:  # a command holds its run directory itself
                 held.enter_context(locked(self.run_dir / "lock", "a training run"))
             held.callback(self.source.close)
-            parts = (self, gateway_listener, self.run_dir, self.source.trace)
-            self.stack = stack = LocalStack(config, self.model_path, *parts)
-            held.callback(stack.close)
-            self.settings = sample_settings(config, stack.engine.vocab_size)
+            self._build(held, gateway_listener)
+            self.settings = sample_settings(config, self.engine.vocab_size)
             self._parts = held.pop_all()
-        self.engine, self.tokenizer, self.sharding_manager = stack.engine, stack.tokenizer, stack.sharding_manager
-        self.provenance = BatchProvenance(config.off_policy, self.stack.ledger, self.settings, self.tokenizer)
-        self.source.attach(self.provenance, self.stack.throttle, self.state.totals)
-        self._is_open = False
+        provenance = BatchProvenance(config.off_policy, self.ledger, self.settings, self.tokenizer)
+        self.source.attach(provenance, self.throttle, self.totals)
+        self.engine.attend = self._attend
+        self._is_open, self._saved_at = False, 0
         self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
-        self._saved_at = 0
         self._held_out: HeldOut
         self._evaluating: int | None = None
         """The step whose policy is being evaluated while training goes on."""
         self._held_out_figures: dict[str, float | int | None] = {}
         """Of evaluations that have ended since the last line of ``metrics.jsonl``."""
-        self.engine.attend = self._attend
+
+    def _build(self, held: ExitStack, gateway_listener: Listener | None) -> None:
+        """Loads model and tokenizer, builds engine and worker, starts the gateway (gate closed, no weights yet). A part
+        that fails to stop, or a second Ctrl-C, does not spare the others in ``held``."""
+        from transformers import AutoConfig, AutoTokenizer
+
+        config, trace = self.config, self.source.trace
+        model_path, self.gate = config.resolve_model_path(), RequestGate()
+        device = import_verl(config)
+        model = AutoConfig.from_pretrained(str(model_path), trust_remote_code=config.model.trust_remote_code)
+        threads, trainer_threads = share_cores(config, device, model)
+        self.worker = PolicyWorker(config, model_path)
+        held.callback(self.worker.close)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model.tokenizer_path or str(model_path))
+        self.engine = TransformersEngine.from_pretrained(
+            model_path,
+            tokenizer=self.tokenizer,
+            trust_remote_code=config.model.trust_remote_code,
+            gate=self.gate,
+            # The trainer computes in this dtype whatever the checkpoint holds; logprobs must be of the same policy.
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.compute_dtype],
+            device=device,
+            max_running=config.inference.max_running,
+            max_context_len=config.inference.max_context_len or config.max_token_len,
+            release_weights=config.inference.release_weights,
+            keep_kv=config.overlap.kv_after_swap == "keep",
+            seed=config.seed,
+            num_threads=threads,
+        )
+        held.callback(self.engine.close)
+        if trainer_threads is not None:
+            torch.set_num_threads(trainer_threads)  # of this thread, the trainer's
+        self.gate.pause(timeout=60.0)
+        self.engine.release_memory_occupation()
+        self.ledger = Ledger(config.off_policy.ledger_bytes)
+        held.callback(self.ledger.close)
+        self.throttle = make_throttle(config.off_policy, self.ledger, config.batch_size)
+        sessions = SessionStore(self.run_dir / "gateway", trace.session)
+        held.callback(sessions.close)
+        self.evaluated = PinnedEngine(self.engine)
+        app = create_app(
+            self.engine,
+            self.tokenizer,
+            gate=self.gate,
+            ledger=self.ledger,
+            throttle=self.throttle,
+            evaluated=self.evaluated,
+            max_new_tokens=config.max_response_length,
+            model_name=str(model_path),
+            sessions=sessions,
+            on_request=trace.request,
+            **config.gateway.for_app(),
+        )
+        host, port = config.gateway.host, config.gateway.port
+        self.gateway = GatewayServer(app, host=host, port=port, listener=gateway_listener)
+        self.gateway.start(timeout=30.0)
+        held.callback(self.gateway.stop, timeout=10.0)
+        held.callback(self.evaluated.close)
+        canary = self._canary() if config.sync.canary else None
+        self.sharding_manager = AtroposShardingManager(self.engine, self, gate=self.gate, canary=canary)
+        # First: who waits at a shut gate is told at once, and the gateway has nobody left to wait for.
+        held.callback(self.engine.close)
+
+    def _canary(self) -> Canary:
+        ids = list(self.tokenizer.encode(self.config.sync.canary_text, add_special_tokens=False))
+        if len(ids := ids[: self.config.max_token_len]) < 2:
+            raise ConfigError(f"{self.config.sync.canary_text!r} has fewer than two tokens", "sync.canary_text")
+        mask = np.arange(len(ids)) > 0
+        sample = TrainingSample(token_ids=np.array(ids), loss_mask=mask, advantages=np.zeros(len(ids)))
+
+        def engine_logprobs() -> list[float]:
+            try:
+                return list(self.engine.compute_logprobs(ids))
+            except EngineError as error:
+                raise WeightSyncError(f"after the weight sync the engine gives no logprobs: {error}") from error
+
+        return Canary(
+            trainer_logprobs=lambda: self.worker.compute_logprobs([sample])[0][1:].tolist(),
+            engine_logprobs=engine_logprobs,
+            staged_logprobs=lambda: self.engine.compute_staged_logprobs(ids),
+            threshold=self.config.canary_threshold,
+        )
 
     @classmethod
     def from_config(
@@ -175,9 +207,6 @@ class AtroposTrainer:
             logger.info("%s", note)
         check_bounds(bounds_of(settings))
         return cls(settings, reward_fn=reward_fn, **extra)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -199,12 +228,12 @@ class AtroposTrainer:
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Full weights by Hugging Face name. Consume all of it: other ranks take part in each."""
-        return self.stack.worker.named_tensors()
+        return self.worker.named_tensors()
 
     @property
     def gateway_url(self) -> str:
         """Base URL for environments (without ``/v1``)."""
-        return self.config.gateway.advertise_url or self.stack.gateway.url
+        return self.config.gateway.advertise_url or self.gateway.url
 
     def open_rollouts(self) -> None:
         """Enters the rollout phase: memory back, newest weights in, canary, gate open. No-op when open."""
@@ -234,8 +263,6 @@ class AtroposTrainer:
             self._is_open = False
             self.sharding_manager.__exit__(None, None, None)
 
-    # ------------------------------------------------------------------ the step, in its named phases
-
     def rl_training_step(self, prompts: Sequence[Any]) -> StepReport:
         """One complete step on rollouts that this trainer samples for ``prompts`` and scores with ``reward_fn``.
 
@@ -259,7 +286,7 @@ class AtroposTrainer:
             raise ConfigError("rl_training_step needs a reward_fn(prompts, completions); environments use fit()")
         self.open_rollouts()
         if self._self_play is None:
-            parts = (self.config, self.engine, self.tokenizer, self.client, self.stack.ledger, self.reward_fn)
+            parts = (self.config, self.engine, self.tokenizer, self.client, self.ledger, self.reward_fn)
             self._self_play = SelfPlay(*parts, register_trainer=lambda size: self.source.register(self.step, size))
         started = time.perf_counter()
         self._self_play.submit(prompts)
@@ -270,8 +297,6 @@ class AtroposTrainer:
     def compute_advantages_from_atropos(self, rollout_data: RolloutData | Sequence[ScoredGroup]) -> torch.Tensor:
         """Advantages [B, L] float32 (right-padded with 0) of the batch's B trainable sequences, which are kept in
         ``rollout_data.report``. Bad groups are written to ``run_dir/quarantine``."""
-        import torch
-
         data = rollout_data if isinstance(rollout_data, RolloutData) else RolloutData(list(rollout_data))
         samples = self._make_samples(data).samples
         rows = torch.zeros(len(samples), max((len(sample) for sample in samples), default=0))
@@ -280,17 +305,8 @@ class AtroposTrainer:
         return rows
 
     def _make_samples(self, data: RolloutData) -> SampleReport:
-        (version, applied), data.applied = data.applied or (None, None), None
-        matches = self.provenance.look_up(data.groups) if data.matches is None else data.matches
-        if applied is None or version != self.policy_version:
-            applied = self.provenance.apply(data.groups, matches, self.policy_version)
-        data.off_policy = applied.figures
-        data.report = build_samples(applied.groups, self.settings, running=self.moments)
-        if data.entry is not None:
-            self.source.trace.collected(data.places, data.groups, matches, applied, data.report)
-        for bad in data.report.quarantined:
-            self.source.quarantine.put(bad)
-        return data.report
+        make = partial(build_samples, settings=self.settings, running=self.moments)
+        return self.source.collect(data, self.policy_version, make)
 
     def _prepare(self, data: RolloutData) -> None:
         """Makes a batch's samples in the source's thread, unless they depend on the batches trained before it."""
@@ -324,8 +340,8 @@ class AtroposTrainer:
             self.close_rollouts()
         self.updating = True
         data.off_policy |= staleness_metrics(samples, self.policy_version)
-        figures = self.stack.worker.train(samples)
-        data.trainer_logprobs = self.stack.worker.logprobs
+        figures = self.worker.train(samples)
+        data.trainer_logprobs = self.worker.logprobs
         self.state.policy_version += 1
         return {"tokens": float(tokens), **figures}
 
@@ -338,12 +354,10 @@ class AtroposTrainer:
         """
         from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
 
-        logits = self.stack.worker.forward_logits(input_ids)
+        logits = self.worker.forward_logits(input_ids)
         return compute_advantage_weighted_sft_loss(
             logits, *(tensor.to(logits.device) for tensor in (input_ids, advantages, loss_mask))
         )
-
-    # ------------------------------------------------------------------ a whole step
 
     @held_interrupts()
     def train_on(self, rollout_data: RolloutData, started: float | None = None) -> StepReport:
@@ -359,21 +373,13 @@ class AtroposTrainer:
             raise
         trained = time.perf_counter()
         self.state.step += 1
-        self.source.trained(data, self.step)
-        counts = {
-            **{name: getattr(report, name) for name in ("groups", "dropped_overlong", "truncated")},
-            "sequences": len(report.samples),
-            "rollouts": len({(s.group_id, s.rollout_id) for s in report.samples}),
-            "quarantined": len(report.quarantined),
-            "filtered": len(report.filtered),
-            "trained_tokens": int(figures.pop("tokens")),
-        }
-        stale = int(data.off_policy["off_policy/dropped_stale_groups"] or 0)
-        self.totals.count({**counts, **look_up_counts(data.off_policy), "stale": stale})
+        self.source.trained(data, self.step, trainer_logprobs=data.trainer_logprobs_by_place())
+        looked_up = look_up_counts(data.off_policy)
+        self.totals.count(report.counts | looked_up)
         self.updating = False
         try:
             self.serve_newest()
-            self.source.done(stale)
+            self.source.done(looked_up["stale"])
         finally:  # whatever failed since, the step was taken: its line must not be missing
             synced = time.perf_counter()
             seconds = {
@@ -384,20 +390,13 @@ class AtroposTrainer:
                 "sync": synced - trained,
                 "step": synced - (begin if started is None else started),
             }
-            line = self._report(data, report, figures, counts, seconds)
+            line = self._report(data, report, figures, seconds)
         self.source.ack(data)
         return line
 
     def _report(
-        self,
-        data: RolloutData,
-        report: SampleReport,
-        figures: dict[str, float],
-        counts: dict[str, int],
-        seconds: dict[str, float],
+        self, data: RolloutData, report: SampleReport, figures: dict[str, float], seconds: dict[str, float]
     ) -> StepReport:
-        env_ids = {group.env_id for group in data.groups if group.env_id is not None}
-        scores = {(s.env_id, s.group_id, s.rollout_id): s.score for s in report.samples}
         advantages = [np.abs(s.advantages[s.loss_mask]) for s in report.samples]
         last = self.sharding_manager.last_sync
         sync: Any = last if last is not None and last.policy_version == self.policy_version else None
@@ -406,11 +405,10 @@ class AtroposTrainer:
             self.policy_version,
             figures.pop("loss"),
             scores=report.scores,
-            environments={env: [score for (own, *_), score in scores.items() if own == env] for env in env_ids},
-            counts=counts,
+            counts=report.counts,
             seconds=seconds,
             figures={
-                "advantage/mean_abs": float(np.concatenate(advantages).mean()) if counts["trained_tokens"] else None,
+                "advantage/mean_abs": float(np.concatenate(advantages).mean()) if figures.pop("tokens") else None,
                 "sync/seconds": sync and sync.seconds,
                 "sync/paused_seconds": sync and sync.paused_seconds,
                 "sync/bytes": sync and sync.bytes_copied,
@@ -428,8 +426,6 @@ class AtroposTrainer:
             self._log.append(line)
         return line
 
-    # ------------------------------------------------------------------ checkpoints
-
     def save_checkpoint(self) -> Path:
         """Writes ``run_dir/checkpoints/global_step_N`` now; older ones beyond ``trainer.max_ckpt_to_keep`` go. Raises
         ``CheckpointError``; the checkpoint before then stays the newest one."""
@@ -438,7 +434,7 @@ class AtroposTrainer:
             self._log.sync()
         keep = self.config.trainer.max_ckpt_to_keep
         with new_checkpoint(root, self.step, keep, spare=self._evaluating) as directory:
-            self.stack.worker.save_checkpoint(directory / "actor", self.step)
+            self.worker.save_checkpoint(directory / "actor", self.step)
             self.state.save(directory, self.config)
         self.source.batches.discard_through(self.step)
         self._saved_at = self.step
@@ -450,17 +446,11 @@ class AtroposTrainer:
         directory = find_checkpoint(self.run_dir / "checkpoints", self.config.resume, note)
         if directory is not None:
             saved = self.state.restore(directory)
-            self.stack.worker.load_checkpoint(directory / "actor")
+            self.worker.load_checkpoint(directory / "actor")
             note(f"resumed from {directory} at step {self.step}, policy version {self.policy_version}")
             if changes := changed_settings(saved, self.config):
                 note(f"settings that have changed since: {', '.join(changes)}")
-        self.provenance.resumed_at = None if self.config.resume == "disable" else self.policy_version
-        if known := self.stack.ledger.persist(self.run_dir / "ledger", self.provenance.resumed_at):
-            note(f"{known} completions of before the interruption are known: their groups may still come")
-        if pending := self.source.resume(self.step):
-            note(f"{pending} batches fetched before the interruption are trained first")
-
-    # ------------------------------------------------------------------ environment-driven training
+        self.source.go_on(self.step, self.policy_version, note)
 
     def fit(
         self,
@@ -472,9 +462,8 @@ class AtroposTrainer:
     ) -> dict[str, Any]:
         """Trains on the batches of environments up to step ``config.steps``; returns its part of ``summary.json``.
 
-        The rollout phase stays open (newest weights served), so that an evaluation can follow. What ends the run is
-        raised after the steps since the last checkpoint were saved, if that is possible. ``check_services`` is called
-        while waiting, and raises when a process of the run has died; ``on_step`` with every step's report.
+        The rollout phase stays open for an evaluation. What ends the run is raised after the steps since the last
+        checkpoint were saved, if possible. ``check_services`` is called while waiting; it raises when a process died.
         """
         source, config, progress = self.source, self.config, progress or LoggedProgress()
         source.note = progress.note
@@ -489,7 +478,7 @@ class AtroposTrainer:
 
         def check() -> None:
             self.engine.check_alive()
-            self.stack.gateway.check_alive()
+            self.gateway.check_alive()
             if check_services is not None:
                 check_services()
 
@@ -523,7 +512,7 @@ class AtroposTrainer:
 
     def evaluate(self, label: str) -> None:
         """Waits for the evaluation ``label`` that was started, if one was, while nothing is trained."""
-        self.stack.evaluated.pin()
+        self.evaluated.pin()
         self._finish_evaluation(label, self.step)
 
     def _evaluate_if_due(self, progress: Progress) -> None:
@@ -536,7 +525,7 @@ class AtroposTrainer:
             progress.note(f"step {self.step} is not evaluated: the evaluation of step {self._evaluating} goes on")
         elif held_out.start(label) and self._overlapped:
             self._attend()
-            self.stack.evaluated.pin(self.engine.copy())
+            self.evaluated.pin(self.engine.copy())
             self._evaluating = self.step
         else:
             self.evaluate(label)
@@ -550,7 +539,7 @@ class AtroposTrainer:
 
     def _finish_evaluation(self, label: str, step: int) -> None:
         figures = self._held_out.finish(label, self._attend)
-        self.stack.evaluated.unpin()
+        self.evaluated.unpin()
         if figures:
             self._held_out_figures = {**figures, "held_out/step": step}
         if self.config.eval.keep_best and is_best(self._held_out.scores, label):
@@ -582,9 +571,8 @@ class AtroposTrainer:
         return self.step % config.save_freq == 0 or self.step == last or is_evaluated
 
     def _save_what_was_trained(self, error: BaseException, progress: Progress) -> None:
-        unusable = isinstance(error, CheckpointError | TrainingDivergedError | WeightSyncError)
-        saved_at = self._saved_at
-        if self.config.save_freq <= 0 or self.step == saved_at or unusable:
+        unusable, saved_at = CheckpointError | TrainingDivergedError | WeightSyncError, self._saved_at
+        if self.config.save_freq <= 0 or self.step == saved_at or isinstance(error, unusable):
             return
         again = f"the same command with run_dir={self.run_dir} resume=auto"
         if self.updating:
@@ -599,3 +587,20 @@ class AtroposTrainer:
             except CheckpointError as second:
                 note = f"and the trained steps since {saved_at} could not be saved: {second}"
         error.add_note(f"({note})")
+
+
+def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = None) -> tuple[int | None, int | None]:
+    """Torch threads of engine and trainer; None: torch's default.
+
+    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores:
+    two pools that each expect every core wait for each other at every barrier; the engine of a small ``model`` (its
+    Hugging Face configuration) gets one. ``cores`` None: those that this process may run on.
+    """
+    engine, trainer = config.inference.num_threads, config.trainer.num_threads
+    if device == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        cores = cores or len(os.sched_getaffinity(0))
+        half = max(1, cores // 2) if config.is_overlapped else None
+        engine = engine or engine_threads(model, config.inference.max_running, half)
+        if config.is_overlapped:
+            trainer = trainer or max(1, cores - (engine or 1))
+    return engine, trainer

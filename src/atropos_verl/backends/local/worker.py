@@ -11,14 +11,18 @@ import functools
 import io
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
 from pathlib import Path
 from pickle import UnpicklingError
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -44,8 +48,46 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _COLLECTIVE_TIMEOUT = timedelta(hours=24)
 """Other ranks wait in a broadcast while rank 0 waits for rollouts."""
-_MEETING_SECONDS = 1800.0
-"""For all ranks to start."""
+_ONE_INTERRUPT_SECONDS = 1.0
+"""Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
+
+_STOPPING = "stopping: the trainer ends its step and writes its checkpoint (interrupt again to end at once)\n"
+_MEETING_SECONDS, _MEETING_LOOK_SECONDS = 1800.0, 60.0
+"""For all ranks to start, and between two warnings meanwhile."""
+
+
+@contextlib.contextmanager
+def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
+    """Delivers SIGINT, SIGTERM and SIGHUP when the block ends, after a whole step; a second, over 1 s later, at once.
+
+    An exception of the block drops the signal: the run is ending anyway, and its cause is the better explanation.
+    ``deliver=False`` drops the first signal altogether. Blocks may be nested. Only the main thread gets signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    first: list[tuple[int, float]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if not first:
+            first.append((number, time.monotonic()))
+            logger.info("%s: finishing the current step", signal.Signals(number).name)
+            # Standard error may be in the middle of a write, which refuses another one, or be gone.
+            with contextlib.suppress(RuntimeError, OSError):
+                sys.stderr.write(_STOPPING if verl_plugin.own_rank()[0] == 0 else "")
+                sys.stderr.flush()
+        elif time.monotonic() - first[0][1] > _ONE_INTERRUPT_SECONDS:
+            restored.close()
+            signal.raise_signal(number)
+
+    with contextlib.ExitStack() as restored:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # None: not set by Python, so it could not be put back. Ignored: nohup's SIGHUP.
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                restored.callback(signal.signal, number, signal.signal(number, note))
+        yield
+    if first and deliver:
+        signal.raise_signal(first[0][0])
 
 
 def import_verl(config: RunConfig) -> str:
@@ -77,12 +119,9 @@ def _on_every_rank(method: F) -> F:
 
     @functools.wraps(method)
     def call(self: PolicyWorker, *arguments: Any) -> Any:
-        if self.rank == 0:
-            self._broadcast(method.__name__, arguments)
+        self._broadcast(method.__name__, *arguments)
         self._is_inside = True
         result = method(self, *arguments)
-        if isinstance(result, Iterator):
-            return self._to_the_end(result)
         self._is_inside = False
         return result
 
@@ -96,8 +135,8 @@ class PolicyWorker:
     """A call of every rank is under way, or did not come to its end: then the other ranks have ended, or wait in it."""
     logprobs: Sequence[FloatArray] = ()
     """[T] of each sample of the last ``train``, before its first update."""
-    _left: Iterator[Any] | None = None
-    """What nobody has taken yet of what the last call gives; it can still be brought to its end."""
+    _tensors: Generator[tuple[str, torch.Tensor], None, None] | None = None
+    """Of the last weight sync; closed, they come to their end."""
 
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
@@ -118,7 +157,7 @@ class PolicyWorker:
         if not self._closed:
             self._closed = True
             try:
-                self._broadcast("close", ())
+                self._broadcast("close")
             except RuntimeError as error:  # torch's word for a broken connection
                 logger.warning("the other ranks end with this process: %s", error)
 
@@ -132,24 +171,15 @@ class PolicyWorker:
                 return
             result = getattr(self, name)(*arguments)
             if isinstance(result, Iterator):
-                for _ in result:
-                    pass
+                deque(result, 0)
 
-    def _to_the_end(self, items: Iterator[Any]) -> Iterator[Any]:
-        for item in items:
-            self._left = items  # not while they are made: what ends that, ends them
-            yield item
-            self._left = None
-        self._is_inside = False
-
-    def _broadcast(self, name: str, arguments: tuple[Any, ...]) -> None:
+    def _broadcast(self, name: str, *arguments: Any) -> None:
         """Raises ``RuntimeError`` after a call that did not come to its end: nobody would hear it, for hours."""
-        if self.world_size > 1:
-            left, self._left = self._left, None
-            if self._is_inside and left is None:
+        if self.world_size > 1 and self.rank == 0:
+            if self._tensors is not None:
+                self._tensors.close()
+            if self._is_inside:
                 raise RuntimeError(f"{name}: an earlier call was not finished, so the other ranks cannot be reached")
-            for _ in left or ():  # whoever took them gave up
-                pass
             torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))
 
     # ------------------------------------------------------------------ calls of rank 0
@@ -162,13 +192,11 @@ class PolicyWorker:
         the optimiser steps) and the last ``lr``. Raises ``TrainingDivergedError`` when loss or gradient norm is not
         finite; the weights are unchanged by that step.
         """
-        old_logprobs: list[FloatArray] | None = None
         loss = self.config.loss
         chunks = _mini_batches(samples, loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed)
         # No optimiser step on nothing: AdamW would decay the weights, and its moments.
         chunks = [chunk for chunk in chunks if any(samples[i].loss_mask.any() for i in chunk)]
-        if loss.ppo_epochs * loss.ppo_mini_batches > 1:
-            old_logprobs = self._logprobs(samples)
+        old_logprobs = self._logprobs(samples) if loss.ppo_epochs * loss.ppo_mini_batches > 1 else None
         outputs: list[dict[str, float]] = []
         for number, chunk in enumerate(chunks, 1):
             part = [samples[i] for i in chunk]
@@ -179,11 +207,21 @@ class PolicyWorker:
         means = {key: float(np.mean([o[key] for o in outputs if key in o])) for key in keys}
         return {**means, "lr": outputs[-1]["lr"]}
 
-    @_on_every_rank
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full (gathered) weights by Hugging Face name. Consume all of it: other ranks take part in each gather."""
+        """Full weights by Hugging Face name. Other ranks take part in each gather: what nobody takes is made too."""
+        self._broadcast("named_tensors")
+        self._is_inside = True
+        self._tensors = self._gathered()
+        return self._tensors
+
+    def _gathered(self) -> Generator[tuple[str, torch.Tensor], None, None]:
         tensors, _ = self._worker.engine.get_per_tensor_param()
-        return ((name, tensor.detach()) for name, tensor in tensors)
+        try:
+            for name, tensor in tensors:
+                yield name, tensor.detach()
+        except GeneratorExit:
+            deque(tensors, 0)
+        self._is_inside = False
 
     @_on_every_rank
     def save_checkpoint(self, directory: Path, step: int) -> None:
@@ -209,8 +247,7 @@ class PolicyWorker:
     def _update(self, samples: list[TrainingSample], old: list[FloatArray] | None, *, last: bool) -> dict[str, float]:
         from verl.utils import tensordict_utils as tu
 
-        shares = self._shares(samples)
-        data = self._to_tensordict(samples, old, shares)
+        data, _ = self._to_tensordict(samples, old)
         tu.assign_non_tensor(data, update_lr_scheduler=last)
         self.loss_function.start()
         metrics = dict(tu.get(self._worker.train_batch(data), "metrics"))
@@ -229,16 +266,15 @@ class PolicyWorker:
         """Logprobs [T] of each sample's trained tokens under the current policy at its temperature; 0 elsewhere."""
         from verl.utils import tensordict_utils as tu
 
-        shares = self._shares(samples)
-        data = self._to_tensordict(samples, None, shares)
+        data, share = self._to_tensordict(samples, None)
         tu.assign_non_tensor(data, compute_loss=False)
-        rows = self._worker.infer_batch(data)["log_probs"].unbind()
         mine: dict[int, FloatArray] = {}
-        for index, row in zip(shares[self.rank], rows, strict=False):  # what follows them are fillers
+        for index, row in zip(
+            share, self._worker.infer_batch(data)["log_probs"].unbind(), strict=False
+        ):  # then fillers
             values = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
             mine[index] = np.concatenate([[0.0], values])
-        found = {index: values for part in self._of_every_rank(mine) for index, values in part.items()}
-        return [found[i] for i in range(len(samples))]
+        return self._by_row(mine, len(samples))
 
     def _of_the_update(self, count: int) -> list[FloatArray]:
         """Logprobs [T] of ``count`` samples as the only update of a step computed them; 0 where nothing is trained."""
@@ -246,6 +282,9 @@ class PolicyWorker:
         for rows, offsets, logprobs in self.loss_function.rows:
             parts = np.split(logprobs.double().cpu().numpy(), offsets[1:-1].cpu().numpy())
             mine |= dict(zip(rows.tolist(), parts, strict=True))
+        return self._by_row(mine, count)
+
+    def _by_row(self, mine: dict[int, FloatArray], count: int) -> list[FloatArray]:
         found = {row: values for part in self._of_every_rank(mine) for row, values in part.items()}
         return [found[i] for i in range(count)]
 
@@ -257,16 +296,9 @@ class PolicyWorker:
 
     compute_logprobs = _on_every_rank(_logprobs)
 
-    def _shares(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        shares_prefixes = self.config.trainer.share_prefixes and not self.config.model.dropout
-        return split_for_ranks(samples, self.world_size, shares_prefixes=shares_prefixes)
-
-    def _to_tensordict(
-        self, samples: Sequence[TrainingSample], old: list[FloatArray] | None, shares: list[list[int]]
-    ) -> Any:
-        """This rank's share in the columns that verl's engine and our losses read: jagged [B, T_b], and [B].
-
-        Untrained fillers make it as many rows as any rank has: every rank makes the same number of micro-batches.
+    def _to_tensordict(self, samples: Sequence[TrainingSample], old: list[FloatArray] | None) -> tuple[Any, list[int]]:
+        """This rank's share in the columns that verl's engine and our losses read (jagged [B, T_b], and [B]), and its
+        indices. Untrained fillers make it as many rows as any rank has: all make the same number of micro-batches.
         """
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -277,6 +309,8 @@ class PolicyWorker:
             raise ConfigError(text, "trainer.max_token_len_per_gpu")
         ids, untrained = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.bool_)
         filler = TrainingSample(token_ids=ids, loss_mask=untrained, advantages=np.zeros(2))
+        shares_prefixes = self.config.trainer.share_prefixes and not self.config.model.dropout
+        shares = split_for_ranks(samples, self.world_size, shares_prefixes=shares_prefixes)
         share = shares[self.rank]
         lacking = max(1, *map(len, shares)) - len(share)
         old = None if old is None else [*(old[i] for i in share), *[np.zeros(2)] * lacking]
@@ -300,17 +334,15 @@ class PolicyWorker:
             columns["rollout_logprobs"] = jagged(rows, torch.float32)
         posted = posted_columns(samples)
         columns |= {name: jagged(rows, torch.float64) for name, rows in posted.items()}
-        return tu.get_tensordict(
-            tensor_dict=columns,
-            non_tensor_dict={
-                "pad_mode": DatasetPadMode.NO_PADDING,
-                "use_remove_padding": False,
-                "use_dynamic_bsz": True,
-                "max_token_len_per_gpu": self.config.trainer.max_token_len_per_gpu,
-                "share_prefixes": self.config.trainer.share_prefixes,
-                "use_fused_kernels": False,
-            },
-        )
+        settings = {
+            "pad_mode": DatasetPadMode.NO_PADDING,
+            "use_remove_padding": False,
+            "use_dynamic_bsz": True,
+            "max_token_len_per_gpu": bound,
+            "share_prefixes": self.config.trainer.share_prefixes,
+            "use_fused_kernels": False,
+        }
+        return tu.get_tensordict(columns, settings), share
 
     def forward_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits [B, L, V] of a padded batch, with a graph, through the trained module (single rank)."""
@@ -357,17 +389,14 @@ def _meet(init: Callable[[], None], rank: int, world_size: int) -> None:
         except BaseException as error:  # noqa: BLE001 - the end of a thread: raised below
             ended.set_exception(error)
 
-    started, told = time.monotonic(), 1
     threading.Thread(target=run, name="atropos-verl-ranks", daemon=True).start()
-    while not ended.done():
-        wait([ended], 0.2)
-        waited = time.monotonic() - started
-        text = f"rank {rank} has waited {waited:.0f} s for the other {world_size - 1}; {verl_plugin.rank_remedy()}"
+    waited = 0.0
+    while not wait([ended], _MEETING_LOOK_SECONDS).done:
+        waited += _MEETING_LOOK_SECONDS
+        text = f"rank {rank} has waited {waited:g} s for the other {world_size - 1}; {verl_plugin.rank_remedy()}"
         if waited > _MEETING_SECONDS:
             raise ConfigError(text)
-        if waited > 20 * told:
-            logger.warning("%s", text)
-            told *= 2
+        logger.warning("%s", text)
     ended.result()
 
 

@@ -1,50 +1,45 @@
-"""``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot, in a thread of the task runner.
+"""``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot, with verl's keys, fields and tags.
 
-A slot is filled with one batch of the API, or with several where groups were too stale (``off_policy.max_staleness``).
-Groups above its size wait for the next one. A batch is acked when steps consumed it; until they consumed all of it, the
-step of each consumed group is kept beside the journalled batch (``batch_N.parts.json``).
+A slot is one batch of the API; where a batch holds nothing to train on, the next one as well. It is acked when a step
+consumed it. Later the advantages of a step replace verl's. docs/internals.md ("Rows of TransferQueue") has the rest.
 """
 
-import json
 import logging
 import queue
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import transfer_queue as tq
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from atropos_verl.backends.ray.transfer import TransferQueueStore, has_rollout_logprobs, make_rows
 from atropos_verl.errors import DataError
-from atropos_verl.protocol.journal import JournalEntry
-from atropos_verl.training.advantages import SequenceAdvantage
-from atropos_verl.training.batch_source import BatchSource
-from atropos_verl.training.samples import collect_samples
+from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
+from atropos_verl.training.batch_source import BatchSource, RolloutData
+from atropos_verl.training.samples import collect_samples, posted_columns
 from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
-from atropos_verl.types import FloatArray, QuarantinedGroup, ScoredGroup, SequenceMatch, TrainingSample
+from atropos_verl.types import (
+    UNKNOWN_VERSION,
+    FloatArray,
+    QuarantinedGroup,
+    SampleReport,
+    ScoredGroup,
+    TrainingSample,
+)
 
 logger = logging.getLogger(__name__)
 
-_PARTS = "parts.json"
-"""Beside a batch: index of a group in it → step that consumed it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """One group of a batch, as it came: its batch, its index in that, and the ledger's matches of its sequences."""
-
-    entry: JournalEntry
-    index: int
-    group: ScoredGroup
-    matches: list[SequenceMatch | None]
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Number of the batch in the journal, index in it."""
-        return self.entry.sequence, self.index
+ADVANTAGES = "atropos_advantages"
+"""Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
+PARTITION = "train"
+"""TransferQueue's, for training."""
 
 
 @dataclass
@@ -53,10 +48,8 @@ class Slot:
 
     uid: str
     global_steps: int
-    entries: list[JournalEntry] = field(default_factory=list)
-    """Batches that groups of it came from."""
-    members: list[Member] = field(default_factory=list)
-    """Groups that are over when its step is done: those it holds, and those that it left out."""
+    batches: list[RolloutData] = field(default_factory=list)
+    """The last one is trained on; those before it held nothing to train on."""
     scores: list[tuple[int | None, float]] = field(default_factory=list)
     """Environment and score of every rollout."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -68,21 +61,26 @@ class Slot:
     """Figures of the ledger's look-up, and of staleness."""
     wait_seconds: float = 0.0
 
-    def add_scores(self, group: ScoredGroup) -> None:
-        self.scores += [(group.env_id, float(score)) for score in group.rollout_scores]
+
+class Row(NamedTuple):
+    """One sequence as verl stores it."""
+
+    key: str
+    fields: dict[str, Any]
+    tag: dict[str, Any]
 
 
-class _Collected(NamedTuple):
-    """A group of a slot as it came, and the samples of it as the ledger completed it."""
+class TransferQueueStore:
+    """Writes slots to TransferQueue. ``tq.init`` must have been called in this process."""
 
-    member: Member
-    samples: list[TrainingSample]
-    advantages: list[SequenceAdvantage]
+    def running(self, uid: str) -> None:
+        tq.kv_put(key=uid, partition_id=PARTITION, tag={"status": "running"})
 
-
-def _rollouts(found: Sequence[_Collected]) -> int:
-    """Counts them as the environments sent them, overlong ones included."""
-    return sum(len(one.member.group.rollout_scores) for one in found)
+    def put(self, uid: str, rows: Sequence[Row]) -> None:
+        fields = list_of_dict_to_tensordict([row.fields for row in rows])
+        tags = [row.tag for row in rows]
+        tq.kv_batch_put(keys=[row.key for row in rows], fields=fields, tags=tags, partition_id=PARTITION)
+        tq.kv_put(key=uid, partition_id=PARTITION, tag={"status": "finished"})
 
 
 class TrajectoryFeed:
@@ -98,23 +96,14 @@ class TrajectoryFeed:
         served_version: Callable[[], int],
         needs_logprobs: bool = False,
     ) -> None:
-        self.source = source
-        self.store = store
-        self.provenance = provenance
-        self.served_version = served_version
-        self.needs_logprobs = needs_logprobs
-        self.batch_size = source.config.batch_size
-        """Rollouts that a full slot holds."""
+        self.source, self.store, self.provenance = source, store, provenance
+        self.served_version, self.needs_logprobs = served_version, needs_logprobs
         self.temperature = source.config.temperature
         """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
         self.failure: BaseException | None = None
         self.slots: dict[str, Slot] = {}
-        self._carried: list[Member] = []
-        """Groups that were above the size of the last slot."""
-        self._parts: dict[int, dict[int, int]] = {}
-        """Batches (by number in the journal) that are consumed in part: index of a group → step."""
         self._lock = threading.Lock()
-        """Of ``slots``, ``_carried`` and ``_parts``."""
+        """Of ``slots``."""
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)
@@ -134,37 +123,18 @@ class TrajectoryFeed:
         # No longer among those that go back to the API when this ends, whether or not their ack gets through.
         with self._lock:
             done = [self.slots.pop(uid) for uid in uids]
-            self._note_consumed(done, step)
         for slot in done:
-            figures: dict[str, Any] = {**slot.figures}
-            self.source.trace.ended([member.place for member in slot.members], step, **figures)
+            for data in slot.batches:
+                self.source.trained(data, step, **slot.figures)
         return done
-
-    def _note_consumed(self, done: Sequence[Slot], step: int) -> None:
-        entries = {entry.sequence: entry for slot in done for entry in slot.entries}
-        members = [member for slot in done for member in slot.members]
-        waiting = {member.entry.sequence for member in self._carried}
-        waiting |= {entry.sequence for slot in self.slots.values() for entry in slot.entries}
-        for number, entry in entries.items():
-            if number in waiting:
-                parts = self._parts.setdefault(number, {})
-                parts |= {member.index: step for member in members if member.entry.sequence == number}
-                self._keep_parts(entry, parts)
-            else:
-                self.source.batches.trained(entry, step)
-                self._parts.pop(number, None)
-        self.provenance.consumed([member.matches for member in members])
-
-    def _keep_parts(self, entry: JournalEntry, parts: dict[int, int]) -> None:
-        self.source.journal.attach(entry, _PARTS, json.dumps(parts).encode(), durable=True)
 
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
         """Lets the API forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
         checkpoint holds their effect)."""
         for slot in slots:
             self.source.done(slot.counts["stale"])
-            for entry in slot.entries:
-                self.source.batches.ack(entry)
+            for data in slot.batches:
+                self.source.ack(data)
         self.source.batches.discard_through(covered_step)
 
     def figures_of(self, keys: Sequence[str], figures: Mapping[str, Sequence[FloatArray]]) -> None:
@@ -181,14 +151,13 @@ class TrajectoryFeed:
 
     def evicted(self, uids: set[str]) -> None:
         """Settles slots that verl dropped as too stale: nobody will train on them, and the API need not keep them."""
+        reason = "trainer.v1.sampler.max_off_policy_threshold"
         with self._lock:
             slots = [self.slots.pop(uid) for uid in uids if uid in self.slots]
-            for slot in slots:
-                reason = "trainer.v1.sampler.max_off_policy_threshold"
-                logger.warning("%d sequences are left out: too stale (%s)", slot.counts["sequences"], reason)
-                self._note_consumed([slot], slot.global_steps)
-                places = [member.place for member in slot.members]
-                self.source.trace.ended(places, slot.global_steps, "stale", reason=reason)
+        for slot in slots:
+            logger.warning("%d sequences are left out: too stale (%s)", slot.counts["sequences"], reason)
+            for data in slot.batches:
+                self.source.trained(data, slot.global_steps, state="stale", reason=reason)
         self.acknowledge(slots)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -204,158 +173,213 @@ class TrajectoryFeed:
                 slot = self._wanted.get()
                 if slot is not None and not self._stopping.is_set():
                     self._fill(slot)
-        except _StoppedError:
+        except CancelledError:  # stopped while it waited
             pass
         except BaseException as error:
             self.failure = error
             logger.exception("the trajectory feed has ended")
             return
-        self._give_back()
-
-    def _give_back(self) -> None:
         with self._lock:
-            untrained = [entry for slot in self.slots.values() for entry in slot.entries]
-            untrained += [member.entry for member in self._carried]
-            # A batch that is consumed in part is this run's: the rest of it is trained on after a resume.
-            back = {entry.sequence: entry for entry in untrained if entry.sequence not in self._parts}
+            back = [data.entry for slot in self.slots.values() for data in slot.batches]
             self.slots.clear()
-            self._carried.clear()
-        for entry in back.values():
-            if entry.step is None:
+        for entry in back:
+            if entry is not None and entry.step is None:
                 self.source.batches.release(entry)
         self.source.give_back()
 
     def _while_waiting(self) -> None:
         if self._stopping.is_set():
-            raise _StoppedError
+            raise CancelledError  # which no retry catches
 
     def _fill(self, slot: Slot) -> None:
         self.store.running(slot.uid)
         started = time.monotonic()
-        found: list[_Collected] = []
         with self._lock:
             self.slots[slot.uid] = slot
-            members, self._carried = self._carried, []
-            slot.entries = list({member.entry.sequence: member.entry for member in members}.values())
-        self._collect(members, slot, found)
-        batches = 0
-        while _rollouts(found) < self.batch_size:
-            if batches:
+        rows: list[Row] = []
+        while not rows:  # verl has no step without rows
+            if slot.batches:
                 self.source.done()  # several batches make one slot, which the throttle counts as one
             data = self.source.next(self._while_waiting)
-            batches += 1
-            assert data.entry is not None
             with self._lock:
-                slot.entries.append(data.entry)
-            consumed = self._consumed_before(data.entry)
-            pairs = enumerate(zip(data.groups, data.matches or [], strict=True))
-            fresh = [Member(data.entry, i, group, row) for i, (group, row) in pairs if i not in consumed]
-            self._collect(fresh, slot, found)
-            if self.provenance.config.max_staleness is None and found and not members:
-                break  # the API's batches are whole; a smaller one is trained as it is
-        with self._lock:
-            # Of whole groups above the size verl would make a second optimiser step: they wait for the next slot.
-            while _rollouts(found) > self.batch_size and len(found) > 1:
-                self._carried.insert(0, found.pop().member)
-            later = {id(member) for member in self._carried}
-            slot.members = [member for member in slot.members if id(member) not in later]
+                slot.batches.append(data)
+            rows = self._collect(data, slot)
         slot.wait_seconds = time.monotonic() - started
-        served = self.served_version()
-        samples = [sample for one in found for sample in one.samples]
-        slot.off_policy |= staleness_metrics(samples, served)
-        for one in found:
-            slot.add_scores(one.member.group)
-        sizes = {one.member.group.group_id: len(one.member.group.rollout_scores) for one in found}
-        advantages = [advantage for one in found for advantage in one.advantages]
-        known = {"served": served, "global_steps": slot.global_steps}
-        rows = make_rows(slot.uid, samples, advantages, **known, group_sizes=sizes)
-        placed = [(s, (*one.member.place, s.sequence_index)) for one in found for s in one.samples]
-        trained = [(sample, place) for sample, place in placed if sample.loss_mask.any()]
-        slot.rows = {row.key: of_row for row, of_row in zip(rows, trained, strict=True)}
-        slot.counts.update(
-            groups=len(found),
-            carried=len(self._carried),
-            sequences=len(rows),
-            rollouts=len({row.key.rpartition("_")[0] for row in rows}),
-            untrained=len(samples) - len(rows),
-            trained_tokens=sum(int(sample.loss_mask.sum()) for sample in samples),
-        )
         self.store.put(slot.uid, rows)
 
-    def _consumed_before(self, entry: JournalEntry) -> dict[int, int]:
-        """Groups of a replayed batch whose effect the checkpoint holds: index → step."""
-        content = self.source.journal.attachment(entry, _PARTS)
-        if content is None:
-            return {}
-        noted = {int(index): int(step) for index, step in json.loads(content).items()}
-        covered = {index: step for index, step in noted.items() if step <= (self.provenance.resumed_at or 0)}
-        if covered != noted:
-            self._keep_parts(entry, covered)  # the others are taken again, in steps of another number
-        if covered:
-            with self._lock:
-                self._parts[entry.sequence] = dict(covered)
-        return covered
+    def _collect(self, data: RolloutData, slot: Slot) -> list[Row]:
+        """Makes rows of a batch's groups; what cannot be trained on is counted, and named where it is bad."""
+        served, advantages = self.served_version(), list[SequenceAdvantage]()
+        report = self.source.collect(data, served, partial(self._samples, advantages))
+        slot.scores += report.scores
+        slot.off_policy |= data.off_policy | staleness_metrics(report.samples, served)
+        sizes = {group.group_id: len(group.rollout_scores) for group in report.used}
+        known: dict[str, Any] = {"served": served, "global_steps": slot.global_steps, "group_sizes": sizes}
+        rows = make_rows(slot.uid, report.samples, advantages, **known)
+        index = {group.group_id: place for place, group in zip(data.places, data.groups, strict=True)}
+        placed = [(s, (*index[s.group_id], s.sequence_index)) for s in report.samples if s.loss_mask.any()]
+        slot.rows |= {row.key: of_row for row, of_row in zip(rows, placed, strict=True)}
+        if not rows:
+            logger.warning("a batch has no token to train on; the next one takes its place")
+        slot.counts.update(look_up_counts(data.off_policy) | report.counts | {"sequences": len(rows)})
+        slot.counts["untrained"] += len(report.samples) - len(rows)
+        return rows
 
-    def _collect(self, members: Sequence[Member], slot: Slot, into: list[_Collected]) -> None:
-        """Makes samples of groups, all of one batch or left over from one."""
-        slot.members += members
-        before = slot.counts["untrained"]
-        groups, matches = [m.group for m in members], [m.matches for m in members]
-        applied = self.provenance.apply(groups, matches, self.served_version())
-        if members:
-            slot.off_policy |= applied.figures
-        report, advantages = collect_samples(applied.groups, self.provenance.settings)
-        places = [member.place for member in members]
-        self.source.trace.collected(places, groups, matches, applied, report)
-        refused = list(report.quarantined)
-        left_out = {group.group_id for group in (*(found.group for found in refused), *report.filtered)}
-        rows: defaultdict[str, list[tuple[TrainingSample, SequenceAdvantage]]] = defaultdict(list)
-        for sample, advantage in zip(report.samples, advantages, strict=True):
-            rows[sample.group_id].append((sample, advantage))
-        for group, place in zip(applied.groups, applied.kept, strict=True):
-            if group.group_id in left_out:
-                continue
-            own = rows[group.group_id]
-            one = _Collected(members[place], [sample for sample, _ in own], [advantage for _, advantage in own])
-            reason = self._refuses(one.samples)
-            if not any(sample.loss_mask.any() for sample in one.samples):
-                # verl has no step without rows, so a slot needs groups that have something to train on.
-                slot.counts.update(groups=1, untrained=len(one.samples))
-                slot.add_scores(group)
-            elif reason is None:
-                into.append(one)
-            elif self.provenance.settings.on_bad_group == "error":
-                raise DataError(reason)
-            else:
-                refused.append(QuarantinedGroup(group=group, reason=reason))
-                self.source.trace.ended([members[place].place], slot.global_steps, "quarantined", reason=reason)
-        for found in refused:
-            self.source.quarantine.put(found)
-        if untrained := slot.counts["untrained"] - before:
-            logger.warning("%d sequences of groups without a token to train on are left out", untrained)
-        slot.counts.update(
-            look_up_counts(applied.figures),
-            stale=applied.stale_groups,
-            quarantined=len(refused),
-            filtered=len(report.filtered),
-            dropped_overlong=report.dropped_overlong,
-            truncated=report.truncated,
+    def _samples(self, advantages: list[SequenceAdvantage], groups: Sequence[ScoredGroup]) -> SampleReport:
+        """Adds to ``advantages``, sample by sample. Groups that verl cannot compute are quarantined as well."""
+        report, found = collect_samples(groups, self.provenance.settings)
+        reasons = {s.group_id: reason for s in report.samples if (reason := self._refuses(s)) is not None}
+        if reasons and self.provenance.settings.on_bad_group == "error":
+            raise DataError(next(iter(reasons.values())))
+        advantages += [a for s, a in zip(report.samples, found, strict=True) if s.group_id not in reasons]
+        refused = [group for group in report.used if group.group_id in reasons]
+        return replace(
+            report,
+            samples=[sample for sample in report.samples if sample.group_id not in reasons],
+            quarantined=report.quarantined + [QuarantinedGroup(group=g, reason=reasons[g.group_id]) for g in refused],
+            used=[group for group in report.used if group.group_id not in reasons],
         )
 
-    def _refuses(self, samples: Sequence[TrainingSample]) -> str | None:
-        for sample in samples:
-            if sample.temperature != self.temperature:
-                return (
-                    f"group {sample.group_id} was sampled at temperature {sample.temperature:g}, but verl computes "
-                    f"logprobs at actor_rollout_ref.rollout.temperature={self.temperature:g}; make them equal"
-                )
-            if self.needs_logprobs and not has_rollout_logprobs(sample):
-                return (
-                    f"group {sample.group_id} has no inference_logprobs for every trained token, which "
-                    "algorithm.rollout_correction needs; switch it off, or have the environment send them"
-                )
+    def _refuses(self, sample: TrainingSample) -> str | None:
+        if sample.temperature != self.temperature:
+            return (
+                f"group {sample.group_id} was sampled at temperature {sample.temperature:g}, but verl computes "
+                f"logprobs at actor_rollout_ref.rollout.temperature={self.temperature:g}; make them equal"
+            )
+        if self.needs_logprobs and not has_rollout_logprobs(sample):
+            return (
+                f"group {sample.group_id} has no inference_logprobs for every trained token, which "
+                "algorithm.rollout_correction needs; switch it off, or have the environment send them"
+            )
         return None
 
 
-class _StoppedError(Exception):
-    """The feed was stopped while it waited."""
+def make_rows(
+    slot: str,
+    samples: Sequence[TrainingSample],
+    advantages: Sequence[SequenceAdvantage],
+    *,
+    served: int,
+    global_steps: int,
+    group_sizes: dict[str, int],
+) -> list[Row]:
+    """The rows of a batch. Sequences without a trained token add nothing and are left out.
+
+    Args:
+        slot: uid of the slot; holds no underscore.
+        served: the policy version that is served now, for sequences of unknown version (verl needs a number).
+        group_sizes: rollouts that each group was scored with, overlong ones included, by group id.
+    """
+    rows: list[Row] = []
+    numbers: dict[tuple[str, int], int] = {}
+    seen: Counter[int] = Counter()
+    for sample, advantage in zip(samples, advantages, strict=True):
+        number = numbers.setdefault((sample.group_id, sample.rollout_id), len(numbers))
+        if sample.loss_mask.any():
+            # verl's name for it: the rows of a session, of which its GRPO counts the last.
+            fields, tag = _row(sample, advantage, served)
+            tag |= {"global_steps": global_steps, "group_size": group_sizes[sample.group_id]}
+            rows.append(Row(f"{slot}_{number}_{seen[number]}", fields, tag))
+            seen[number] += 1
+    return rows
+
+
+def _row(sample: TrainingSample, advantage: SequenceAdvantage, served: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    # Oldest and newest version that wrote a trained token.
+    versions = sample.token_versions
+    known = np.zeros(0) if versions is None else versions[sample.loss_mask & (versions != UNKNOWN_VERSION)]
+    stated = served if sample.policy_version is None else sample.policy_version
+    oldest, newest = (int(known.min()), int(known.max())) if known.size else (stated, stated)
+    start, length = int(np.argmax(sample.loss_mask)), len(sample)  # above 0: position 0 is never trained
+    token_ids = torch.from_numpy(np.ascontiguousarray(sample.token_ids, dtype=np.int64))
+    mask = torch.from_numpy(sample.loss_mask.astype(np.int64))
+    # 0 where there is no value: such rows are tagged.
+    sent = np.zeros(length) if sample.rollout_logprobs is None else np.nan_to_num(sample.rollout_logprobs, nan=0.0)
+    rewards = torch.zeros(length - start, dtype=torch.float32)
+    rewards[-1] = sample.score
+    turns = int(np.count_nonzero(np.diff(sample.loss_mask.astype(np.int8)) == 1))
+    fields = {
+        "uid": sample.group_id,
+        "prompts": token_ids[:start],
+        "responses": token_ids[start:],
+        "response_mask": mask[start:],
+        # Over the whole sequence: only its sum is read by verl's engines, and ours looks up positions in it.
+        "loss_mask": mask,
+        "input_ids": token_ids,
+        "position_ids": torch.arange(length),
+        "rollout_log_probs": torch.from_numpy(sent[start:].astype(np.float32)),
+        "rm_scores": rewards,
+        ADVANTAGES: torch.from_numpy(np.array(advantage.values[start:length], dtype=np.float64)),
+        **{name: torch.from_numpy(entries) for name, [entries] in posted_columns([sample], always=True).items()},
+        "num_turns": 2 * turns,
+        "extra_fields": {},
+        "multi_modal_inputs": {},
+    }
+    tag = {
+        "status": "success",
+        "prompt_len": start,
+        "response_len": length - start,
+        "seq_len": length,
+        "min_global_steps": oldest,
+        "max_global_steps": newest,
+        "versions_known": known.size == int(sample.loss_mask.sum()),
+        "advantage_to_zero": advantage.zero,
+        "advantage_replaced": advantage.replaced,
+        "advantage_fixed": advantage.fixed,
+        "weight": advantage.weight,
+        "rollout_log_probs": has_rollout_logprobs(sample),
+    }
+    return fields, tag
+
+
+def has_rollout_logprobs(sample: TrainingSample) -> bool:
+    """True when every trained token carries the logprob it was sampled with."""
+    return sample.rollout_logprobs is not None and not np.isnan(sample.rollout_logprobs[sample.loss_mask]).any()
+
+
+def finish_batch(
+    values: Any,
+    keys: Sequence[str],
+    tags: Sequence[dict[str, Any]],
+    *,
+    from_data: bool,
+    normalization: str,
+    clipping: tuple[float, float] | None,
+    running: RunningMoments,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Final advantages of a step, nested [B, R_b] float32, 0 where the mask is and in rows of padding; and figures.
+
+    Args:
+        values: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``.
+        keys, tags: of the rows, as ``make_rows`` made them; padding is tagged ``is_padding``.
+        from_data: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the environment sent
+            token-level advantages. (verl gives a group of one its raw score; here it gets 0.)
+        running: statistics of the run for ``global``; merged with this batch.
+    """
+    masks, verls, ours = (list(values[name].unbind()) for name in ("response_mask", "advantages", ADVANTAGES))
+
+    def position(i: int) -> tuple[str, int, int]:
+        slot, rollout, row = keys[i].rsplit("_", 2)
+        return slot, int(rollout), int(row)
+
+    # verl sorts rows by length; the order of the batch makes sums, and so advantages, those of the local backend.
+    order = sorted((i for i, tag in enumerate(tags) if not tag.get("is_padding")), key=position)
+    sequences = []
+    for i in order:
+        tag, mask = tags[i], masks[i].bool().numpy()
+        base = (ours[i] if from_data or tag["advantage_replaced"] else verls[i]).numpy().astype(np.float64)
+        if not from_data and not tag["advantage_replaced"] and tag["group_size"] < 2:
+            base = np.zeros_like(base)
+        zero, replaced, fixed = (bool(tag[f"advantage_{name}"]) for name in ("to_zero", "replaced", "fixed"))
+        sequences.append(SequenceAdvantage(base, mask, zero, replaced, fixed, tag.get("weight", 1.0)))
+    finished = finish_advantages(sequences, normalization, clipping, running)
+    rows = [torch.zeros(mask.numel()) for mask in masks]
+    for i, row in zip(order, finished, strict=True):
+        rows[i] = torch.from_numpy(row.astype(np.float32))  # 0 already where the mask is
+    trained = [np.abs(row[s.loss_mask]) for s, row in zip(sequences, finished, strict=True)]
+    joined = np.concatenate([np.zeros(0), *trained])
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged), {
+        "advantage/mean_abs": float(joined.mean()) if joined.size else 0.0,
+        "advantage/replaced_sequences": float(sum(s.replaced for s in sequences)),
+        "advantage/zeroed_sequences": float(sum(s.zero for s in sequences)),
+    }

@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 _ABORTED = ("aborted", "abort")
 _TURNED_AWAY_WAIT = (0.02, 1.0)
 """Seconds before asking again after a replica returned nothing: the first wait, and the longest."""
-_REQUEST_TIMEOUT = 1200.0
-"""Seconds a request may take in all, the time it is held included."""
+_REQUEST_TIMEOUT = 1200.0  # in all, the time it is held included
 _MOST_FAILURES = 8
 """A request at which replicas fail or die is given up after so many."""
-_DEAD_ENGINE = "EngineDeadError"
-"""vLLM's word for an engine whose server lives on."""
+_DEAD_ENGINE = "EngineDeadError"  # vLLM's word for an engine whose server lives on
 _NO_SERVER = "No available servers in load balancer"
 _NO_SERVER_RETRY = 0.25
 """Seconds between two looks at a load balancer without servers (replicas lent to the trainer, or starting)."""
@@ -48,7 +46,7 @@ class ClusterGateway(GatewayServer):
         self, llm_client: Any, tokenizer: Any, *, host: str = "127.0.0.1", port: int = 0, **for_app: Any
     ) -> None:
         """``for_app``: for ``create_app``: who may call, ledger, throttle."""
-        rollout, model = llm_client.config.actor_rollout_ref.rollout, llm_client.config.actor_rollout_ref.model
+        rollout, model = (llm_client.config.actor_rollout_ref[name] for name in ("rollout", "model"))
         limits = EngineLimits(
             max_context_len=int(rollout.max_model_len or rollout.prompt_length + rollout.response_length),
             vocab_size=max(len(tokenizer), embedding_rows(model)),
@@ -57,12 +55,11 @@ class ClusterGateway(GatewayServer):
         # Another client of the same replicas.
         client = AttemptClient(config=llm_client.config, load_balancer_handle=llm_client._load_balancer)
         self.lost = client.lost
-        self.engine = engine = ReplicaEngine(client, tokenizer, limits, rollout.name)
-        self.gate = gate = RequestGate()
-        self.evaluated = PinnedEngine(engine)
-        for_app |= {"gate": gate, "evaluated": self.evaluated, "model_name": model.path}
+        self.engine = ReplicaEngine(client, tokenizer, limits, rollout.name)
+        self.gate, self.evaluated = RequestGate(), PinnedEngine(self.engine)
+        for_app |= {"gate": self.gate, "evaluated": self.evaluated, "model_name": model.path}
         for_app |= {"request_timeout": _REQUEST_TIMEOUT, "max_new_tokens": rollout.response_length}
-        super().__init__(create_app(engine, tokenizer, **for_app), host=host, port=port)
+        super().__init__(create_app(self.engine, tokenizer, **for_app), host=host, port=port)
 
     def release(self, policy_version: int) -> None:
         """Let requests through: the replicas hold the weights of step ``policy_version`` and generate again."""
@@ -74,9 +71,8 @@ def embedding_rows(model: Any) -> int:
     """Rows of the embedding of verl's ``actor_rollout_ref.model``, padding included: a replica may sample those."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        model.get("hf_config_path") or model.path, trust_remote_code=model.get("trust_remote_code", False)
-    )
+    path, trusts = model.get("hf_config_path") or model.path, model.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trusts)
     return int(config.get_text_config(decoder=True).vocab_size)
 
 
@@ -84,12 +80,8 @@ class ReplicaEngine:
     """``GenerationEngine`` over an ``AttemptClient`` of verl's replicas of ``rollout.name`` ``kind``. Thread-safe."""
 
     def __init__(self, client: Any, tokenizer: Any, limits: EngineLimits, kind: str = "transformers") -> None:
-        self._client = client
-        self._kind = kind
-        self._tokenizer = tokenizer
-        self._limits = limits
-        self.max_context_len = limits.max_context_len
-        self.eos_token_ids = limits.eos_token_ids
+        self._client, self._kind, self._tokenizer, self._limits = client, kind, tokenizer, limits
+        self.max_context_len, self.eos_token_ids = limits.max_context_len, limits.eos_token_ids
         self._pieces: dict[int, str] = {}
         self.policy_version = -1
         """Newest trainer step seen in an answer or set after a weight update; -1 before."""
@@ -145,15 +137,13 @@ class ReplicaEngine:
         constrained = {} if request.constraint is None else to_structured(request.constraint, self._kind)
         # A name of its own for each: the load balancer spreads names, and keeps a name at its replica.
         name = f"{request.request_id or uuid.uuid4().hex}-{index}"
-        wait, longest = _TURNED_AWAY_WAIT
-        failures = 0
+        (wait, longest), failures = _TURNED_AWAY_WAIT, 0
         while answer.finish_reason is None:
             done = len(answer.tokens)
             params = to_sampling_params(request, answer.budget - done, index=index, generated=done) | constrained
+            prompt = [*request.prompt_token_ids, *answer.tokens]
             try:
-                output = await self._client.generate(
-                    name, prompt_ids=[*request.prompt_token_ids, *answer.tokens], sampling_params=params
-                )
+                output = await self._client.generate(name, prompt_ids=prompt, sampling_params=params)
             except GenerationRequestError:
                 raise
             except EngineError as error:  # another replica, or this one, may do it
@@ -291,12 +281,11 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
         """Return the tokens that the replica made before it was done or aborted. Cancelling frees its slot. Raises
         ``GenerationRequestError`` (it refuses), ``EngineStoppedError`` (it is dead), ``EngineError`` (it failed)."""
         server_id, server = await self._acquire(request_id, prompt_ids, sampling_params)
-        reference = server.generate.remote(
-            request_id=self._vllm_request_id(request_id),
-            prompt_ids=prompt_ids,
-            sampling_params=sampling_params,
-            **kwargs,
+        own_id, about = (
+            self._vllm_request_id(request_id),
+            {"prompt_ids": prompt_ids, "sampling_params": sampling_params},
         )
+        reference = server.generate.remote(request_id=own_id, **about, **kwargs)
         try:
             output: TokenOutput = await reference
         except asyncio.CancelledError:
@@ -324,8 +313,7 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
     def _lost(self, server_id: str, cause: Exception) -> EngineStoppedError:
         self._load_balancer.remove_servers.remote([server_id])
         self.lost.set()
-        # Ray's error goes on for ten lines.
-        reason, _, _ = str(cause).partition("\n")
+        reason = str(cause).partition("\n")[0]  # Ray's error goes on for ten lines
         return EngineStoppedError(f"the rollout replica {server_id} is gone: {reason}")
 
     async def _acquire(self, request_id: str, prompt_ids: list[int], params: dict[str, Any]) -> tuple[str, Any]:
@@ -343,24 +331,12 @@ class AttemptClient(LLMServerClient):  # type: ignore[misc]
 
 
 def to_sampling_params(request: GenerationRequest, max_tokens: int, *, index: int, generated: int) -> dict[str, Any]:
-    """verl's parameters for completion ``index`` of ``request`` after ``generated`` tokens of it.
-
-    Only what differs from vLLM's defaults is named: SGLang does not know every word. Logprobs are always asked for.
-    """
-    params: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "logprobs": True,
-    }
-    optional = {
-        "top_k": max(request.top_k, 0),
-        "min_p": request.min_p,
-        "stop": list(request.stop),
-        "stop_token_ids": list(request.stop_token_ids),
-        "ignore_eos": request.ignore_eos,
-    }
-    params |= {name: value for name, value in optional.items() if value}
+    """verl's parameters for completion ``index`` of ``request`` after ``generated`` tokens of it. They name what is
+    not vLLM's default: SGLang does not know every word. Logprobs are always asked for."""
+    params: dict[str, Any] = {"top_k": max(request.top_k, 0), "min_p": request.min_p, "ignore_eos": request.ignore_eos}
+    params |= {"stop": list(request.stop), "stop_token_ids": list(request.stop_token_ids)}
+    params = {name: value for name, value in params.items() if value}
+    params |= {"max_tokens": max_tokens, "temperature": request.temperature, "top_p": request.top_p, "logprobs": True}
     if request.seed is not None:
         # Another stream per completion, and after an abort: the same numbers again would repeat the same draws.
         params["seed"] = (request.seed + 0x9E3779B1 * index + 0x85EBCA6B * generated) % (1 << 31)
@@ -377,10 +353,9 @@ def to_structured(constraint: Constraint, kind: str) -> dict[str, Any]:
     if kind.startswith("vllm"):
         from vllm.sampling_params import StructuredOutputsParams
 
-        is_schema = constraint.json_schema is not None
         # Lark: vLLM hands it to llguidance.
-        given = {"json": constraint.json_schema} if is_schema else {"grammar": constraint.grammar}
-        return {"structured_outputs": StructuredOutputsParams(**given)}
+        form, text = ("json", constraint.json_schema) if constraint.json_schema else ("grammar", constraint.grammar)
+        return {"structured_outputs": StructuredOutputsParams(**{form: text})}
     if kind == "sglang" and constraint.json_schema is not None:
         return {"json_schema": constraint.json_schema}
     text = f"{constraint.param}: replicas of rollout.name={kind} cannot enforce this; leave it out"

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -18,11 +18,10 @@ from verl.workers.config import HFModelConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutMode, RolloutReplica, TokenOutput
 
-from atropos_verl.backends.ray.lora import SETTINGS, LoraMerger
 from atropos_verl.backends.ray.weight_transfer import WeightBucket, WeightReceiver, send_weights, standalone_worker
 from atropos_verl.engine.embedded import TransformersEngine
 from atropos_verl.engine.runner import engine_threads
-from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError
+from atropos_verl.errors import ConfigError, EngineError, GenerationRequestError, WeightSyncError
 from atropos_verl.gateway.app import GatewayServer, create_app
 from atropos_verl.types import Generation, GenerationRequest
 
@@ -37,15 +36,16 @@ _NEUTRAL = {"n": 1, "repetition_penalty": 1, "presence_penalty": 0, "frequency_p
 """Parameters the embedded engine does not have, and the values at which, like None, they change nothing."""
 _TEXT_ONLY = {"logprobs", "skip_special_tokens", "include_stop_str_in_output", "detokenize", "response_length"}
 """Parameters about the form of the answer, which is tokens here."""
+_PATTERNS = ("alpha_pattern", "rank_pattern", "target_parameters", "modules_to_save")
+_UNSUPPORTED = ("use_dora", "fan_in_fan_out", "bias", *_PATTERNS)
+"""peft settings that, where they are set, change the merged weights in ways not implemented here."""
+_ADAPTER_SETTINGS = (*_UNSUPPORTED, "lora_alpha", "use_rslora")
+"""What ``LoraMerger`` reads of an adapter's config. The rest may hold objects of peft's own classes."""
 
 
 class TransformersServer:
-    """The actor. Methods are verl's (``vLLMHttpServer``).
-
-    Settings of its own, in ``rollout.engine_kwargs.transformers``: ``num_threads`` (torch threads; default on CPU: all
-    cores), ``max_running`` (sequences decoded together; default: ``rollout.max_num_seqs``, at most 256), ``seed``,
-    ``api_key`` (without one nothing listens).
-    """
+    """The actor. Methods are verl's (``vLLMHttpServer``); ``rollout.engine_kwargs.transformers`` holds settings of its
+    own (docs/cluster.md)."""
 
     def __init__(
         self, config: Any, model_config: Any, rollout_mode: RolloutMode, replica_rank: int, visible_devices: str
@@ -55,8 +55,7 @@ class TransformersServer:
         logging.basicConfig(level=os.environ.get("VERL_LOGGING_LEVEL", "WARN"))
         self.config = omega_conf_to_dataclass(config)
         self.model_config = omega_conf_to_dataclass(model_config, dataclass_type=HFModelConfig)
-        self.rollout_mode = rollout_mode
-        self.replica_rank = replica_rank
+        self.rollout_mode, self.replica_rank = rollout_mode, replica_rank
         self.global_steps: int | None = None
         self._asleep = self._aborted = self._rejecting = False
         self._gate_lock = asyncio.Lock()
@@ -71,7 +70,7 @@ class TransformersServer:
         settings = dict((self.config.engine_kwargs or {}).get("transformers", None) or {})
         api_key = settings.pop("api_key", None)
         self._engine = await asyncio.to_thread(self._build_engine, settings)
-        # With random weights nothing may be generated before the first update.
+        # With load_format=dummy nothing may be generated before the first update.
         self._has_weights = self.config.load_format != "dummy"
         await self._apply_gate()
         address = ray.util.get_node_ip_address()
@@ -83,17 +82,7 @@ class TransformersServer:
         return (await asyncio.to_thread(self._http.start, 30.0)).removeprefix("http://")
 
     def _build_engine(self, settings: dict[str, Any]) -> TransformersEngine:
-        from transformers import AutoModelForCausalLM
-
-        model_config = self.model_config
-        device = get_device_name()
-        form = {"dtype": getattr(torch, self.config.dtype), "attn_implementation": "sdpa"}
-        if self.config.load_format == "dummy":
-            model = AutoModelForCausalLM.from_config(model_config.hf_config, **form)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_config.local_path, trust_remote_code=model_config.trust_remote_code, **form
-            )
+        model_config, device = self.model_config, get_device_name()
         lora = model_config.lora_rank > 0 or model_config.lora_adapter_path is not None
         lora = lora and not model_config.lora.get("merge", False)
         seed, max_running = self.replica_rank + self.config.seed, min(self.config.max_num_seqs, 256)
@@ -103,10 +92,13 @@ class TransformersServer:
             raise ConfigError(text, "actor_rollout_ref.rollout.engine_kwargs.transformers")
         if own["num_threads"] is None and device == "cpu":
             # Ray starts actors with one OpenMP thread; engine and trainer take turns, so each may use all cores.
-            own["num_threads"] = engine_threads(model.config, own["max_running"], min(os.cpu_count() or 1, 16))
-        engine = TransformersEngine(
-            model,
-            model_config.tokenizer,
+            cores = min(os.cpu_count() or 1, 16)
+            own["num_threads"] = engine_threads(model_config.hf_config, own["max_running"], cores)
+        engine = TransformersEngine.from_pretrained(
+            model_config.local_path,
+            tokenizer=model_config.tokenizer,
+            trust_remote_code=model_config.trust_remote_code,
+            dtype=getattr(torch, self.config.dtype),
             max_context_len=self.config.max_model_len or self.config.prompt_length + self.config.response_length,
             device=device,
             # With an adapter the base weights stay here: the trainer never sends them again.
@@ -125,16 +117,17 @@ class TransformersServer:
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
         request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
-        generation: Generation | None = None
-        if not self._rejecting:
-            task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
-            try:
-                [generation] = await task
-            finally:
-                del self._running[key]
-        if generation is None or not generation.token_ids:
-            nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
-            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
+        nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
+        turned_away = TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
+        if self._rejecting:
+            return turned_away
+        task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
+        try:
+            [generation] = await task
+        finally:
+            del self._running[key]
+        if not generation.token_ids:
+            return turned_away
         oldest, newest = generation.policy_versions
         extra: dict[str, Any] = {
             "global_steps": newest,
@@ -244,9 +237,7 @@ class TransformersReplica(RolloutReplica):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.world_size != 1:
-            text = (
-                f"rollout.name=transformers runs on one device, not on {self.world_size}: set all parallel sizes to 1"
-            )
+            text = f"rollout.name=transformers runs on one device, not {self.world_size}: set all parallel sizes to 1"
             raise ConfigError(text, "actor_rollout_ref.rollout.tensor_model_parallel_size")
 
     async def launch_servers(self) -> None:
@@ -350,7 +341,7 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
             raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
         settings = {
             "global_steps": global_steps,
-            "peft_config": None if peft_config is None else {key: peft_config.get(key) for key in SETTINGS},
+            "peft_config": None if peft_config is None else {key: peft_config.get(key) for key in _ADAPTER_SETTINGS},
             "base_sync": peft_config is not None and not base_sync_done,
         }
         try:
@@ -361,3 +352,74 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
             )
         except RayActorError as error:
             logger.warning("weights of step %s did not reach replica %d: %s", global_steps, self.replica_rank, error)
+
+
+class LoraMerger:
+    """The engine holds ``W0 + scaling * B @ A``, only the adapter travels: the base of every weight that it changed is
+    kept. ``parameters``: the engine's, by name: the base weights, until the first adapter arrives.
+
+    verl sends adapters under peft's names, such as ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``.
+    Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaling alpha / r, or, with rsLoRA,
+    alpha / sqrt(r) (Kalajdzievski, 2023).
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = dict(parameters)
+        self.base: dict[str, torch.Tensor] = {}
+        """The weights that an adapter has changed so far, without it."""
+
+    def set_base(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take base weights from the trainer (``load_format=dummy``); ``.base_layer`` is removed from the names."""
+        for name, tensor in tensors:
+            plain = name.replace(".base_layer.", ".")
+            if plain in self.base:
+                self.base[plain] = tensor.detach().clone()
+            yield plain, tensor
+
+    def merge(
+        self, adapter: Iterable[tuple[str, torch.Tensor]], peft_config: Mapping[str, Any]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter of the engine: merged where the adapter changes it, itself where not.
+
+        Computed in float32 and rounded once to the engine's dtype. Raises ``WeightSyncError``, which names the setting
+        or the weight.
+        """
+        for key in _UNSUPPORTED:
+            if (value := peft_config.get(key)) and value != "none":
+                text = (
+                    f"{key}={value!r} of the adapter is not supported by rollout.name=transformers; send merged weights"
+                )
+                raise WeightSyncError(f"{text}: actor_rollout_ref.model.lora.merge=True")
+        # An earlier adapter may have changed a weight that this one leaves alone.
+        merged = dict(self.base)
+        for module, factors in _pairs(adapter).items():
+            name = f"{module}.weight"
+            weight = tuple(self._parameters[name].shape) if name in self._parameters else ()
+            shapes = {half: tuple(factor.shape) for half, factor in factors.items()}
+            rank = shapes.get("A", (0,))[0]
+            if len(weight) != 2 or shapes != {"A": (rank, weight[1]), "B": (weight[0], rank)}:
+                text = f"the adapter's factors {shapes} do not fit {name!r} of the engine: {weight or None}"
+                raise WeightSyncError(text)
+            if name not in self.base:
+                self.base[name] = self._parameters[name].detach().clone()
+            base = self.base[name]
+            scaling = float(peft_config.get("lora_alpha") or rank)
+            scaling /= rank**0.5 if peft_config.get("use_rslora") else rank
+            down, up = (factors[half].float().to(base.device) for half in "AB")
+            merged[name] = (up @ down).mul_(scaling).add_(base.float()).to(base.dtype)
+        for name, parameter in self._parameters.items():
+            yield name, merged.get(name, parameter)
+
+
+def _pairs(adapter: Iterable[tuple[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """``{module: {"A": [r, in], "B": [out, r]}}``."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in adapter:
+        plain = name.removeprefix("base_model.model.").replace(".default.", ".")
+        module, _, tail = plain.rpartition(".lora_")
+        if not module or tail not in ("A.weight", "B.weight"):
+            raise WeightSyncError(f"{name!r} is not a LoRA factor of a linear layer; others are not supported here")
+        pairs.setdefault(module, {})[tail[0]] = tensor
+    if not pairs:
+        raise WeightSyncError("the trainer sent an adapter without any tensor")
+    return pairs

@@ -62,18 +62,18 @@ class ReplicaCanary:
 
 class Replicas:
     """The replicas of verl's managers (requests go through the load balancer of the last one), and the training workers
-    that send them weights. ``serving``: the managers whose servers are awake."""
+    that send them weights. ``serving``: the managers whose servers are awake. ``note``: is told who died."""
 
-    def __init__(self, workers: Any, managers: Sequence[Any], serving: Callable[[], Sequence[Any]]) -> None:
-        self.workers, self.serving = workers, serving
-        self._managers = managers
+    replaced = 0
+    """Servers that were started in the place of another, in all."""
+    has_newcomers = False
+    """A server waits for weights and ``admit``."""
+
+    def __init__(
+        self, workers: Any, managers: Sequence[Any], serving: Callable[[], Sequence[Any]], note: Any = logger.warning
+    ) -> None:
+        self.workers, self.serving, self._managers, self._note = workers, serving, managers, note
         self._balancer = managers[-1].global_load_balancer
-        self.note: Callable[[str], None] = lambda text: None
-        """Is told what the user should know."""
-        self.replaced = 0
-        """Servers that were started in the place of another, in all."""
-        self.has_newcomers = False
-        """A server waits for weights and ``admit``."""
 
     def replace_dead(self) -> int:
         """Start a new server in the place of each dead one; returns how many. They have no weights and no requests yet,
@@ -83,9 +83,7 @@ class Replicas:
         dead = [place for place, answers in zip(every, asked, strict=True) if not _all_live(answers)]
         for manager, i in dead:
             replica, address = manager.rollout_replicas[i], manager.server_addresses[i]
-            text = f"rollout replica {replica.replica_rank} ({address}) has died; another one is started in its place"
-            logger.warning("%s", text)
-            self.note(text)
+            self._note(f"rollout replica {replica.replica_rank} ({address}) died; another one is started in its place")
             ray.get(self._balancer.remove_servers.remote([address]))
             self._launch(replica)
             manager.server_handles[i], manager.server_addresses[i] = replica.server_handle, replica.server_address
@@ -120,8 +118,8 @@ class Replicas:
         else:
             if is_alone:
                 # verl's worker of a standalone replica keeps the handle of a server that is dead.
-                calls = (worker.__ray_call__.remote(_forget_server) for worker in replica.workers)
-                await asyncio.gather(*calls)
+                forget = lambda worker: forget_server(worker.server_adapter)  # noqa: E731
+                await asyncio.gather(*(worker.__ray_call__.remote(forget) for worker in replica.workers))
             launch = replica.launch_servers
         deaths = retries = 0
         while True:
@@ -157,10 +155,6 @@ def _ask(replica: Any) -> list[Any]:
     """A sign of life, to come, of each of its actors. Workers of a colocated replica are the trainer's."""
     workers = replica.workers if replica.rollout_mode is RolloutMode.STANDALONE else []
     return [actor.__ray_call__.remote(bool) for actor in (*replica.servers, *workers)]
-
-
-def _forget_server(worker: Any) -> None:
-    forget_server(worker.server_adapter)
 
 
 def forget_server(adapter: Any) -> None:

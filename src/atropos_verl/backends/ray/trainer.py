@@ -5,7 +5,7 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +23,9 @@ from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode, PPOTrai
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 
-from atropos_verl.backends.ray.feed import Slot, TrajectoryFeed
+from atropos_verl.backends.ray.feed import ADVANTAGES, PARTITION, Slot, TrajectoryFeed, finish_batch
 from atropos_verl.backends.ray.gateway import ClusterGateway
 from atropos_verl.backends.ray.replicas import Replicas
-from atropos_verl.backends.ray.transfer import ADVANTAGES, PARTITION, finish_batch
 from atropos_verl.backends.ray.workers import WORKERS
 from atropos_verl.config.verl_keys import RayRun, parameter_sync_step, read_run
 from atropos_verl.errors import CheckpointError, EngineStoppedError, TrainingDivergedError, WeightSyncError
@@ -63,31 +62,27 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     _is_exact = False
     """A canary proves after every sync that the replicas compute the trainer's logprobs, in float32."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, note: Callable[[str], None]) -> None:
+        """``note`` is told what the user should know."""
+        self.note = note
         self.atropos: RayRun = read_run(config)
+        self.state = RunState()
         self.feed: TrajectoryFeed
         self.gateway: ClusterGateway | None = None
         self.replicas: Replicas
-        self.state = RunState()
         self.on_report: Callable[[StepReport], None] = lambda report: None
         self.on_stop: Callable[[], bool] = lambda: False
         self.on_evaluate: Callable[[str], dict[str, float | None]] = lambda label: {}
         self._held_out_figures: dict[str, float | int | None] = {}
         """Of the evaluation since the last line of ``metrics.jsonl``."""
-        self.notes: list[str] = []
-        """What the user is to be told about the checkpoint that was loaded."""
         self._slots: list[Slot] = []
         self._counts: Counter[str] = Counter()
-        self._covered_step = 0
-        """A checkpoint holds the effect of every batch up to this step."""
-        self._whole_step = 0
-        """The last step of which everything is done."""
+        self._covered_step = self._whole_step = 0
+        """A checkpoint holds the effect of every batch up to this step; the last step of which everything is done."""
         self._is_updating = False
-        self._next_stop_look = 0.0
-        self._step_started = time.perf_counter()
-        self._loss = 0.0
+        self._next_stop_look, self._step_started, self._loss = 0.0, time.perf_counter(), 0.0
         self._rows = (1, 1)
-        """Rows and rollouts of the batch of this step."""
+        """Rows of the batch of this step, and rollouts, of which only as many count as a batch should have."""
         sections = [config.actor_rollout_ref.actor, *([config.critic] if "critic" in config else [])]
         self._mini_batches = [(section, int(section.ppo_mini_batch_size)) for section in sections]
         super().__init__(config)
@@ -99,8 +94,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         self.feed, self.gateway = feed, gateway
         self._whole_step = self._covered_step = self.global_steps
         gateway.release(self.policy_version)
-        self.replay_buffer.trainer = self
-        self.replay_buffer.poll_interval = self.atropos.settings.poll_interval
+        self.replay_buffer.trainer, self.replay_buffer.poll_interval = self, self.atropos.settings.poll_interval
 
     @property
     def policy_version(self) -> int:
@@ -117,17 +111,15 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         return ()
 
     def resume_memory_occupation(self) -> None:
-        """Part of verl's weight update."""
+        """Part of verl's weight update. The replicas of ``separate_async``, not the trainer's, release no memory."""
 
-    def release_memory_occupation(self) -> None:
-        """The replicas of ``separate_async`` keep their memory: they are not the trainer's."""
+    release_memory_occupation = resume_memory_occupation
 
     def pause(self, timeout: float) -> None:
         """Shut the gate. Replicas of vLLM and SGLang cannot hold a request while they sleep: it ends first."""
         if self.gateway is None:
             return None
-        gate = self.gateway.gate
-        deadline = time.monotonic() + timeout
+        gate, deadline = self.gateway.gate, time.monotonic() + timeout
         while True:
             try:
                 return gate.drain(_REPLICA_LOOK_SECONDS) if self.drains else gate.pause(timeout)
@@ -168,12 +160,11 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def replace_dead_replicas(self) -> None:
         """Call it while the training workers are idle. A server that a request found dead is replaced, and new ones get
         the weights that are served."""
-        if self.gateway is None or not (self.gateway.lost.is_set() or self.replicas.has_newcomers):
-            return
-        self.gateway.lost.clear()
-        if self.replicas.replace_dead() or self.replicas.has_newcomers:
-            self._on_replicas(self._renew_replicas)
-        self.replicas.admit()
+        if self.gateway is not None and (self.gateway.lost.is_set() or self.replicas.has_newcomers):
+            self.gateway.lost.clear()
+            if self.replicas.replace_dead() or self.replicas.has_newcomers:
+                self._on_replicas(self._renew_replicas)
+            self.replicas.admit()
 
     def _renew_replicas(self) -> None:
         """verl sends weights to all replicas or none, so those that live stop for it: their requests go on after."""
@@ -194,7 +185,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _setup(self) -> None:
         super()._setup()
         actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        self.replicas = Replicas(self.actor_rollout_wg, self._rollout_server_managers(), self._serving_managers)
+        managers = self._rollout_server_managers()
+        self.replicas = Replicas(self.actor_rollout_wg, managers, self._serving_managers, self.note)
         computes = (actor.get("fsdp_config") or {}).get("mixed_precision") or {}
         exact = rollout.dtype == "float32" and computes.get("param_dtype") in ("fp32", "float32")
         self.sharding_manager.canary = self.replicas.canary(self.atropos.settings.sync, self.tokenizer, exact=exact)
@@ -224,8 +216,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
+        # By name: Ray wraps the class it is given in a subclass of the same name.
+        ours = {worker.__name__.removeprefix("Atropos"): worker for worker in WORKERS}
         for role, remote in self.role_worker_mapping.items():
-            self.role_worker_mapping[role] = ray.remote(WORKERS[remote.__ray_metadata__.modified_class.__name__])
+            self.role_worker_mapping[role] = ray.remote(ours[remote.__ray_metadata__.modified_class.__name__])
 
     def _build_replay_buffer(self) -> Any:
         buffer = super()._build_replay_buffer()
@@ -233,7 +227,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         return buffer
 
     def _next_train_batch(self, num_prompts: int | None = None) -> TensorDict:
-        """Names of slots, which the feed fills with batches of the API (see ``transfer.py``)."""
+        """Names of slots, which the feed fills."""
         uids = [uuid.uuid4().hex for _ in range(num_prompts or parameter_sync_step(self.config))]
         return tu.get_tensordict({"uid": np.array(uids, dtype=object)}, {"global_steps": self.global_steps})
 
@@ -267,11 +261,13 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         return batch
 
     def _balance_batch(self, batch: KVBatchMeta, *arguments: Any, **keywords: Any) -> KVBatchMeta:
-        self._rows = (len(batch.keys), len({key.rsplit("_", 1)[0] for key in batch.keys}))
+        rollouts = len({key.rsplit("_", 1)[0] for key in batch.keys})
+        self._rows = (len(batch.keys), min(rollouts, self.atropos.run.batch_size))
         return super()._balance_batch(batch, *arguments, **keywords)
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
-        # verl's mini-batches are counted in rows: those of a batch whose rollouts have several hold as many more.
+        # verl's mini-batches are counted in rows. Those of a batch with more rollouts than the settings say (the API
+        # splits no group), or whose rollouts have several rows, hold as many more: no further optimiser steps.
         rows, rollouts = self._rows
         for section, size in self._mini_batches:
             scaled = math.ceil(size * rows / rollouts / dp_size) * dp_size
@@ -339,38 +335,32 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
 
     def _step_report(self, metrics: Mapping[str, Any], timing: Mapping[str, float]) -> StepReport:
         """Join the figures of every backend with verl's own under verl's names. ``timing``: verl's, in seconds."""
-        environments: defaultdict[int, list[float]] = defaultdict(list)
         numbers = ((name, _number(value)) for name, value in metrics.items())
         figures: dict[str, float | int | None] = {name: number for name, number in numbers if number is not None}
         posted = {f"{name}/{figure}" for name in ("distill", "ref") for figure in ("kl", "known")}
         figures |= summarise_importance({name: figures.pop(f"actor/{name}", None) or 0.0 for name in posted})
         for slot in self._slots:
             figures |= slot.off_policy
-            for env_id, score in slot.scores:
-                if env_id is not None:
-                    environments[env_id].append(score)
-        sync = self.sharding_manager.last_sync
-        sync_seconds = None if sync is None else sync.seconds
+        sync: Any = self.sharding_manager.last_sync
         training = ("old_log_prob", "ref", "values", "adv", "update_actor")
         return step_report(
             self.global_steps,
             self.policy_version,
             self._loss,
-            scores=np.array([score for slot in self._slots for _, score in slot.scores]),
-            environments=environments,
+            scores=[pair for slot in self._slots for pair in slot.scores],
             counts=self._counts,
             seconds={
                 "rollout": timing.get("gen", 0.0),
                 "wait": sum(slot.wait_seconds for slot in self._slots),
                 "train": sum(timing.get(name, 0.0) for name in training),
-                "sync": sync_seconds,
+                "sync": sync and sync.seconds,
                 "step": time.perf_counter() - self._step_started,
             },
             figures={
                 **figures,
                 **self._held_out_figures,
-                "sync/seconds": sync_seconds,
-                "sync/canary_max_abs_logprob_diff": None if sync is None else sync.canary_max_abs_logprob_diff,
+                "sync/seconds": sync and sync.seconds,
+                "sync/canary_max_abs_logprob_diff": sync and sync.canary_max_abs_logprob_diff,
                 "sync/replicas_replaced": self.replicas.replaced,
             },
         )
@@ -428,7 +418,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     def _load_checkpoint(self) -> None:
         given = self.config.trainer
         wanted = given.resume_from_path if given.resume_mode == "resume_path" else given.resume_mode
-        directory = find_checkpoint(self.checkpoint_root, str(wanted), self.notes.append)
+        directory = find_checkpoint(self.checkpoint_root, str(wanted), self.note)
         mode = "disable" if directory is None else "resume_path"
         with _with_settings(given, {"resume_mode": mode, "resume_from_path": directory and str(directory)}):
             super()._load_checkpoint()
@@ -437,9 +427,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if waiting:
             tq.kv_clear(keys=waiting, partition_id=PARTITION)
         self._restored_tq_prompt_count = 0
-        if directory is not None:
-            changes = changed_settings(self.state.restore(directory), self.atropos.run)
-            self.notes += [f"settings that have changed since: {', '.join(changes)}"] if changes else []
+        if directory and (changes := changed_settings(self.state.restore(directory), self.atropos.run)):
+            self.note(f"settings that have changed since: {', '.join(changes)}")
 
 
 class _ColocatedTrainer(_AtroposTrainer):
@@ -543,11 +532,8 @@ def _with_settings(settings: Any, values: Mapping[str, Any]) -> Iterator[None]:
             settings.update(given)
 
 
-class _NoPrompts:
+class _NoPrompts(tuple[()]):
     """Stands for verl's training set and its loader, since environments choose the prompts. Empty, without state."""
-
-    def __len__(self) -> int:
-        return 0
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -573,7 +559,7 @@ class _Watching:
             self.trainer.feed.evicted(set(uids))
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
-        # A slot of the training partition is a whole batch (see transfer.py); verl counts prompts.
+        # A slot of the training partition is a whole batch; verl counts prompts.
         wanted = 1 if partition_id == PARTITION else batch_size
         return super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=wanted)  # type: ignore[misc]
 

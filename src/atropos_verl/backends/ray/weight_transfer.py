@@ -58,13 +58,11 @@ class WeightBucket:
 async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[WeightBucket, bool]]:
     """Buckets of up to ``bucket_bytes`` (or one tensor), and which is the last: empty when there are no weights."""
     held: list[tuple[str, torch.Tensor]] = []
-    size = 0
     async for name, tensor in weights:
-        if held and size + tensor.nbytes > bucket_bytes:
+        if held and sum(t.nbytes for _, t in held) + tensor.nbytes > bucket_bytes:
             yield WeightBucket.pack(held), False
-            held, size = [], 0
+            held = []
         held.append((name, tensor))
-        size += tensor.nbytes
     yield WeightBucket.pack(held), True
 
 
@@ -89,51 +87,38 @@ async def send_weights(
     return nbytes
 
 
-class BucketQueue:
-    """Buckets of one update, one ahead of the reader."""
+class BucketQueue(asyncio.Queue[tuple[WeightBucket, bool] | None]):
+    """Buckets of one update, one ahead of the reader; None: another update takes its place."""
 
     def __init__(self, timeout: float = _TIMEOUT) -> None:
+        super().__init__(1)
         self._timeout = timeout
-        self._items: asyncio.Queue[tuple[WeightBucket, bool] | Exception] = asyncio.Queue(1)
-        self.put = self._items.put
-
-    def fail(self, error: Exception) -> None:
-        """Give the reader ``error`` instead of the next bucket."""
-        while not self._items.empty():
-            self._items.get_nowait()
-        self._items.put_nowait(error)
 
     async def take(self) -> tuple[WeightBucket, bool]:
         """The next bucket, and whether it is the last. Raises ``WeightSyncError`` when none comes."""
         try:
-            item = await asyncio.wait_for(self._items.get(), self._timeout)
+            item = await asyncio.wait_for(self.get(), self._timeout)
         except TimeoutError as error:
-            raise WeightSyncError(
-                f"no weights arrived for {self._timeout:g} s: the training worker died or hangs in a gather"
-            ) from error
-        if isinstance(item, Exception):
-            raise item
+            text = f"no weights arrived for {self._timeout:g} s: the training worker died or hangs in a gather"
+            raise WeightSyncError(text) from error
+        if item is None:
+            raise WeightSyncError("another weight update began before this one had ended")
         return item
 
 
 class WeightReceiver:
     """The server's side. Runs ``apply``, which copies the tensors of an iterator or raises to refuse them, in a thread.
-
-    ``timeout``: seconds to wait for the next bucket; the sender is then taken for dead and the update fails.
-    """
+    After ``timeout`` seconds without a bucket the sender is taken for dead, and the update fails."""
 
     def __init__(self, apply: Callable[[Iterator[tuple[str, torch.Tensor]]], Any], timeout: float = _TIMEOUT) -> None:
-        self._apply = apply
-        self._timeout = timeout
+        self._apply, self._timeout = apply, timeout
         self._update_id = ""
         self._queue: BucketQueue
         self._done: asyncio.Future[Any] | None = None
 
     async def receive(self, update_id: str, bucket: WeightBucket, last: bool) -> Any:
-        """Take a bucket of an update. The last one returns what ``apply`` returned, or raises its error.
-
-        An update that has not ended when another begins fails with ``WeightSyncError``: its sender is gone.
-        """
+        """Take a bucket of an update. The last one returns what ``apply`` returned, or raises its error. An update that
+        has not ended when another begins fails with ``WeightSyncError``: its sender is gone."""
         if self._update_id != update_id:
             await self._begin(update_id)
         done = self._done
@@ -147,7 +132,9 @@ class WeightReceiver:
     async def _begin(self, update_id: str) -> None:
         """End the update before this one, if it has not ended, and start to apply this one."""
         if self._done is not None:
-            self._queue.fail(WeightSyncError("another weight update began before this one had ended"))
+            if self._queue.full():
+                self._queue.get_nowait()
+            self._queue.put_nowait(None)
             await asyncio.wait({self._done})
             if (error := self._done.exception()) is not None:
                 logger.warning("the weight update before this one had failed: %s", error)
@@ -168,11 +155,11 @@ class WeightReceiver:
 class RayObjectStoreCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
     """verl's ``CheckpointEngine``, on both sides. ``is_master`` None: a receiver; True: trainer rank 0."""
 
+    queue: BucketQueue | None = None
+
     def __init__(self, bucket_size: int, is_master: bool | None = None) -> None:
-        self.bucket_size = bucket_size
-        self.is_master = is_master
+        self.bucket_size, self.is_master = bucket_size, is_master
         self._receivers: list[Any] = []
-        self.queue: BucketQueue | None = None
 
     def prepare(self) -> Any:
         """Return the actor of a receiver, which is ready for buckets from now on."""

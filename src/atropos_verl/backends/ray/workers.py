@@ -4,6 +4,7 @@ every process that trains."""
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,9 @@ class _PolicyWorker(_PreparedWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[untyped-decorator]
     def probe_logprobs(self, token_ids: list[int]) -> list[float] | None:
         """[T-1] logprobs of tokens 1.. of a sequence under the present policy; None where another rank has them."""
-        count = len(token_ids)
+        count, nested = len(token_ids), partial(torch.nested.as_nested_tensor, layout=torch.jagged)
         rows = {"input_ids": token_ids, "position_ids": range(count), "loss_mask": [1] * count}
-        columns = {
-            name: torch.nested.as_nested_tensor([torch.tensor(row)], layout=torch.jagged) for name, row in rows.items()
-        }
+        columns = {name: nested([torch.tensor(row)]) for name, row in rows.items()}
         settings = {"pad_mode": DatasetPadMode.NO_PADDING, "temperature": 1.0, "compute_loss": False}
         settings |= {"use_dynamic_bsz": True, "max_token_len_per_gpu": count}
         output = self.actor.infer_batch(tu.get_tensordict(columns, settings))
@@ -102,19 +101,12 @@ class AtroposDetachActorWorker(_PolicyWorker, DetachActorWorker):  # type: ignor
         return own_copies(save) if get_device_name() == "cpu" else save
 
 
-WORKERS = {
-    "TrainingWorker": AtroposTrainingWorker,
-    "ActorRolloutRefWorker": AtroposActorRolloutRefWorker,
-    "DetachActorWorker": AtroposDetachActorWorker,
-}
-"""verl's class, by name since Ray wraps the class it is given in a subclass of the same name → ours."""
+WORKERS = (AtroposTrainingWorker, AtroposActorRolloutRefWorker, AtroposDetachActorWorker)
 
 
 def verls_loss(loss: Callable[..., LossOutput], aggregates: bool = False) -> Callable[..., Any]:
-    """``loss``, of ``training/``, with the arguments and results of a policy loss of verl's.
-
-    Rows of padding and response tokens that are not trained are in its arguments, with ``loss_mask`` False. Importance
-    weights of rollout correction are multiplied into its advantages; verl hands no ``rollout_logprobs`` to a loss.
+    """``loss``, of ``training/``, with the arguments and results of a policy loss of verl's, which hands it padding too
+    (``loss_mask`` False) and no ``rollout_logprobs``: importance weights are multiplied into its advantages.
     ``aggregates``: it is ``-log_prob · advantage`` per token, which verl may aggregate in other ways than token-mean.
     """
 

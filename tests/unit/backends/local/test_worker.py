@@ -188,7 +188,11 @@ def test_the_optimisers_settings_are_the_resumed_runs(model_path: Path, tmp_path
     assert resumed.train(samples)["lr"] == pytest.approx(all_along.train(samples)["lr"])
 
 
-def test_what_cannot_be_loaded_is_an_error_with_its_directory(model_path: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_an_error_with_its_directory_and_no_lock_file_stays(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temp"))
     worker = _worker(model_path)
     for name in ("model", "optim", "extra_state"):
         worker.save_checkpoint(tmp_path / "actor", 1)
@@ -196,12 +200,6 @@ def test_what_cannot_be_loaded_is_an_error_with_its_directory(model_path: Path, 
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(CheckpointError, match=f"cannot load {tmp_path}/actor: "):
             worker.load_checkpoint(tmp_path / "actor")
-
-
-def test_no_lock_file_of_a_checkpoint_stays(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "temp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temp"))
-    _worker(model_path).save_checkpoint(tmp_path / "actor", 1)
     assert list((tmp_path / "temp").iterdir()) == []
 
 
@@ -228,20 +226,16 @@ def test_two_ranks_give_what_one_gives(model_path: Path, tmp_path: Path) -> None
         assert b["weights"] == pytest.approx(a["weights"], rel=1e-4)
 
 
-def test_what_catches_verls_prints_outlives_a_change_of_stdout() -> None:
+def test_what_verl_prints_is_in_the_log_also_when_it_fails_or_stdout_changes(caplog: pytest.LogCaptureFixture) -> None:
     """print() borrows sys.stdout: when a log handler changed it meanwhile, the interpreter crashed."""
+    caplog.set_level("INFO")
     before = sys.stdout
-    with _verl_prints_to_log():
+    with pytest.raises(ZeroDivisionError), _verl_prints_to_log():
+        print("loading shard 3")  # noqa: T201
         writer = weakref.ref(sys.stdout)
         sys.stdout = before  # as pytest's live log does while it writes
         assert writer() is not None
-
-
-def test_what_verl_printed_before_it_failed_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    with pytest.raises(ZeroDivisionError), _verl_prints_to_log():
-        print("loading shard 3")  # noqa: T201
-        print(1 // 0)  # noqa: T201
+        raise ZeroDivisionError
     assert caplog.messages == ["verl: loading shard 3"]
 
 
@@ -392,7 +386,8 @@ def test_waiting_for_other_ranks_hears_signals_and_ends_with_what_to_do(monkeypa
         with pytest.raises(KeyboardInterrupt):
             _meet(others.wait, 0, 8)  # as torch's, which no signal ends
         monkeypatch.setattr(worker_module, "_MEETING_SECONDS", 0.0)
-        with pytest.raises(ConfigError, match=r"rank 0 has waited 0 s for the other 7; .*unset .*WORLD_SIZE"):
+        monkeypatch.setattr(worker_module, "_MEETING_LOOK_SECONDS", 0.5)
+        with pytest.raises(ConfigError, match=r"rank 0 has waited 0.5 s for the other 7; .*unset .*WORLD_SIZE"):
             _meet(others.wait, 0, 8)
     finally:
         signal.signal(signal.SIGALRM, heard)
@@ -413,30 +408,38 @@ def test_a_gpu_that_a_variable_hides_is_missed_by_name(
     assert caplog.messages == ["trainer.device=auto is the CPU: CUDA_VISIBLE_DEVICES='' leaves torch no GPU"]
 
 
+class _Alone(PolicyWorker):
+    """Rank 0 of two with these weights; an exception among them is raised. ``asked``: what the other was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *items: Any) -> None:
+        self.rank, self.world_size, self._closed = 0, 2, False
+        self.items, self.gathered, self.asked = items, list[str](), list[str]()
+        self._worker = SimpleNamespace(engine=SimpleNamespace(get_per_tensor_param=lambda: (self.gather(), None)))
+        note = lambda told, **_: self.asked.append(told[0][0])  # noqa: E731
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", note)
+
+    def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in self.items:
+            if isinstance(item, BaseException):
+                raise item
+            self.gathered.append(item)
+            yield item, torch.zeros(1)
+
+
 def test_other_ranks_are_asked_nothing_after_a_call_that_did_not_come_to_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They wait inside it, and a second call would wait for them. Tensors that nobody takes are taken first."""
-    asked: list[str] = []
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told, **_: asked.append(told[0][0]))
-    gathered: list[str] = []
-
-    def gather() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in "abc":
-            gathered.append(name)
-            yield name, torch.zeros(1)
-
-    worker = PolicyWorker.__new__(PolicyWorker)
-    engine = SimpleNamespace(get_per_tensor_param=lambda: (gather(), None))
-    vars(worker).update(rank=0, world_size=2, _closed=False, _worker=SimpleNamespace(engine=engine), config=None)
-    next(worker.named_tensors())
-    assert [name for name, _ in worker.named_tensors()] == gathered[3:] == ["a", "b", "c"] == gathered[:3]
+    worker = _Alone(monkeypatch, *"abc")
+    taken = worker.named_tensors()
+    next(taken)
+    assert [name for name, _ in worker.named_tensors()] == worker.gathered[3:] == [*"abc"] == worker.gathered[:3]
     with pytest.raises(AttributeError):
         worker.train([])
     with pytest.raises(RuntimeError, match="save_checkpoint: an earlier call was not finished"):
         worker.save_checkpoint(Path("there"), 1)
     worker.close()
-    assert asked == ["named_tensors", "named_tensors", "train"]
+    assert worker.asked == ["named_tensors", "named_tensors", "train"]
 
 
 @pytest.mark.parametrize("gives_up_first", [False, True])
@@ -444,19 +447,10 @@ def test_other_ranks_are_asked_nothing_after_a_gather_that_ctrl_c_ended(
     gives_up_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where what is left of it is gathered for nobody, before the next call."""
-    asked: list[str] = []
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda told, **_: asked.append(told[0][0]))
-
-    def gather() -> Iterator[tuple[str, torch.Tensor]]:
-        yield "a", torch.zeros(1)
-        raise KeyboardInterrupt
-
-    worker = PolicyWorker.__new__(PolicyWorker)
-    engine = SimpleNamespace(get_per_tensor_param=lambda: (gather(), None))
-    vars(worker).update(rank=0, world_size=2, _closed=False, _worker=SimpleNamespace(engine=engine), config=None)
+    worker = _Alone(monkeypatch, "a", KeyboardInterrupt())
     tensors = worker.named_tensors()
     next(tensors)
     with pytest.raises(KeyboardInterrupt):
         worker.save_checkpoint(Path("there"), 1) if gives_up_first else next(tensors)
     worker.close()
-    assert asked == ["named_tensors"]
+    assert worker.asked == ["named_tensors"]

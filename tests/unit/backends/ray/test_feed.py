@@ -1,26 +1,35 @@
-"""The trajectory feed: what fills a slot, what is left out and counted, when a batch is acked, and how it ends."""
+"""The trajectory feed: what fills a slot, what is left out and counted, when a batch is acked, how it ends; its rows:
+prompt and response, the multi-turn mask, scores, logprobs, versions, tags.
+
+The advantages that reach verl's optimiser are those of the local backend, to the last bit, whatever order verl has.
+"""
 
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.serving import eventually
 
-from atropos_verl.backends.ray.feed import TrajectoryFeed
-from atropos_verl.backends.ray.transfer import Row
+from atropos_verl.backends.ray.feed import ADVANTAGES, Row, TrajectoryFeed, finish_batch, make_rows
 from atropos_verl.config.schema import OffPolicyConfig, RunConfig
 from atropos_verl.errors import AtroposConnectionError
 from atropos_verl.protocol.journal import BatchJournal, JournalEntry
 from atropos_verl.protocol.leases import HeldBatch
+from atropos_verl.protocol.wire import decode_batch
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
+from atropos_verl.training.advantages import RunningMoments
 from atropos_verl.training.batch_source import BatchSource
+from atropos_verl.training.samples import build_samples, collect_samples
 from atropos_verl.training.staleness import BatchProvenance
 from atropos_verl.training.step import RunTotals
-from atropos_verl.types import SampleSettings
+from atropos_verl.types import UNKNOWN_VERSION, SampleSettings
 
 WAIT = 10.0
 
@@ -139,11 +148,6 @@ def of(version: int) -> dict[str, Any]:
     return {"generation_params": {"policy_version": version}}
 
 
-def three_batches() -> list[list[dict[str, Any]]]:
-    """The first group is too old for version 3 and a bound of 1."""
-    return [[group(2 * n + 1, **of(1 if n == 0 else 3)), group(2 * n + 2, **of(3))] for n in range(3)]
-
-
 def test_one_slot_is_one_batch_and_it_is_acked_after_the_step(made: Any) -> None:
     world = made([[group(1), group(2)], [group(3), group(4)]])
     rows = world.filled("a")
@@ -178,98 +182,51 @@ def test_a_bad_group_is_quarantined_with_its_reason_and_the_rest_is_trained(
     assert world.feed.slots["a"].counts["quarantined"] == 1
 
 
-@pytest.mark.parametrize(("groups", "max_staleness"), [(1, None), (2, None), (2, 3)])
-def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(
-    groups: int, max_staleness: int | None, made: Any
-) -> None:
-    """One of all its groups, too, which would fill a slot by its size."""
+@pytest.mark.parametrize("max_staleness", [None, 3])
+def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(max_staleness: int | None, made: Any) -> None:
     masked = {**group(1), "masks": [[-100] * 3] * 4}
-    world = made([[masked] * groups, [group(2), group(3)]], max_staleness=max_staleness)
+    world = made([[masked, masked], [group(2), group(3)]], max_staleness=max_staleness)
     assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
     counts = world.feed.slots["a"].counts
-    assert (counts["groups"], counts["untrained"], counts["sequences"]) == (groups + 2, 4 * groups, 8)
+    assert (counts["groups"], counts["untrained"], counts["sequences"]) == (4, 8, 8)
+    assert world.throttle.expected_staleness == 1, "it is one slot, whose step is to come"
     world.train("a", 1)
     world.feed.stop()
     assert world.batches.named("ack") == [1, 2]
+    assert world.batches.named("trained") == [(1, 1), (2, 1)]
+    assert world.throttle.expected_staleness == 0
 
 
-def test_stale_groups_are_left_out_and_the_slot_filled_from_the_next_batch(made: Any) -> None:
-    world = made([[group(1, **of(2)), group(2, **of(3))], [group(3, **of(3)), group(4, **of(3))]], max_staleness=0)
+def test_stale_groups_are_left_out_and_the_rest_of_the_batch_is_the_step(made: Any) -> None:
+    bodies = [[group(1, **of(2)), group(2, **of(3))], [group(3, **of(2)), group(4, **of(2))], [group(5, **of(3))]]
+    world = made(bodies, max_staleness=0)
     world.served = 3
     rows = world.filled("a")
-    assert firsts(rows) == [2] * 4 + [3] * 4
+    assert firsts(rows) == [2] * 4 and {row.tag["min_global_steps"] for row in rows} == {3}
     counts = world.feed.slots["a"].counts
-    assert (counts["stale"], counts["carried"], counts["groups"]) == (1, 1, 2)
-    assert {row.tag["min_global_steps"] for row in rows} == {3}
-    world.train("a", 4)
+    assert (counts["stale"], counts["groups"], counts["rollouts"]) == (1, 1, 4)
+    assert firsts(world.filled("b")) == [5] * 4
+    assert world.feed.slots["b"].counts["stale"] == 2
+    world.train("a b", 4)
     world.feed.stop()
-    assert world.batches.named("ack") == [1, 2], "both batches that the slot was made of"
-    assert world.batches.named("trained") == [(1, 4)] and world.batches.named("release") == []
+    assert world.batches.named("ack") == [1, 2, 3] and world.batches.named("release") == []
 
 
-def test_what_is_above_the_size_of_a_slot_is_trained_on_in_the_next(made: Any) -> None:
-    world = made(three_batches(), max_staleness=1)
-    world.served = 3
-    assert firsts(world.filled("a")) == [2] * 4 + [3] * 4
-    world.train("a", 4)
-    world.served = 4
-    assert firsts(world.filled("b")) == [4] * 4 + [5] * 4
-    counts = world.feed.slots["b"].counts
-    assert (counts["stale"], counts["carried"], counts["groups"]) == (0, 1, 2)
-    assert [score for _, score in world.feed.slots["b"].scores] == [0.0, 1.0, 2.0, 3.0] * 2
-    assert world.batches.named("trained") == [(1, 4)], "the second batch is not done with"
-    world.train("b", 5)
-    world.feed.stop()
-    assert world.batches.named("trained") == [(1, 4), (2, 5)]
-    assert world.batches.named("release") == [], "of the third, a part is trained on"
-
-
-_AFTER = {
-    # (steps that were taken from 4 on, step of the checkpoint): groups of the slots after it
-    (1, 3): [[1, 2], [3, 4], [5, 6]],
-    (1, 4): [[4, 5], [6, 7]],
-    (2, 3): [[1, 2], [3, 4], [5, 6]],
-    (2, 4): [[4, 5], [6, 7]],
-    (2, 5): [[6, 7]],
-}
-
-
-@pytest.mark.parametrize(("steps", "checkpoint"), list(_AFTER))
-def test_a_resumed_run_takes_the_groups_that_its_checkpoint_does_not_hold(
-    tmp_path: Path, steps: int, checkpoint: int
-) -> None:
-    """Slots of groups 2 and 3, then of 4 and 5; 6 is left over. Then another process goes on from a checkpoint."""
-    world = World(tmp_path, three_batches(), max_staleness=1)
-    world.served = 3
+@pytest.mark.parametrize("checkpoint", [0, 1, 2])
+def test_a_resumed_run_takes_the_batches_that_its_checkpoint_does_not_hold(tmp_path: Path, checkpoint: int) -> None:
+    """Two steps were taken; the third batch was waiting when the process ended."""
+    world = World(tmp_path, [[group(1)], [group(2)], [group(3)]])
     world.feed.start()
-    for step in range(4, 4 + steps):
+    for step in (1, 2):
         world.filled(f"s{step}")
         world.train(f"s{step}", step)
+    world.filled("s3")
     world.feed.stop()
-    assert world.batches.named("release") == []
-    bodies = [*world.batches.bodies, [group(7, **of(3)), group(8, **of(3))]]
-    after = World(tmp_path, bodies, max_staleness=4, resumed_at=checkpoint)
-    after.served = checkpoint
+    after = World(tmp_path, [], resumed_at=checkpoint)
     after.feed.start()
-    expected = _AFTER[steps, checkpoint]
-    seen = [sorted(set(firsts(after.filled(f"r{number}")))) for number in range(len(expected))]
-    for number in range(len(expected)):
-        after.train(f"r{number}", checkpoint + 1 + number, checkpoint + 1 + number)
+    seen = [firsts(after.filled(f"r{number}"))[0] for number in range(checkpoint, 3)]
     after.feed.stop()
-    assert seen == expected
-    left = [entry.sequence for entry in after.batches.journal.pending(checkpoint + len(expected))]
-    assert left == ([] if expected[-1][-1] == 6 else [4]), "of the last batch group 8 is to come"
-
-
-def test_the_throttle_counts_filled_slots(made: Any) -> None:
-    world = made(three_batches(), max_staleness=1)
-    world.served = 3
-    world.filled("a")
-    assert world.throttle.expected_staleness == 1, "what begins now is trained on after that slot"
-    world.filled("b", 5)
-    assert world.throttle.expected_staleness == 2
-    world.train("a b", 4)
-    assert world.throttle.expected_staleness == 0
+    assert seen == [1, 2, 3][checkpoint:]
 
 
 def test_untrained_batches_go_back_when_it_stops_and_trained_or_evicted_ones_do_not(made: Any) -> None:
@@ -297,5 +254,158 @@ def test_it_stops_while_it_waits(made: Any) -> None:
     world.feed.request("a", 1)
     assert world.batches.asked.wait(WAIT)
     world.feed.stop()
-    assert not [thread for thread in threading.enumerate() if thread.name == "trajectory-feed"]
-    assert world.feed.failure is None
+    assert world.feed.failure is None and not world.feed._thread.is_alive()
+
+
+# Two turns of the policy with a tool's answer (30 31) between them; the second sequence has one turn.
+GROUP = {
+    "tokens": [[5, 6, 10, 11, 30, 31, 12], [5, 6, 10]],
+    "masks": [[-100, -100, 10, 11, -100, -100, 12], [-100, -100, 10]],
+    "scores": [1.0, 0.0],
+    "inference_logprobs": [[1.0, 1.0, -0.5, -0.25, 1.0, 1.0, -0.125], [1.0, 1.0, -2.0]],
+    "advantages": [[0.0, 0.0, 0.5, -0.5, 9.0, 9.0, 2.0], None],
+    "overrides": [{}, {"set_advantage_to_zero": True}],
+}
+
+
+def rows_of(group: dict[str, object], **known: object) -> list[Row]:
+    """``known``: what is known of each sample besides."""
+    groups = decode_batch(json.dumps({"batch": [group]}).encode())
+    report, advantages = collect_samples(groups)
+    samples = [replace(sample, **known) for sample in report.samples]
+    sizes = {g.group_id: len(g) for g in groups}
+    return make_rows("slot", samples, advantages, served=7, global_steps=7, group_sizes=sizes)
+
+
+def test_a_multi_turn_sequence_keeps_its_mask_and_everything_is_aligned() -> None:
+    first, second = rows_of(GROUP)
+    fields = first.fields
+    assert first.key == "slot_0_0"
+    assert second.key == "slot_1_0"
+    assert fields["prompts"].tolist() == [5, 6]
+    assert fields["responses"].tolist() == [10, 11, 30, 31, 12]
+    assert fields["response_mask"].tolist() == [1, 1, 0, 0, 1]
+    assert fields["input_ids"].tolist() == GROUP["tokens"][0]
+    assert fields["loss_mask"].tolist() == [0, 0, 1, 1, 0, 0, 1]
+    assert fields["position_ids"].tolist() == list(range(7))
+    assert fields["rollout_log_probs"].tolist() == [-0.5, -0.25, 0.0, 0.0, -0.125]
+    assert fields["rm_scores"].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+    assert fields["num_turns"] == 4
+    assert second.fields["num_turns"] == 2
+    assert fields["uid"] == second.fields["uid"], "verl's estimators group by this field"
+    expected = {"prompt_len": 2, "response_len": 5, "seq_len": 7, "global_steps": 7, "group_size": 2}
+    assert {**expected, "rollout_log_probs": True}.items() <= first.tag.items()
+
+
+def test_missing_logprobs_are_said_and_a_sequence_without_a_trained_token_is_left_out() -> None:
+    first, second = rows_of({**GROUP, "inference_logprobs": [[1.0] * 7, [1.0, 1.0, -2.0]]})
+    assert (first.tag["rollout_log_probs"], second.tag["rollout_log_probs"]) == (False, True)
+    assert first.fields["rollout_log_probs"].tolist() == [0.0] * 5
+    group = {"tokens": [[5, 6, 10], [5, 6, 11]], "masks": [[-100] * 3, [-100, -100, 11]], "scores": [1.0, 0.0]}
+    assert [row.key for row in rows_of(group)] == ["slot_1_0"]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, UNKNOWN_VERSION]), "policy_version": 2}, (2, 3, False)),
+        ({"token_versions": np.array([9, 9, 2, 3, 9, 9, 3])}, (2, 3, True)),
+        ({"policy_version": 4}, (4, 4, False)),
+        ({}, (7, 7, False)),
+    ],
+)
+def test_versions_are_those_of_the_trained_tokens_else_stated_else_served(
+    known: dict[str, object], expected: tuple[int, int, bool]
+) -> None:
+    tag = rows_of({name: rows[:1] for name, rows in GROUP.items()}, **known)[0].tag
+    assert (tag["min_global_steps"], tag["max_global_steps"], tag["versions_known"]) == expected
+
+
+def batch(seed: int = 0, groups: int = 5) -> bytes:
+    """Groups of 1-4 sequences, some with token-level advantages, some zeroed, of two turns."""
+    rng, made = np.random.default_rng(seed), []
+    for number in range(groups):
+        size = number % 4 + 1
+        tokens = [rng.integers(1, 90, int(rng.integers(6, 12))).tolist() for _ in range(size)]
+        masks = [[-100, -100, *row[2:4], -100, *row[5:]] for row in tokens]
+        advantages = [rng.normal(size=len(row)).tolist() if rng.random() < 0.4 else None for row in tokens]
+        overrides = [{"set_advantage_to_zero": bool(rng.random() < 0.3)} for _ in tokens]
+        extra = {"advantages": advantages, "overrides": overrides}
+        made.append({"tokens": tokens, "masks": masks, "scores": rng.normal(size=size).tolist(), **extra})
+    return json.dumps({"batch": made}).encode()
+
+
+def stored(body: bytes, shuffle: int = 0, padding: int = 2) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Rows as they come back from TransferQueue: in another order, with verl's padding."""
+    groups = decode_batch(body)
+    report, advantages = collect_samples(groups)
+    sizes = {group.group_id: len(group) for group in groups}
+    rows = make_rows("slot", report.samples, advantages, served=0, global_steps=1, group_sizes=sizes)
+    rows = [rows[i] for i in np.random.default_rng(shuffle).permutation(len(rows))]
+    masks = [row.fields["response_mask"] for row in rows] + [torch.zeros(1, dtype=torch.int64)] * padding
+    # verl copies the fields of the first row into padding, our own at their full length.
+    own = [row.fields[ADVANTAGES] for row in rows] + [rows[0].fields[ADVANTAGES]] * padding
+    verls = [torch.full((mask.numel(),), 7.0) for mask in masks]
+    columns = {"response_mask": masks, "advantages": verls, ADVANTAGES: own}
+    values = {name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()}
+    keys = [row.key for row in rows] + [f"pad_{i}_0" for i in range(padding)]
+    tags = [row.tag for row in rows] + [{**rows[0].tag, "is_padding": True}] * padding
+    return values, keys, tags
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "global"])
+@pytest.mark.parametrize("clipping", [None, (-0.7, 0.9)])
+def test_advantages_equal_the_local_backends_exactly(normalization: str, clipping: tuple[float, float] | None) -> None:
+    ours, theirs = RunningMoments(), RunningMoments()
+    for seed in range(3):  # "global" carries statistics from batch to batch
+        body = batch(seed)
+        settings = SampleSettings(normalization=normalization, clipping=clipping)
+        expected = build_samples(decode_batch(body), settings, running=theirs).samples
+        values, keys, tags = stored(body, shuffle=seed)
+        finished, _ = finish_batch(
+            values, keys, tags, from_data=True, normalization=normalization, clipping=clipping, running=ours
+        )
+        rows = zip(keys, finished.unbind(), strict=True)
+        found = {int(key.rsplit("_", 2)[1]): row for key, row in rows if not key.startswith("pad")}
+        assert len(found) == len(expected) > 8
+        for index, sample in enumerate(expected):
+            start = int(np.argmax(sample.loss_mask))
+            want = torch.from_numpy(sample.advantages[start:].astype(np.float32))
+            assert torch.equal(found[index], want), (index, found[index], want)
+    assert ours.state_dict() == theirs.state_dict()
+
+
+def test_rows_of_padding_are_zero_and_in_no_statistic() -> None:
+    settings: dict[str, Any] = {"from_data": True, "normalization": "batch", "clipping": None, "running": None}
+    (without, _), (finished, _) = (finish_batch(*stored(batch(1), padding=n), **settings) for n in (0, 5))
+    rows = finished.unbind()
+    assert all(float(row.abs().sum()) == 0.0 for row in rows[-5:])
+    assert all(torch.equal(a, b) for a, b in zip(rows[:-5], without.unbind(), strict=True))
+
+
+def test_verls_own_estimate_is_kept_but_for_what_the_environment_says() -> None:
+    """KL in reward, or another estimator of verl: its advantages, with overrides, zeros and groups of one put right."""
+    values, keys, tags = stored(batch(2), padding=0)
+    finished, _ = finish_batch(values, keys, tags, from_data=False, normalization="none", clipping=None, running=None)
+    kinds = set()
+    columns = (nested.unbind() for nested in (finished, values["response_mask"], values[ADVANTAGES]))
+    for row, mask, own, tag in zip(*columns, tags, strict=True):
+        if tag["advantage_to_zero"] or (tag["group_size"] == 1 and not tag["advantage_replaced"]):
+            want, kind = torch.zeros(mask.numel()), "zero"
+        elif tag["advantage_replaced"]:
+            want, kind = own.float() * mask, "replaced"
+        else:
+            want, kind = 7.0 * mask, "verl's"
+        kinds.add(kind)
+        assert torch.equal(row, want.float()), kind
+    assert kinds == {"zero", "replaced", "verl's"}
+
+
+def test_rows_of_a_rollout_are_those_of_one_session_and_have_one_advantage() -> None:
+    tokens = [[5, 6, 10], [5, 6, 11], [5, 7, 12]]
+    group = {"tokens": tokens, "masks": [[-100, -100, row[2]] for row in tokens], "scores": [1.0, 1.0, 0.0]}
+    rows = rows_of({**group, "rollout_ids": [3, 3, 9], "weights": [1.0, 0.5, 1.0]})
+    assert [row.key for row in rows] == ["slot_0_0", "slot_0_1", "slot_1_0"]
+    assert [row.tag["weight"] for row in rows] == [1.0, 0.5, 1.0]
+    first, second, third = (float(row.fields[ADVANTAGES][0]) for row in rows)
+    assert first == second == -third == pytest.approx(0.5 / (0.5**0.5 + 1e-6))

@@ -18,7 +18,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
-from atropos_verl.backends.ray import task_runner
+from atropos_verl.backends.ray import run as run_module
 from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, AtroposSyncTrainer
 from atropos_verl.backends.ray.workers import AtroposActorRolloutRefWorker
 from atropos_verl.config.schema import RunConfig
@@ -157,21 +157,20 @@ def test_verls_forward_for_old_logprobs_is_left_out_where_the_replicas_said_them
 def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_runner.ray, "get_actor", Mock())
+    monkeypatch.setattr(run_module.ray, "get_actor", Mock())
     monkeypatch.setattr("transfer_queue.init", Mock())
     monkeypatch.setattr("transfer_queue.close", Mock())
-    monkeypatch.setattr(task_runner.AtroposTaskRunner, "train", lambda self: {})
+    monkeypatch.setattr(run_module.AtroposTaskRunner, "train", lambda self: {})
     secrets = [
         "atropos.token=of-the-api",
         "atropos.gateway.api_key=of-the-gateway",
         "atropos.headers={x-key: of-the-proxy}",
         "atropos.env.env={KEY: of-the-user}",
     ]
-    runner = task_runner.AtroposTaskRunner()
+    runner = run_module.AtroposTaskRunner()
     runner.run(compose_run([*secrets, f"run_dir={tmp_path}"]))
     settings = runner.cluster.run
     assert (settings.atropos.token, settings.gateway.api_key) == ("of-the-api", "of-the-gateway")
-    assert settings.atropos.headers == {"x-key": "of-the-proxy"}
     assert "of-the" not in OmegaConf.to_yaml(runner.config)
 
 
@@ -181,9 +180,7 @@ def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
         ({"max_actor_ckpt_to_keep": 1, "max_critic_ckpt_to_keep": 1}, [4]),
         ({"max_actor_ckpt_to_keep": 2, "max_critic_ckpt_to_keep": 1}, [3, 4]),
         ({"max_actor_ckpt_to_keep": 3, "remove_previous_ckpt_in_save": True}, [4]),
-        ({"max_actor_ckpt_to_keep": None}, [1, 2, 3, 4]),
-        ({"max_actor_ckpt_to_keep": 0}, [1, 2, 3, 4]),
-        ({"max_actor_ckpt_to_keep": -1}, [1, 2, 3, 4]),
+        *(({"max_actor_ckpt_to_keep": every}, [1, 2, 3, 4]) for every in (None, 0, -1)),
     ],
 )
 def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
@@ -224,47 +221,40 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
 
 def _end_with(error: Exception, save: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, Any]]:
     """Steps 1 and 2 are whole and not saved when ``error`` ends ``fit``. Returns the events."""
-    trainer = Mock(config=SimpleNamespace(trainer=SimpleNamespace(save_freq=20)), checkpoint_root="here", notes=[])
+    trainer = Mock(config=SimpleNamespace(trainer=SimpleNamespace(save_freq=20)), checkpoint_root="here")
     trainer.configure_mock(global_steps=3, total_training_steps=9, local_trigger_step=0, _save_checkpoint=save)
     trainer.configure_mock(_whole_step=2, _covered_step=0, _is_updating=False, state=RunState())
     trainer.fit.side_effect = error
     trainer.save_what_was_trained = lambda *of: AtroposSyncTrainer.save_what_was_trained(trainer, *of)
-    runner, events = task_runner.AtroposTaskRunner(), []
+    runner, events = run_module.AtroposTaskRunner(), []
     runner.config = SimpleNamespace(trainer=SimpleNamespace(resume_mode="disable"))
     runner.cluster = SimpleNamespace(mode="fake", run_dir=tmp_path, run=SimpleNamespace(is_attached=True))
     runner.put, runner.flag = lambda *event: events.append(event), lambda name: {}
     runner.stack, runner.source, runner.gateway = Mock(), Mock(), Mock()
     runner._start_services = Mock()
-    monkeypatch.setitem(MODES, "fake", lambda config: trainer)
+    monkeypatch.setitem(MODES, "fake", lambda config, note: trainer)
     with pytest.raises(type(error)) as raised:
         runner.train()
     assert raised.value is error
     return events
 
 
-@pytest.mark.parametrize("error", [EngineStoppedError("x"), ConfigError("x"), DataError("x"), ValueError("x")])
-def test_trained_steps_are_saved_whatever_ends_the_run(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    events = _end_with(error, save := Mock(), monkeypatch, tmp_path)
-    assert save.call_count == 1
-    assert ("saved", "steps up to 2 are saved in here; the same command goes on") in events
+IN_DOUBT = (CheckpointError, TrainingDivergedError, WeightSyncError, ray.exceptions.RayError)
 
 
-@pytest.mark.parametrize("error", [CheckpointError, TrainingDivergedError, WeightSyncError, ray.exceptions.RayError])
-def test_weights_in_doubt_are_not_saved(
+@pytest.mark.parametrize("error", [EngineStoppedError, ConfigError, DataError, ValueError, *IN_DOUBT])
+def test_trained_steps_are_saved_whatever_ends_the_run_unless_the_weights_are_in_doubt(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    _end_with(error("x"), save := Mock(), monkeypatch, tmp_path)
-    assert save.call_count == 0
+    events = _end_with(error("x"), save := Mock(), monkeypatch, tmp_path)
+    assert save.call_count == (error not in IN_DOUBT)
+    told = ("saved", "steps up to 2 are saved in here; the same command goes on")
+    assert (told in events) is (error not in IN_DOUBT)
 
 
-@pytest.mark.parametrize("second", [CheckpointError("the disk is full"), ValueError("the disk is full")])
-def test_a_save_that_fails_does_not_replace_what_ended_the_run(
-    second: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_save_that_fails_does_not_replace_what_ended_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     error = DataError("a bad group")
-    _end_with(error, Mock(side_effect=second), monkeypatch, tmp_path)
+    _end_with(error, Mock(side_effect=ValueError("the disk is full")), monkeypatch, tmp_path)
     assert error.__notes__ == ["(and the trained steps could not be saved: the disk is full)"]
 
 

@@ -1,10 +1,14 @@
-"""Threads of engine and trainer, what the engine is built from, and the garbage collector during imports."""
+"""What a trainer is built from, threads of engine and trainer, the garbage collector during imports; and what a trainer
+that cannot be built leaves behind: nothing."""
 
 import gc
 import json
 import shutil
+import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,11 +17,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from atropos_verl.assets import demo_model_path
-from atropos_verl.backends.local import stack as stack_module
+from atropos_verl.backends.local import trainer as trainer_module
 from atropos_verl.backends.local.run import paused_collection
-from atropos_verl.backends.local.stack import share_cores
+from atropos_verl.backends.local.trainer import AtroposTrainer, share_cores
+from atropos_verl.backends.local.worker import held_interrupts
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
+from atropos_verl.storage import locked
 
 
 def _model(hidden: int, layers: int = 2, **settings: Any) -> Any:
@@ -119,14 +125,43 @@ def test_the_engine_takes_the_tokenizer_of_the_settings_and_code_of_the_model(
     settings = json.loads((model / "config.json").read_text()) | {"model_type": "own"}
     settings["auto_map"] = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
     (model / "config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(stack_module, "import_verl", lambda config: "cpu")
-    monkeypatch.setattr(stack_module, "PolicyWorker", Mock())
+    monkeypatch.setattr(trainer_module, "import_verl", lambda config: "cpu")
+    monkeypatch.setattr(trainer_module, "PolicyWorker", Mock())
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    own_settings = {"tokenizer_path": str(demo_model_path()), "trust_remote_code": True}
-    config = RunConfig.from_mapping({"model": own_settings, "sync": {"canary": False}, "gateway": {"port": 0}})
-    stack = stack_module.LocalStack(config, model, Mock(), None, tmp_path, Mock())
-    try:
-        assert stack.engine.tokenizer is stack.tokenizer
-        assert type(stack.engine.model).__name__ == "OwnForCausalLM"
-    finally:
-        stack.close()
+    own_settings = {"path": str(model), "tokenizer_path": str(demo_model_path()), "trust_remote_code": True}
+    settings = {"model": own_settings, "sync": {"canary": False}, "atropos": {"api_url": "http://127.0.0.1:9"}}
+    with AtroposTrainer(RunConfig.from_mapping(settings | {"run_dir": str(tmp_path / "run")})) as trainer:
+        assert trainer.engine.tokenizer is trainer.tokenizer
+        assert type(trainer.engine.model).__name__ == "OwnForCausalLM"
+
+
+def test_a_trainer_whose_sample_settings_fail_closes_its_parts_and_frees_the_run_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed: list[str] = []
+
+    def build(self: Any, held: ExitStack, _: Any) -> None:
+        self.engine = SimpleNamespace(vocab_size=9)
+        held.callback(closed.append, "parts")
+
+    def sample_settings(*_: Any) -> Any:
+        raise ValueError("no such function")
+
+    monkeypatch.setattr(AtroposTrainer, "_build", build)
+    monkeypatch.setattr(trainer_module, "sample_settings", sample_settings)
+    api = {"api_url": "http://127.0.0.1:9"}
+    config = RunConfig.from_mapping(
+        {"run_dir": str(tmp_path), "atropos": api, "model": {"path": str(demo_model_path())}}
+    )
+    with pytest.raises(ValueError, match="no such function") as caught:
+        AtroposTrainer(config)
+    with locked(tmp_path / "lock", "another run"):  # while the traceback still holds the trainer
+        assert caught.tb is not None
+    assert closed == ["parts"]
+
+
+def test_an_interrupt_that_is_held_is_answered_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Symptom: Ctrl-C in a step of a large model had no visible effect for half a minute."""
+    with held_interrupts(deliver=False):
+        signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err.startswith("stopping: the trainer ends its step and writes its checkpoint")
