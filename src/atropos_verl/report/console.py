@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TextIO, cast
+from typing import Any, Self, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -123,33 +123,25 @@ class LiveScreen:
         raise NotImplementedError
 
 
-class _Column(NamedTuple):
-    name: str
-    plain: str
-    """Format of the cell in a plain line."""
-    width: int
-    first_to_go: int
-    """On a terminal that is too narrow the column with the highest number goes first."""
-
-
-_COLUMNS = (
-    _Column("step", "step {}", 9, 0),
-    _Column("reward", "reward {}", 7, 0),
-    _Column("loss", "loss {}", 8, 0),
-    _Column("tok/s", "{} tok/s", 6, 2),
-    _Column("rollout", "rollout {}s", 7, 3),
-    _Column("train", "train {}s", 5, 4),
-    _Column("sync", "sync {}s", 5, 5),
-    _Column("wait", "wait {}s", 5, 6),
-    _Column("stale", "stale {}", 5, 7),
-    _Column("weights", "weights v{}", 7, 1),
-)
+_COLUMNS = {
+    "step": "step {}",
+    "reward": "reward {}",
+    "loss": "loss {}",
+    "tok/s": "{} tok/s",
+    "rollout": "rollout {}s",
+    "train": "train {}s",
+    "sync": "sync {}s",
+    "wait": "wait {}s",
+    "stale": "stale {}",
+    "weights": "weights v{}",
+}
+"""Of the table → the cell in a plain line."""
 
 
 def step_line(line: Mapping[str, Any], steps: int, *, without: tuple[str, ...] = ()) -> str:
     """Formats a line of ``metrics.jsonl`` as ``step 3/40  reward 0.512  loss -0.0312  …``, some columns left out."""
-    cells = zip(_COLUMNS, _cells(line, steps), strict=True)
-    shown = [column.plain.format(cell) for column, cell in cells if column.name not in without]
+    cells = zip(_COLUMNS.items(), _cells(line, steps), strict=True)
+    shown = [plain.format(cell) for (name, plain), cell in cells if name not in without]
     shown += [f"quarantined {line['data/quarantined']}"] if line.get("data/quarantined") else []
     return "  ".join([*shown, *(["every advantage is 0"] if teaches_nothing(line) else [])])
 
@@ -251,39 +243,36 @@ class ProgressReporter(LiveScreen):
         return Group(*parts)
 
     def _table(self) -> Table:
-        shown = sorted(_COLUMNS, key=lambda column: column.first_to_go)
-        while len(shown) > 1 and sum(column.width + 1 for column in shown) > self._console.width:
-            shown.pop()
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        for column in _COLUMNS:
-            if column in shown:
-                table.add_column(column.name, justify="right", width=column.width, no_wrap=True)
+        for name in _COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
         for cells in list(self._recent):  # a copy: the refreshing thread draws while the run appends
-            table.add_row(*(cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in shown))
+            table.add_row(*cells)
         return table
 
 
 def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[str, str]]:
     """Returns the rows of a summary as ``(label, text)``; absent figures have no row."""
-    arrow = "->" if ascii_only else "→"
     get = summary.get
     rows: list[tuple[str, str]] = []
-    if get("reward_first") is not None and get("reward_last") is not None:
-        window = get("reward_window")
-        meaning = f"  (means of the first and last {window} steps)" if window and window > 1 else ""
-        rows.append(("reward", f"{decimal(get('reward_first'))} {arrow} {decimal(get('reward_last'))}{meaning}"))
+
+    def change(label: str, first: str, last: str, meaning: str = "") -> None:
+        if get(first) is not None or get(last) is not None:
+            arrow = "->" if ascii_only else "→"
+            rows.append((label, f"{decimal(get(first))} {arrow} {decimal(get(last))}{meaning}"))
+
+    window = get("reward_window") or 1
+    of_steps = f"  (means of the first and last {window} steps)" if window > 1 else ""
+    change("reward", "reward_first", "reward_last", of_steps)
     if get("rewards"):
         rows.append(("", sparkline(get("rewards") or (), CURVE_WIDTH, ascii_only=ascii_only)))
-    if get("held_out_before") is not None or get("held_out_after") is not None:
-        rows.append(("held-out", f"{decimal(get('held_out_before'))} {arrow} {decimal(get('held_out_after'))}"))
-    if scores := get("held_out_steps"):
-        known = {step: score for step, score in scores.items() if score is not None}
-        best = max(known, key=lambda step: known[step], default=None)
-        if best is not None:
-            steps = "step" if len(known) == 1 else "steps"
-            curve = sparkline(list(known.values()), CURVE_WIDTH, ascii_only=ascii_only)
-            label = "" if rows and rows[-1][0] == "held-out" else "held-out"
-            rows.append((label, f"{curve}  at {len(known)} {steps}, best {decimal(known[best])} at step {best}"))
+    change("held-out", "held_out_before", "held_out_after")
+    if known := {step: score for step, score in (get("held_out_steps") or {}).items() if score is not None}:
+        best = max(known, key=lambda step: known[step])
+        curve = sparkline(list(known.values()), CURVE_WIDTH, ascii_only=ascii_only)
+        label = "" if rows and rows[-1][0] == "held-out" else "held-out"
+        steps = f"{len(known)} step{'s' * (len(known) > 1)}"
+        rows.append((label, f"{curve}  at {steps}, best {decimal(known[best])} at step {best}"))
     lines = (
         ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),

@@ -81,19 +81,6 @@ def test_plain_lines_when_not_a_terminal() -> None:
     )
 
 
-def test_eta_rests_on_the_newest_twenty_steps_and_never_is_negative() -> None:
-    progress = ProgressReporter(100, piped()[0])
-    assert progress.eta() is None
-    for step in range(1, 31):
-        progress.step(report(step, seconds=100.0 if step <= 10 else 2.0))
-    assert progress.eta() == 140.0  # 70 steps left, 2 s each
-    progress.step(report(101, seconds=2.0))
-    assert progress.eta() == 0.0
-    empty = ProgressReporter(10, piped()[0])
-    empty.step(StepReport(step=1, policy_version=1, loss=float("nan"), metrics={"timing/step": float("nan")}))
-    assert empty.eta() is None
-
-
 def test_plain_summary(tmp_path: Path) -> None:
     run = tmp_path / ("a-long-directory-name-" * 5)
     (run / "logs").mkdir(parents=True)
@@ -195,10 +182,9 @@ def test_live_table_in_80_columns(at_80_columns: str) -> None:
     assert max(len(line) for line in frame) <= 80
 
 
-def test_a_narrow_terminal_spares_columns_and_an_error_leaves_the_table_and_the_cursor(at_80_columns: str) -> None:
+def test_on_a_narrow_terminal_an_error_leaves_the_table_and_the_cursor(at_80_columns: str) -> None:
     text = run_in_terminal(44, "fail", NO_COLOR="1")
     frame = last_frame(text)
-    assert frame[0].split() == ["step", "reward", "loss", "tok/s", "weights"]
     assert max(len(line) for line in frame) <= 44 and "the API died" in frame[-1]
     assert text.rindex("\x1b[?25h") < text.index("the API died")
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m|\x1b\[9[0-9]m", at_80_columns)
