@@ -315,11 +315,10 @@ class LaunchView(LiveScreen):
         self._state = state
 
     def _frame(self) -> RenderableType:
-        return _render_state(self._state, width=self._console.width) if self._state else Text("starting …")
+        return _render_state(self._state, self._console.width) if self._state else Text("starting …")
 
 
-def _render_state(state: Mapping[str, Any], *, width: int) -> RenderableType:
-    """Draws the screen for one state."""
+def _render_state(state: Mapping[str, Any], width: int) -> RenderableType:
     parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
     if recent := state.get("recent"):
         line = _step_line(recent[-1], state)
