@@ -13,15 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from atropos_verl.config.model_checks import read_json
-from atropos_verl.errors import ConfigError, DataError
+from atropos_verl.errors import ConfigError
 from atropos_verl.report.console import count, decimal, duration, seconds, summary_rows
 from atropos_verl.report.trace_reader import TraceReader, read_steps, settings_of_run
-from atropos_verl.training.quarantine import parse_quarantine_file
-from atropos_verl.training.step import held_out_score, reward_window
+from atropos_verl.training.step import reward_window
 from atropos_verl.training.trace import NAME
 
 _PHASES = ("rollout", "wait", "train", "sync", "step")
-_MOST_REASONS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,40 +59,24 @@ def load_run(run_dir: Path) -> RunData:
     return RunData(
         run_dir=run_dir,
         steps=steps,
-        summary=summary if is_finished else _summary_so_far(run_dir, steps),
+        summary=summary if is_finished else _summary_so_far(steps),
         is_finished=is_finished,
     )
 
 
-def _summary_so_far(run_dir: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
-    def numbers(key: str) -> list[float]:
-        return [line[key] for line in steps if _is_number(line.get(key))]
-
-    totals = {
-        "groups_used": "data/groups",
-        "groups_quarantined": "data/quarantined",
-        "sequences_trained": "data/sequences",
-        "sequences_dropped_overlong": "data/dropped_overlong",
-        "tokens_trained": "data/trained_tokens",
-    }
-    evaluated = {line["held_out/step"]: line.get("held_out/score") for line in steps if "held_out/step" in line}
+def _summary_so_far(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    rewards = [line["reward/mean"] for line in steps if _is_number(line.get("reward/mean"))]
     return {
         "steps": steps[-1]["step"],
         "policy_version": steps[-1].get("policy_version"),
-        **reward_window(numbers("reward/mean")),
-        "rewards": numbers("reward/mean"),
-        **{f"held_out_{label}": _held_out(run_dir / "eval" / label) for label in ("before", "after")},
-        "held_out_steps": evaluated,
-        **{name: int(sum(values)) for name, key in totals.items() if (values := numbers(key))},
-        "seconds": sum(numbers("timing/step")),
+        **reward_window(rewards),
+        "rewards": rewards,
+        "held_out_steps": {
+            line["held_out/step"]: line.get("held_out/score") for line in steps if "held_out/step" in line
+        },
+        "tokens_trained": sum(line.get("data/trained_tokens") or 0 for line in steps),
+        "seconds": sum(line.get("timing/step") or 0.0 for line in steps),
     }
-
-
-def _held_out(directory: Path) -> float | None:
-    """The score of one environment; of several, whose weights are not known here, None."""
-    # A launch has a directory for each environment.
-    found = [*directory.glob("metrics.json"), *directory.glob("*/metrics.json")]
-    return held_out_score(read_json(found[0])[0].get("results", {}).get("all", {})) if len(found) == 1 else None
 
 
 def _is_number(value: Any) -> bool:
@@ -134,15 +116,6 @@ def _show_one(data: RunData, console: Console) -> None:
         if values:
             phases.add_row(phase, seconds(statistics.median(values)), seconds(max(values)), duration(sum(values)))
     console.print(phases)
-    refused = sorted((data.run_dir / "quarantine").glob("*.json"))
-    for file in refused[:_MOST_REASONS]:
-        try:
-            reason = parse_quarantine_file(file.read_bytes())[0]
-        except (DataError, OSError) as error:
-            reason = str(error)
-        say(f"refused: quarantine/{file.name}: {reason}")
-    if len(refused) > _MOST_REASONS:
-        say(f"... and {len(refused) - _MOST_REASONS} more in {data.run_dir / 'quarantine'}")
 
 
 def show_survivors(reader: TraceReader, console: Console) -> None:
