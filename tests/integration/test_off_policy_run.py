@@ -5,7 +5,6 @@ import math
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,21 +27,16 @@ from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
 from atropos_verl.types import StepReport
 
-logger = logging.getLogger(__name__)
-
 GROUPS, GROUP_SIZE = 2, 4
 STEPS = int(os.environ.get("ATROPOS_VERL_DRIFT_STEPS", "16"))
 DEATHS = int(os.environ.get("ATROPOS_VERL_ENGINE_DEATHS", "3"))
-"""50 take about a minute for each mode; with ``--log-cli-level=INFO`` the test says what it saw."""
+"""50 take about a minute for each mode."""
 
 
 @dataclass
 class MiniEnvironment:
-    """An environment in two threads of this process, over real HTTP. It waits for a trainer to register first.
-
-    It keeps what the gateway told it about each sequence: the oracle for what the trainer finds out by itself.
-
-    """
+    """An environment in two threads of this process, over real HTTP. What the gateway tells it about each sequence is
+    the oracle for what the trainer finds out by itself."""
 
     api_url: str
     gateway_url: str
@@ -181,8 +175,6 @@ def test_drift_of_an_overlapped_run_at_learning_rate_zero(model_path: Path, tmp_
         counts = {age: line["told"].count(age) for age in set(line["told"])}
         assert counts == {age: line[f"off_policy/groups_at_staleness/{age}"] for age in counts}
     ages = [age for line in lines for age in line["told"]]
-    worst = max(line["off_policy/log_ratio_max_abs"] for line in lines)
-    logger.info("%d steps: largest log ratio %.2e, staleness mean %.3f max %d", STEPS, worst, np.mean(ages), max(ages))
     assert min(ages) >= 0 and max(ages) >= 1 and len(set(ages)) > 1  # it was overlapped indeed
 
 
@@ -215,9 +207,6 @@ class Deaths:
         self.forwards = self.updates = 0
         self.in_updates = DEATHS // 3
         self.in_steps = DEATHS - self.in_updates
-        self.outages: list[float] = []
-        """Seconds from a death to the next forward that succeeds."""
-        self._since: float | None = None
         self._forward, self._check = ModelRunner._forward, WeightStore._check
         monkeypatch.setattr(ModelRunner, "_forward", lambda *arguments: self._step(*arguments))
         monkeypatch.setattr(WeightStore, "_check", lambda *arguments: self._tensor(*arguments))
@@ -225,16 +214,11 @@ class Deaths:
     def _step(self, *arguments: Any) -> Any:
         self.forwards += 1
         if self.forwards % 7 == 0 and self.forwards <= 7 * self.in_steps:
-            self._since = self._since or time.monotonic()
             kind = self.forwards // 7 % 3
             if kind == 1:
                 arguments[0].model.lm_head.weight.data[:, 0] += 1.0
             raise (MemoryError("no room"), RuntimeError("a kernel failed"), SystemExit(1))[kind]
-        result = self._forward(*arguments)
-        if self._since is not None:
-            self.outages.append(time.monotonic() - self._since)
-            self._since = None
-        return result
+        return self._forward(*arguments)
 
     def _tensor(self, store: Any, name: str, *arguments: Any) -> Any:
         if name == "model.layers.0.mlp.gate_proj.weight":
@@ -256,9 +240,7 @@ def test_deaths_of_the_engine_cost_no_request_and_no_step(
 ) -> None:
     """A trained token's logprob is that of the trainer's own forward: of the newest weights, or of weights that never
     change."""
-    started = time.monotonic()
     with running(model_path, tmp_path, steps=max(4, DEATHS // 2), mode=mode, **settings) as (trainer, env):
-        built = time.monotonic() - started
         deaths = Deaths(monkeypatch)
         lines = fit(trainer, env)
         assert deaths.forwards >= 7 * deaths.in_steps and deaths.updates >= 2 * deaths.in_updates
@@ -270,13 +252,6 @@ def test_deaths_of_the_engine_cost_no_request_and_no_step(
         assert line["off_policy/known_logprob_share"] == 1.0
         assert line["off_policy/log_ratio_max_abs"] < 2e-5
         assert line["sync/canary_max_abs_logprob_diff"] < 1e-4
-    logger.info(
-        "%s: %d deaths in steps and %d in weight updates over %d steps; outage at most %.2f s, start %.1f s, longest "
-        "step %.2f s, largest log ratio %.1e, largest canary difference %.1e",
-        *(mode, deaths.in_steps, deaths.in_updates, len(lines), max(deaths.outages), built),
-        *(max(line[f] for line in lines) for f in ("timing/step", "off_policy/log_ratio_max_abs")),
-        max(line["sync/canary_max_abs_logprob_diff"] for line in lines),
-    )
 
 
 def test_an_engine_that_dies_at_every_step_ends_the_run_with_the_reason(
@@ -293,15 +268,10 @@ def test_an_engine_that_dies_at_every_step_ends_the_run_with_the_reason(
     assert "503" in str(env.failures[0]) or "has stopped" in str(env.failures[0])
 
 
-@pytest.mark.parametrize(
-    ("mode", "on_stale", "bound"),
-    [("sync", "drop", 0), ("overlap", "drop", 0), ("overlap", "wait", 0), ("overlap", "wait", 1)],
-)
-def test_a_bound_holds_and_the_run_makes_progress(
-    model_path: Path, tmp_path: Path, mode: str, on_stale: str, bound: int
-) -> None:
-    """Old groups are dropped; a batch of nothing else is no step. Waiting holds prompts back and wastes little."""
-    settings = {"mode": mode, "off_policy": {"max_staleness": bound, "on_stale": on_stale}}
+@pytest.mark.parametrize(("on_stale", "bound"), [("drop", 0), ("wait", 1)])
+def test_a_bound_holds_and_the_run_makes_progress(model_path: Path, tmp_path: Path, on_stale: str, bound: int) -> None:
+    """Old groups are dropped; a batch of nothing else is no step. Waiting holds prompts back."""
+    settings = {"mode": "overlap", "off_policy": {"max_staleness": bound, "on_stale": on_stale}}
     environment = {"ahead": 8, "latency": 0.02 if on_stale == "wait" else 0.0}
     with running(model_path, tmp_path, steps=12, environment=environment, **settings) as (trainer, env):
         lines = fit(trainer, env)
@@ -314,8 +284,7 @@ def test_a_bound_holds_and_the_run_makes_progress(
     dropped = sum(line["off_policy/dropped_stale_groups"] for line in lines) + GROUPS * given_up
     if on_stale == "wait":
         assert throttle is not None and throttle.held > 0
-        assert dropped <= sum(line["data/groups"] for line in lines) / 3
-    elif mode == "overlap":
+    else:
         assert dropped > 0
 
 

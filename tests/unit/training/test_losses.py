@@ -83,18 +83,6 @@ def test_nan_at_masked_positions_does_not_leak_and_at_trained_ones_does() -> Non
     assert math.isnan(advantage_weighted_sft_loss(logprobs, advantages, torch.tensor([[0, 1, 1]])).loss.item())
 
 
-def test_half_precision_is_summed_in_float32() -> None:
-    logprobs = torch.full((1, 4097), -1.0, dtype=torch.bfloat16)
-    output = advantage_weighted_sft_loss(logprobs, torch.ones(1, 4097), torch.ones(1, 4097), num_loss_tokens=1)
-    assert output.loss.dtype == torch.float32
-    assert output.loss.item() == 4096.0  # in bf16 the sum would stop at 256
-
-
-def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match="must have the same shape"):
-        advantage_weighted_sft_loss(torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1, 3))
-
-
 def test_the_pure_form_equals_the_formula_from_logits() -> None:
     generator = np.random.default_rng(3)
     logits = generator.normal(size=(2, 4, 5))
@@ -180,7 +168,10 @@ def test_clipped_ratio_over_a_batch_with_asymmetric_bounds() -> None:
         assert output.loss.item() == pytest.approx(sum(terms) / (count or len(terms)), rel=1e-12)
 
 
-def test_extreme_log_ratios_stay_finite() -> None:
+def test_half_precision_is_summed_in_float32_and_extreme_log_ratios_stay_finite() -> None:
+    logprobs = torch.full((1, 4097), -1.0, dtype=torch.bfloat16)
+    summed = advantage_weighted_sft_loss(logprobs, torch.ones(1, 4097), torch.ones(1, 4097), num_loss_tokens=1)
+    assert (summed.loss.dtype, summed.loss.item()) == (torch.float32, 4096.0)  # in bf16 the sum would stop at 256
     new = torch.tensor([[0.0, 0.0]], requires_grad=True)
     output = clipped_ratio_loss(new, torch.tensor([[0.0, -500.0]]), torch.full((1, 2), -1.0), torch.ones(1, 2))
     output.loss.backward()
@@ -297,6 +288,8 @@ def test_extreme_ratios_stay_finite_and_nothing_known_is_no_figure() -> None:
 
 
 def test_a_packed_batch_needs_sequence_ids_and_shapes_must_fit() -> None:
+    with pytest.raises(ValueError, match="must have the same shape"):
+        advantage_weighted_sft_loss(torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1, 3))
     values = torch.zeros(4)
     with pytest.raises(ValueError, match="sequence_ids"):
         importance_weights(values, values, values == 0, level="sequence", cap=2.0)
