@@ -12,7 +12,7 @@ from typing import Any
 _TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
 _LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
 _COMMANDS = {
-    "serve-api": ("server.main", "serve the trajectory API that environments post to and a trainer takes batches from"),
+    "serve-api": ("server.app", "serve the trajectory API that environments post to and a trainer takes batches from"),
     "doctor": ("launch.doctor", "say what this machine can run and what is missing, before anything slow starts"),
     "inspect": (
         "report.inspect",

@@ -10,10 +10,8 @@ class AtroposVerlError(Exception):
 
 
 class ConfigError(AtroposVerlError, ValueError):
-    """A setting is unknown, of the wrong type, out of range, or contradicts another one.
-
-    ``key`` is the dotted name of the setting (``"optim.lr"``), or ``""`` when it concerns the whole.
-    """
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one: ``key`` (``"optim.lr"``; ""
+    when it concerns the whole)."""
 
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(f"{key}: {message}" if key else message)
@@ -21,15 +19,11 @@ class ConfigError(AtroposVerlError, ValueError):
 
 
 class AtroposAPIError(AtroposVerlError):
-    """The trajectory API did not do what was asked. ``str(error)`` tells the user what to check.
-
-    ``reason`` is one line, true to the case; ``base_url`` is the API as the user configured it.
-    """
+    """The trajectory API did not do what was asked. ``reason`` is one line, ``base_url`` the API as configured."""
 
     def __init__(self, reason: str, base_url: str = "") -> None:
         super().__init__(reason)
-        self.reason = reason
-        self.base_url = base_url
+        self.reason, self.base_url = reason, base_url
 
     def __str__(self) -> str:
         if not self.base_url:
@@ -56,8 +50,7 @@ class AtroposHTTPStatusError(AtroposAPIError):
 
     def __init__(self, reason: str, base_url: str = "", status_code: int = 0, body: str = "") -> None:
         super().__init__(reason, base_url)
-        self.status_code = status_code
-        self.body = body
+        self.status_code, self.body = status_code, body
 
     def __str__(self) -> str:
         # The server runs and has read the request.
@@ -121,17 +114,12 @@ class StorageInUseError(StorageDamagedError):
 
 
 class ServiceError(AtroposVerlError):
-    """A process of the run died or never became ready.
-
-    ``service`` is its name, ``returncode`` its exit status (None: still running, negative: signal number),
-    ``log_tail`` the last lines of its log.
-    """
+    """A process of the run, ``service``, died or never became ready. ``returncode``: its exit status (None: still
+    running, negative: signal number); ``log_tail``: the last lines of its log."""
 
     def __init__(self, message: str, service: str = "", returncode: int | None = None, log_tail: str = "") -> None:
         super().__init__(message)
-        self.service = service
-        self.returncode = returncode
-        self.log_tail = log_tail
+        self.service, self.returncode, self.log_tail = service, returncode, log_tail
 
     def __str__(self) -> str:
         text = str(self.args[0])

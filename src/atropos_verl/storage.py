@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import queue
 import secrets
 import shutil
 import socket
@@ -20,11 +19,12 @@ import sqlite3
 import struct
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 import psutil
 import xxhash
@@ -38,19 +38,15 @@ Change: TypeAlias = tuple[str, Key, bytes | None]
 """Table, key, and the new value. None deletes the row."""
 _Row: TypeAlias = tuple[str, Key, bytes | None, int]
 """Table, key, value (None: no such row) and checksum."""
-_Job: TypeAlias = tuple[Sequence[Change] | None, Future[None]]
-"""Changes to store (None: accept changes again), and what is told when that is done."""
-
+_T = TypeVar("_T")
 
 _VERSION: Final = 2
 _LOST_ROWS: Final = 0x6C6F7374
 """``application_id`` of a database that was made of what two damaged ones still held."""
 _PAGE_BYTES: Final = 4096
 _CHECKPOINT_BYTES: Final = 16 * 2**20
-_IDLE_CHECKPOINT_BYTES: Final = 2 * 2**20
-_IDLE_SECONDS: Final = 0.25
 _FREE_BYTES: Final = 32 * 2**20
-"""Bytes that the end of the file of large values may hold unused. More are given back when there is nothing to do."""
+"""Bytes that the end of the file of large values may hold unused. More are given back when nothing waits."""
 _MOST_NOT_COPIED: Final = 100_000
 """Rows that wait for a copy that cannot be written, before it is given up."""
 _HOLES_TRIED: Final = 500
@@ -192,8 +188,9 @@ class RecordStore:
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large
-        self._jobs: queue.SimpleQueue[tuple[Any, Future[Any]] | None] = queue.SimpleQueue()
-        """None: the store is closed."""
+        self._writer = ThreadPoolExecutor(1, f"{owner} storage")
+        self._waiting: deque[tuple[Sequence[Change], Future[None]]] = deque()
+        """Changes that nobody has begun to store, and what is told when they are."""
         self._failure: StorageWriteError | None = None
         self._sync_failure: str | None = None
         self._not_copied: list[_Row] | None = []
@@ -220,8 +217,6 @@ class RecordStore:
             if isinstance(error, sqlite3.Error | OSError):
                 raise self._write_error(error) from error
             raise
-        self._thread = threading.Thread(target=self._run, name=f"{owner} storage", daemon=True)
-        self._thread.start()
 
     @property
     def size(self) -> int:
@@ -260,17 +255,32 @@ class RecordStore:
     def write(self, changes: Sequence[Change]) -> Future[None]:
         """Store all ``changes`` or none. The future is done when they are stored; changes are stored in call order. It
         raises ``StorageWriteError`` when the disk refuses, or refused an earlier write since the last ``recover``."""
-        return self._submit(changes)
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
+        with self._closing:
+            if self.is_closed:
+                done.set_exception(StorageWriteError(f"{self.path} is closed"))
+            else:
+                self._waiting.append((changes, done))
+                self._writer.submit(self._store_waiting)
+        return done
 
-    def fetch(self, table: str, first: Key, last: Key) -> "Future[list[tuple[Key, bytes]]]":
+    def fetch(self, table: str, first: Key, last: Key) -> Future[list[tuple[Key, bytes]]]:
         """Rows with keys from ``first`` to ``last``, in order, after the writes so far; at any time, from any thread.
         Not for the large table. The future raises ``StorageWriteError`` after ``close``, ``StorageDamagedError``."""
-        text = f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key"
-        return self._submit(lambda: self._db.execute(text, (first, last)).fetchall())
+
+        def rows() -> list[tuple[Key, bytes]]:
+            text = f"SELECT key, value FROM {table} WHERE key BETWEEN ? AND ? ORDER BY key"
+            try:
+                return self._db.execute(text, (first, last)).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise self._read_error(error) from error
+
+        return self._submit(rows)
 
     def recover(self) -> None:
         """Wait for the writes so far, then accept writes again after one was refused."""
-        self._submit(None).result()
+        self._submit(lambda: setattr(self, "_failure", None)).result()
 
     def close(self) -> None:
         """Finish the writes that wait, and let go of the directory. Idempotent."""
@@ -278,8 +288,7 @@ class RecordStore:
             if self.is_closed:
                 return
             self.is_closed = True
-            self._jobs.put(None)
-        self._thread.join()
+        self._writer.shutdown()
         for database in (self._db, self._copy):
             database.close()
         if self._bodies is not None:
@@ -454,63 +463,41 @@ class RecordStore:
 
     # --- the writer thread -------------------------------------------------------------------------------------------
 
-    def _submit(self, job: Sequence[Change] | Callable[[], Any] | None) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_running_or_notify_cancel()  # a caller that is cancelled does not undo a write
-        with self._closing:  # nothing is put behind the end of the queue, where nobody would take it
-            if self.is_closed:
-                done.set_exception(StorageWriteError(f"{self.path} is closed"))
-            else:
-                self._jobs.put((job, done))
-        return done
+    def _submit(self, job: Callable[[], _T]) -> Future[_T]:
+        with self._closing:
+            if not self.is_closed:
+                return self._writer.submit(job)
+        refused: Future[_T] = Future()
+        refused.set_exception(StorageWriteError(f"{self.path} is closed"))
+        return refused
 
-    def _run(self) -> None:
-        closing = False
-        while not closing:
-            group: list[_Job] = []
-            reads: list[tuple[Callable[[], Any], Future[Any]]] = []
-            with contextlib.suppress(queue.Empty):
-                job = self._jobs.get(timeout=_IDLE_SECONDS)
-                while job is not None:
-                    (reads if callable(job[0]) else group).append(job)
-                    if job[0] is None:
-                        break
-                    job = self._jobs.get_nowait()
-                closing = job is None
-            try:
-                self._process(group)
-                for read, done in reads:
-                    try:
-                        done.set_result(read())
-                    except sqlite3.DatabaseError as error:
-                        done.set_exception(self._read_error(error))
-                if self._unmoved_bytes > (_CHECKPOINT_BYTES if group else _IDLE_CHECKPOINT_BYTES):
-                    self._move_wals()
-                if self._bodies is not None and not group:
-                    self._bodies.shrink()
-            except Exception as error:  # a thread that ends would leave every later caller waiting
-                logger.exception("%s: its writer failed", self.path)
-                self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
-                for _, done in [*group, *reads]:
-                    if not done.done():
-                        done.set_exception(StorageWriteError(self._sync_failure))
+    def _store_waiting(self) -> None:
+        """Store all changes that wait, or none."""
+        jobs = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        changes = [change for job, _ in jobs for change in job]
+        try:
+            if changes and self._failure is None and self._sync_failure is not None:
+                self._failure = StorageWriteError(self._sync_failure)
+            elif changes and self._failure is None:
+                self._failure = self._commit(changes)
+            for _, done in jobs:
+                if self._failure is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(self._failure)
+            if self._unmoved_bytes > _CHECKPOINT_BYTES:
+                self._move_wals()
+            if self._bodies is not None and not self._waiting:
+                self._bodies.shrink()
+        except Exception as error:
+            logger.exception("%s: its writer failed", self.path)
+            self._sync_failure = f"{self.path}: its writer failed ({error!r}); nothing is stored until a restart"
+            for _, done in jobs:
+                if not done.done():  # nobody is left waiting
+                    done.set_exception(StorageWriteError(self._sync_failure))
 
     def _read_error(self, error: Exception) -> StorageDamagedError:
         return StorageDamagedError(f"{self.path} cannot be read any more ({error}); restart to repair it")
-
-    def _process(self, group: list[_Job]) -> None:
-        """Store all changes that wait, or none. What ends the refusals (None) is the last job of a group."""
-        together = [change for changes, _ in group for change in changes or ()]
-        if together and self._failure is None and self._sync_failure is not None:
-            self._failure = StorageWriteError(self._sync_failure)
-        elif together and self._failure is None:
-            self._failure = self._commit(together)
-        for changes, done in group:
-            if changes is not None and self._failure is not None:
-                done.set_exception(self._failure)
-                continue
-            self._failure = None
-            done.set_result(None)
 
     def _commit(self, changes: Sequence[Change]) -> StorageWriteError | None:
         db, rows = self._db, list[_Row]()
@@ -611,16 +598,13 @@ class _Bodies:
         self._end = 0
         self._free: list[tuple[int, int]] = []
         """(start, end) of each hole before ``_end``, in order; no two touch."""
-        self._contested: set[tuple[int, int]] = set()
-        """Places that overlap, of rows that damage brought back: as one of them goes, the other's is not free."""
-        before = (0, 0)
+        self._frees = True
+        """False: places overlap, of rows that damage brought back. As one of them goes, the other's is not free."""
         for start, length in sorted(places):
-            if start < self._end:
-                self._contested |= {before, (start, length)}
-            elif start > self._end:
+            self._frees &= start >= self._end
+            if start > self._end:
                 self._free.append((self._end, start))
-            if start + length > self._end:
-                self._end, before = start + length, (start, length)
+            self._end = max(self._end, start + length)
 
     def room(self, length: int) -> tuple[int, int]:
         """A place: a hole that is large enough, of the first ones, or the end."""
@@ -649,10 +633,8 @@ class _Bodies:
         return value, len(value) == length and xxhash.xxh3_64_intdigest(value) == checksum
 
     def free(self, places: Iterable[tuple[int, int]]) -> None:
-        """They may be used again, but for contested ones: a restart finds out."""
-        for start, length in places:
-            if (start, length) in self._contested:
-                continue
+        """They may be used again."""
+        for start, length in places if self._frees else ():
             end, index = start + length, bisect.bisect(self._free, (start, start))
             if index < len(self._free) and self._free[index][0] == end:
                 end = self._free.pop(index)[1]
@@ -672,7 +654,7 @@ class _Bodies:
 
     def shrink(self) -> None:
         if os.fstat(self._file).st_size > self._end + _FREE_BYTES:
-            with contextlib.suppress(OSError):  # tried again when there is nothing to do
+            with contextlib.suppress(OSError):  # it is tried again
                 os.ftruncate(self._file, self._end)
 
     def close(self) -> None:

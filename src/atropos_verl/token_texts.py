@@ -16,6 +16,11 @@ _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's name of a to
 _PLAIN, _COMPOSED = "a B\n c", "e\u0301\ufb01\u3000"
 """A normaliser that changes the first does more than to bring characters into one form; most that do that change the
 second."""
+_SPACES = [character.encode() for character in map(chr, range(0x3001)) if character.isspace()]
+_WIDTH = 16
+"""Bytes in which most tokens fit."""
+_FILL, _NO_TEXT = b"\xff", b"\xfe"
+"""Neither is in any UTF-8."""
 
 
 class TokenTexts(dict[int, tuple[str, bytes]]):
@@ -29,9 +34,11 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         """Of the letters by which byte-level vocabularies (GPT-2's and its heirs) name bytes."""
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {id_: token.content for id_, token in added.items() if token.special}
-        self.special_texts = tuple(special.values())
-        self._special = np.zeros(max(special, default=0) + 2, dtype=np.bool_)
-        self._special[list(special)] = True
+        self.special_ids = frozenset(special)
+        self._is_special = np.zeros(max(special, default=0) + 2, dtype=np.bool_)
+        self._is_special[list(special)] = True
+        edges = {*_SPACES, *(text.encode() for text in special.values() if text)}
+        self._edges = tuple(sorted(edges, key=len, reverse=True))
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         normalize = str if normalizer is None else normalizer.normalize_str
         self._normalize = normalize if normalize(_PLAIN) == _PLAIN and normalize(_COMPOSED) != _COMPOSED else str
@@ -59,75 +66,47 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def is_special(self, token_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-        found: NDArray[np.bool_] = self._special[np.minimum(token_ids, len(self._special) - 1)]
-        return found
-
     @cached_property
-    def _table(self) -> tuple[NDArray[np.uint8], IntArray, IntArray, IntArray]:
-        """The bytes of all tokens one after the other; where each begins, and how many they are; its characters, -1 for
-        one that has parts of some. The last entry, for ids outside, has none."""
-        tokens = [*(self[token_id] for token_id in range(len(self._tokenizer))), ("", b"")]
-        lengths = np.array([len(piece) for _, piece in tokens])
-        characters = np.array([len(text) if text.encode() == piece else -1 for text, piece in tokens])
-        flat = np.frombuffer(b"".join(piece for _, piece in tokens), dtype=np.uint8)
-        return flat, np.cumsum(lengths) - lengths, lengths, characters
+    def _table(self) -> tuple[list[bytes], IntArray, NDArray[np.void]]:
+        """The bytes of all tokens, how many they are, and as rows of one width. The last, for ids outside, has none."""
+        pieces = [*(self[token_id][1] for token_id in range(len(self._tokenizer))), b""]
+        rows = [piece[:_WIDTH].replace(_FILL, _NO_TEXT).ljust(_WIDTH, _FILL) for piece in pieces]
+        return pieces, np.array([len(piece) for piece in pieces]), np.frombuffer(b"".join(rows), f"V{_WIDTH}")
 
-    def _joined(self, token_ids: NDArray[np.int32]) -> tuple[NDArray[np.uint8], IntArray]:
-        """The bytes of a text, and where each token of it ends."""
-        flat, starts, lengths, _ = self._table
-        ids = np.minimum(token_ids, len(lengths) - 1)
-        counts = lengths.take(ids)
-        ends = counts.cumsum()
-        places = np.repeat(starts.take(ids) - ends + counts, counts)
-        places += np.arange(len(places))
-        return flat.take(places), ends
-
-    def text_if_whole(self, token_ids: NDArray[np.int32]) -> str | None:
-        """Special tokens shown; None: it holds a part of a character, so that these tokens are not those of a text."""
+    def read(self, token_ids: NDArray[np.int32]) -> tuple[bytes | None, IntArray]:
+        """The text in UTF-8, special tokens shown, and the byte at which each token begins, ``[T + 1]``. None: it holds
+        a part of a character, so that these tokens are not those of a text."""
+        pieces, lengths, rows = self._table
+        starts = np.zeros(len(token_ids) + 1, dtype=np.int64)
+        lengths.take(token_ids, mode="clip").cumsum(out=starts[1:])
+        found = rows.take(token_ids, mode="clip").tobytes().translate(None, _FILL)
+        if len(found) != starts[-1]:  # some are longer than a row
+            found = b"".join([pieces[min(token_id, len(pieces) - 1)] for token_id in token_ids.tolist()])
         try:
-            return self._joined(token_ids)[0].tobytes().decode()
+            found.decode()
         except UnicodeDecodeError:
-            return None
+            return None, starts
+        return found, starts
 
-    def text(self, token_ids: NDArray[np.int32]) -> str:
+    def text(self, token_ids: NDArray[np.int32]) -> bytes:
         """The same; parts of characters become U+FFFD as this tokenizer's decoder does it."""
-        found = self.text_if_whole(token_ids)
-        return self.decode(token_ids.tolist()) if found is None else found
+        found = self.read(token_ids)[0]
+        return self.decode(token_ids.tolist()).encode() if found is None else found
 
-    def starts(self, token_ids: NDArray[np.int32]) -> IntArray:
-        """For each token the number of characters that begin before it, ``[T + 1]``: those of token t are
-        ``[starts[t], starts[t + 1])``; a character of several tokens counts for the first of them. About that many
-        where there are parts of characters."""
-        counts = self._table[3][np.minimum(token_ids, len(self._table[3]) - 1)]
-        if counts.min(initial=0) < 0:
-            found, ends = self._joined(token_ids)
-            begun = np.cumsum(np.concatenate([[0], (found & 0xC0) != 0x80]))
-            return np.concatenate([[0], begun[ends]])
-        return np.concatenate([[0], np.cumsum(counts)])
-
-    def core(self, text: str, start: int = 0, stop: int | None = None) -> tuple[int, int]:
+    def core(self, text: bytes, start: int = 0, stop: int | None = None) -> tuple[int, int]:
         """``[start, stop)`` of a text without the white space and the special tokens at both ends."""
         stop = len(text) if stop is None else stop
-        while start < stop:
-            if text[start].isspace():
-                start += 1
-            elif text.startswith(self.special_texts, start, stop):
-                start += max(len(token) for token in self.special_texts if text.startswith(token, start, stop))
-            elif text[stop - 1].isspace():
-                stop -= 1
-            elif text.endswith(self.special_texts, start, stop):
-                stop -= max(len(token) for token in self.special_texts if text.endswith(token, start, stop))
-            else:
-                break
+        while start < stop and text.startswith(self._edges, start, stop):
+            start += next(len(edge) for edge in self._edges if text.startswith(edge, start, stop))
+        while start < stop and text.endswith(self._edges, start, stop):
+            stop -= next(len(edge) for edge in self._edges if text.endswith(edge, start, stop))
         return start, max(start, stop)
 
-    def cores(self, token_ids: NDArray[np.int32], text: str) -> list[str]:
+    def cores(self, token_ids: NDArray[np.int32]) -> list[bytes]:
         """The texts of a completion that an environment may post: without the white space and the special tokens at
         both ends, and those between shown or left out."""
-        special = self.is_special(token_ids)
-        plain = np.flatnonzero(~special)
-        inner = plain.size and special[plain[0] : plain[-1]].any()
-        texts = [*([self.text(token_ids[plain])] if inner else []), text]
-        texts = [text if text.isascii() else self._normalize(text) for text in texts]
-        return list(dict.fromkeys(text[slice(*self.core(text))] for text in texts))
+        plain = np.flatnonzero(~self._is_special.take(token_ids, mode="clip"))
+        is_mixed = plain.size and plain.size <= plain[-1] - plain[0]
+        texts = [*([self.text(token_ids[plain])] if is_mixed else []), self.text(token_ids)]
+        forms = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
+        return list(dict.fromkeys(text[slice(*self.core(text))] for text in forms))

@@ -15,8 +15,7 @@ import psutil
 
 from atropos_verl.http_thread import ServerThread
 from atropos_verl.protocol.schema import CheckedGroup, check_group
-from atropos_verl.server.app import TrajectoryApi
-from atropos_verl.server.main import check_bind, uvicorn_options
+from atropos_verl.server.app import TrajectoryApi, check_bind, uvicorn_options
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Batch, Store
 

@@ -442,8 +442,7 @@ def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_FREE_BYTES", 1000), ("_IDLE_SECONDS", 0.001)):
-        monkeypatch.setattr(f"atropos_verl.storage.{name}", value)
+    monkeypatch.setattr("atropos_verl.storage._FREE_BYTES", 1000)
     store = opened(tmp_path)
     store.write([("bodies", number, b"x" * 100_000) for number in range(40)]).result()
     assert (tmp_path / "store.bodies").stat().st_size == 4_000_000

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from atropos_verl.protocol.exchange import retry_interval
+from atropos_verl.protocol.client import retry_interval
 from atropos_verl.training.staleness import is_stale, versions_behind
 from simulate.generation import Group
 from simulate.outcome import Outcome

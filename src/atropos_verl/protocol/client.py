@@ -8,12 +8,16 @@ after refused or broken connections, time-outs, HTTP 429 and 5xx.
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import random
 import re
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,21 +27,17 @@ import httpx
 import msgspec
 
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import AtroposAPIError, AtroposProtocolError, AtroposTimeoutError, ConfigError
-from atropos_verl.http_thread import is_loopback, reachable
-from atropos_verl.protocol.exchange import (
-    Call,
-    ExchangeError,
-    answered_object,
-    exchange,
-    holds_batch,
-    integers,
-    not_atropos,
-    pause,
-    retry_interval,
+from atropos_verl.errors import (
+    AtroposAPIError,
+    AtroposConnectionError,
+    AtroposHTTPStatusError,
+    AtroposProtocolError,
+    AtroposTimeoutError,
+    ConfigError,
 )
+from atropos_verl.http_thread import is_loopback, printable, reachable
 from atropos_verl.protocol.messages import EnvIdentifier, EnvRegistration, TrainerRegistration
-from atropos_verl.protocol.wire import MEDIA_TYPE
+from atropos_verl.protocol.wire import MAGIC, MEDIA_TYPE
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,19 @@ _WAIT_SECONDS = 0.5
 """What one ``GET /batch`` may wait at the API: so soon a signal, or the end of a process of the run, is noticed."""
 _LAST_CONNECT_SECONDS = 1.0
 _LAST_STATUS_SECONDS = 5.0
-_LEASE_ID = "X-Atropos-Lease-Id"
-_EARLIER_LEASE_IDS = "X-Atropos-Earlier-Lease-Ids"
+_SLICE_SECONDS = 0.25
+_SMALL_ANSWER_BYTES = 16 * 2**20
+"""No answer but a batch is ever this long; a server that sends more is something else."""
+_TRANSFER_FACTOR = 10
+"""A batch that keeps arriving may take this many time-outs: cutting it off loses it at the API for ever."""
+_BODY_WITHOUT_BATCH = 4096
+"""Bytes. Answers without a batch are shorter; longer ones are left to ``decode_batch``, after they were journalled."""
+_SHOWN = 500
+_NOTHING_SENT = (
+    httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol,
+    httpx.LocalProtocolError,
+)  # fmt: skip
+_UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
 
 class ApiStatus(NamedTuple):
@@ -163,7 +174,7 @@ class AtroposClient:
         call = self._call("POST", "/register", registration)
         fields = self._ask(call, repeatable=False)
         if fields.get("uuid") is None:
-            raise not_atropos(call, "no uuid")
+            raise call.not_atropos("no uuid")
         self.features = frozenset(map(str, fields.get("features") or ()))
         return str(fields["uuid"])
 
@@ -174,9 +185,9 @@ class AtroposClient:
         fields = self._ask(call, repeatable=False)
         self.features = frozenset(map(str, fields.get("features") or ()))
         if fields.get("status") == "success":
-            return integers(call, fields, "env_id")[0]
+            return call.integers(fields, "env_id")[0]
         if not str(fields.get("status", "")).startswith("wait"):
-            raise not_atropos(call, f"the status {fields.get('status')!r}")
+            raise call.not_atropos(f"the status {fields.get('status')!r}")
         return None
 
     def env_status(self, env_id: int) -> ApiStatus:
@@ -242,7 +253,7 @@ class AtroposClient:
                 raise AtroposTimeoutError(self._why_no_batch(waited, attempt + 1), self.api_url)
             interval = max(retry_interval(attempt, self.retry_attempts, self.retry_delay), _MIN_POLL_SECONDS)
             has_waited = 0.0 < wait <= time.monotonic() - asked
-            pause(0.0 if has_waited else min(interval, limit - waited), should_stop)
+            _pause(0.0 if has_waited else min(interval, limit - waited), should_stop)
         raise AssertionError
 
     def ack(self, lease_id: str | None) -> str:
@@ -264,29 +275,23 @@ class AtroposClient:
 
     # --- how ---------------------------------------------------------------------------------------------------------
 
-    def _call(
-        self,
-        method: str,
-        endpoint: str,
-        content: bytes | Mapping[str, Any] | msgspec.Struct | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Call:
+    def _call(self, method: str, endpoint: str, content: Any = None, headers: Mapping[str, str] | None = None) -> _Call:
         if content is not None and not isinstance(content, bytes):
             content = msgspec.json.encode(content)
         sent = {**(headers or {}), **({} if content is None else {"content-type": "application/json"})}
-        return Call(method, f"{self._base}{endpoint}", endpoint, self.api_url, self.timeout, content, sent)
+        return _Call(method, f"{self._base}{endpoint}", endpoint, self.api_url, self.timeout, content, sent)
 
-    def _integers(self, call: Call, *names: str) -> list[int]:
-        return integers(call, self._ask(call), *names)
+    def _integers(self, call: _Call, *names: str) -> list[int]:
+        return call.integers(self._ask(call), *names)
 
     def _ask(
-        self, call: Call, *, repeatable: bool = True, should_stop: Callable[[], None] | None = None
+        self, call: _Call, *, repeatable: bool = True, should_stop: Callable[[], None] | None = None
     ) -> dict[str, Any]:
-        return answered_object(call, self._send(call, repeatable=repeatable, should_stop=should_stop)[0])
+        return call.answered_object(self._send(call, repeatable=repeatable, should_stop=should_stop)[0])
 
     def _send(
         self,
-        call: Call,
+        call: _Call,
         *,
         repeatable: bool = True,
         seconds: float | None = None,
@@ -303,8 +308,8 @@ class AtroposClient:
         longest = seconds / min(_TRIES_PER_TIMEOUT, self.retry_attempts) if repeatable else seconds
         for attempt in count(1):
             try:
-                return exchange(self._http, call, max(1e-3, min(longest, deadline - time.monotonic())))
-            except ExchangeError as failure:
+                return call.exchange(self._http, max(1e-3, min(longest, deadline - time.monotonic())))
+            except _ExchangeError as failure:
                 wait = retry_interval(attempt - 1, self.retry_attempts, self.retry_delay)
                 wait += random.uniform(0.0, _JITTER * self.retry_delay)
                 is_over = attempt >= self.retry_attempts or time.monotonic() + wait >= deadline
@@ -312,7 +317,7 @@ class AtroposClient:
                     raise failure.error from failure.__cause__
                 level = logging.INFO if attempt == 1 else logging.WARNING
                 logger.log(level, "%s: try %d failed (%s); again in %.2f s", call.name, attempt, failure, wait)
-            pause(wait, should_stop)
+            _pause(wait, should_stop)
         raise AssertionError
 
     def _fetch(
@@ -322,25 +327,42 @@ class AtroposClient:
         waiting = {"X-Atropos-Wait": f"{wait:.3f}"} if wait >= 0.001 else {}
         call = self._call("GET", "/batch", headers={**self._batch_headers, **waiting})
         body, headers = self._send(call, repeatable=self.leased, seconds=seconds, should_stop=should_stop)
-        lease_id = None if self.lease_seconds is None else headers.get(_LEASE_ID)
+        lease_id = None if self.lease_seconds is None else headers.get("X-Atropos-Lease-Id")
         self.leased = self.leased or lease_id is not None
-        if not holds_batch(call, body):
+        if not call.holds_batch(body):
             return None
-        earlier = headers.get(_EARLIER_LEASE_IDS, "") if lease_id is not None else ""
+        earlier = headers.get("X-Atropos-Earlier-Lease-Ids", "") if lease_id is not None else ""
         return FetchedBatch(body, lease_id, tuple(filter(None, earlier.split(","))))
 
     def _why_no_batch(self, waited: float, attempts: int) -> str:
         try:
             call = self._call("GET", "/status")
-            fields = answered_object(call, exchange(self._http, call, min(self.timeout, _LAST_STATUS_SECONDS))[0])
+            fields = call.answered_object(call.exchange(self._http, min(self.timeout, _LAST_STATUS_SECONDS))[0])
             state = f"it is at step {fields.get('current_step')} with {fields.get('queue_size')} groups in its queue"
-        except (ExchangeError, AtroposAPIError):
+        except (_ExchangeError, AtroposAPIError):
             state = "its /status does not answer either"
         return (
             f"no batch from Atropos API at {self.api_url} in {waited:.1f} s ({attempts} tries); {state}. "
             "Is an environment running, and pointed at this API and at the gateway? "
             "Do the groups' sizes add up to the batch size?"
         )
+
+
+def retry_interval(attempt: int, attempts: int, delay: float) -> float:
+    """Seconds to wait after try ``attempt`` (from 0): ``delay * 1.5**attempt``, as far as ``attempts``."""
+    return float(delay * 1.5 ** min(attempt, attempts - 1))
+
+
+def _pause(seconds: float, should_stop: Callable[[], None] | None) -> None:
+    """Sleep, calling ``should_stop`` at once and every quarter of a second, so that what it raises is raised soon."""
+    end = time.monotonic() + seconds
+    while True:
+        if should_stop is not None:
+            should_stop()
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        time.sleep(min(left, _SLICE_SECONDS) if should_stop is not None else left)
 
 
 def make_client(config: RunConfig, api_url: str) -> AtroposClient:
@@ -446,3 +468,192 @@ def _check_trust(verify: bool | str, *, needed: bool) -> bool | ssl.SSLContext:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:  # ssl.SSLError is one
         raise ConfigError(f"{verify!r} holds no certificates that can be read: {error}", "atropos.ca_file") from None
+
+
+class _ExchangeError(Exception):
+    """A try failed. ``error`` is what the user gets in the end."""
+
+    def __init__(self, error: AtroposAPIError, *, sent: bool, transient: bool) -> None:
+        super().__init__(error.reason)
+        self.error = error
+        self.sent = sent
+        """Bytes of the request may have reached the API."""
+        self.transient = transient
+        """The same request may succeed later."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request: bounded in time, its failures translated into ``errors``."""
+
+    method: str
+    url: str
+    # For messages: the path without the prefix of the API's URL, and that URL as the user configured it.
+    endpoint: str
+    base_url: str
+    timeout: float
+    """Seconds for the whole call, all tries together."""
+    content: bytes | None
+    headers: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.endpoint}"
+
+    @property
+    def is_batch(self) -> bool:
+        """The answer is a batch, which the API has forgotten: of any length, and not cut off while it arrives."""
+        return self.endpoint == "/batch"
+
+    @property
+    def api(self) -> str:
+        return f"Atropos API at {self.base_url}"
+
+    @property
+    def loss(self) -> str:
+        """Ends the message about a request that may have reached the API."""
+        return "; the batch may be lost: the API takes it from its queue before it sends it" if self.is_batch else ""
+
+    def exchange(self, client: httpx.Client, seconds: float) -> tuple[bytes, httpx.Headers]:
+        """Send the request once. Returns the decompressed body of a 2xx answer and its headers. Raises
+        ``_ExchangeError``, whatever failed; also for another answer.
+
+        ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence
+        has ``timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has
+        the time-out of the system's resolver, and a server that never ends its headers but sends some now and then.
+        """
+        timeout = httpx.Timeout(self.timeout if self.is_batch else seconds, connect=seconds, pool=seconds)
+        end = time.monotonic() + seconds
+        body = bytearray()
+        is_answering = False
+        sent: dict[str, Any] = {"content": self.content, "headers": dict(self.headers)}
+        try:
+            with client.stream(self.method, self.url, **sent, timeout=timeout) as response:
+                is_answering = True
+                if self.is_batch:
+                    end = time.monotonic() + _TRANSFER_FACTOR * self.timeout
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if not self.is_batch and len(body) > _SMALL_ANSWER_BYTES:
+                        raise self._no_api(f"more than {_SMALL_ANSWER_BYTES} bytes")
+                    if time.monotonic() > end:
+                        raise httpx.ReadTimeout("the answer goes on and on")
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise self._translated(error, seconds, is_answering=is_answering) from error
+        if not response.is_success:
+            transient = response.status_code == 429 or response.status_code >= 500
+            raise _ExchangeError(self._status_error(response, bytes(body)), sent=True, transient=transient)
+        return bytes(body), response.headers
+
+    def _translated(self, error: Exception, seconds: float, *, is_answering: bool) -> _ExchangeError:
+        sent = not isinstance(error, _NOTHING_SENT)
+        kind: type[AtroposAPIError] = AtroposConnectionError
+        transient = True
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
+            kind = AtroposTimeoutError
+            if not sent:
+                limit = seconds if self.is_batch else self.timeout
+                reason = f"Cannot connect to {self.api} - no answer within {limit:.3g} s"
+            elif self.is_batch and is_answering:
+                reason = f"{self.api} - {self.name} stopped arriving for {self.timeout:g} s{self.loss}"
+            else:
+                reason = f"{self.api} - no answer to {self.name} within {self.timeout:g} s{self.loss}"
+        elif not sent:
+            why, transient = self._why_no_connection(error)
+            reason = f"Cannot connect to {self.api} - {why}"
+        elif isinstance(error, httpx.DecodingError):
+            return self._no_api(f"a body that cannot be decompressed: {error}")
+        elif isinstance(error, httpx.RemoteProtocolError) and not is_answering and "disconnected" not in str(error):
+            return self._no_api(f"something that is not HTTP ({error})")
+        else:
+            where = f"{'while reading the' if is_answering else 'before an'} answer to {self.name}"
+            how = "closed" if isinstance(error, httpx.RemoteProtocolError) else "reset"
+            reason = f"{self.api} - connection {how} {where}{self.loss}"
+        return _ExchangeError(kind(reason, self.base_url), sent=sent, transient=transient)
+
+    def _why_no_connection(self, error: Exception) -> tuple[str, bool]:
+        """The reason, and whether the same request may succeed later."""
+        host = httpx.URL(self.url).host
+        cause: BaseException | None = error
+        while cause is not None:
+            match cause:
+                case ssl.SSLCertVerificationError(verify_message=said):
+                    why = f"TLS handshake failed: certificate of {host!r} not accepted ({said}); "
+                    return f"{why}set atropos.ca_file if the API has a certificate of its own", False
+                case ssl.SSLError():
+                    return f"TLS handshake failed: {cause.reason or cause} - is it an http:// API?", False
+                case socket.gaierror():
+                    return f"host name {host!r} cannot be resolved (DNS)", True
+                case ConnectionRefusedError():
+                    return "ensure server is running", True
+                case ConnectionResetError() | ConnectionAbortedError() | BrokenPipeError():
+                    return "connection reset while connecting", True
+                case OSError(errno=number) if number in _UNREACHABLE:
+                    return f"network unreachable ({cause.strerror})", True
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, httpx.ProxyError):
+            return f"the proxy refused ({error})", False
+        return str(error) or type(error).__name__, isinstance(error, httpx.ConnectError)
+
+    def _status_error(self, response: httpx.Response, body: bytes) -> AtroposHTTPStatusError:
+        status_code = response.status_code
+        text = printable(body[:_SHOWN].decode("utf-8", "replace").strip())
+        reason = f"{self.api} answered {self.name} with HTTP {status_code}"
+        if status_code in (401, 403):
+            reason += " - check atropos.token"
+        elif status_code in (404, 405):
+            reason += " - is the path prefix right?"
+        elif 300 <= status_code < 400:
+            location = printable(response.headers.get("location", "?"))
+            reason += f", a redirect to {location} - set atropos.api_url to the final address"
+        else:
+            reason += f": {text or 'empty answer'}"
+            if self.is_batch and status_code >= 500:
+                reason += " (the batch may be lost: the API takes it from its queue first, then fails to encode NaN)"
+        return AtroposHTTPStatusError(reason, self.base_url, status_code, text)
+
+    def _no_api(self, what: str) -> _ExchangeError:
+        return _ExchangeError(self.not_atropos(what), sent=True, transient=False)
+
+    def not_atropos(self, what: str) -> AtroposProtocolError:
+        """``what``: it gave this."""
+        who = f"The server at {self.base_url} answers, but is not an Atropos trajectory API"
+        return AtroposProtocolError(f"{who}: {self.name} gave {what}", self.base_url)
+
+    def answered_object(self, body: bytes) -> dict[str, Any]:
+        """The answer's JSON object. Raises ``AtroposProtocolError`` for anything else, and for a status of failure."""
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):
+            raise self.not_atropos(f"{body[:120]!r}, which is not JSON") from None
+        if not isinstance(fields, dict):
+            raise self.not_atropos(f"{body[:120]!r}, which is not a JSON object")
+        if fields.get("status") in ("error", "failure"):
+            why = fields.get("message") or fields.get("error") or fields.get("detail") or "no explanation"
+            said = f"with status {fields['status']!r}: {printable(str(why)[:_SHOWN])}"
+            raise AtroposProtocolError(f"{self.api} answered {self.name} {said}", self.base_url)
+        return fields
+
+    def integers(self, fields: Mapping[str, Any], *names: str) -> list[int]:
+        """The values of ``names``. Raises ``AtroposProtocolError`` when one of them is no integer."""
+        for name in names:
+            if not isinstance(fields.get(name), int) or isinstance(fields[name], bool):
+                raise self.not_atropos(f"no integer {name!r} but {str(dict(fields))[:120]}")
+        return [fields[name] for name in names]
+
+    def holds_batch(self, body: bytes) -> bool:
+        """True when the answer to ``GET /batch`` is a batch; False: there is none yet. Raises ``AtroposProtocolError``
+        where it is neither, or is cut off."""
+        if body.startswith(MAGIC):  # complete: its length was announced, or it was sent in chunks with an end
+            return True
+        if not body[:64].lstrip().startswith(b"{"):
+            raise self.not_atropos(f"{body[:120]!r}, which is not a JSON object")
+        if not body[-64:].rstrip().endswith(b"}"):
+            reason = f"{self.api} - the answer to {self.name} is cut off after {len(body)} bytes{self.loss}"
+            raise AtroposProtocolError(reason, self.base_url)
+        if len(body) > _BODY_WITHOUT_BATCH:
+            return True
+        fields = self.answered_object(body)
+        if "batch" not in fields:
+            raise self.not_atropos(f"{body[:120]!r}, which has no 'batch'")
+        return bool(fields["batch"])

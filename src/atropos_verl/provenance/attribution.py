@@ -7,6 +7,7 @@ one request for a whole group. What the records that are left do not agree on st
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from operator import eq
 from typing import Any
@@ -70,7 +71,6 @@ class _Chooser:
         self._queries = queries
         self._pieces = [[piece for span in spans for piece in span if piece.candidates] for spans in found]
         self._uses: Counter[int] = Counter()
-        self._whole = self._whole_requests()
 
     def choose(self, index: int) -> tuple[_Picks, list[int]]:
         """The records that each piece of a sequence may be, and the numbers of those that it is known to hold."""
@@ -103,7 +103,8 @@ class _Chooser:
         best = min(key for key, _ in ranked)
         return sorted((record for key, record in ranked if key == best), key=lambda record: record.order)
 
-    def _whole_requests(self) -> dict[tuple[int, int], set[int]]:
+    @cached_property
+    def _whole(self) -> dict[tuple[int, int], set[int]]:
         """(group, prompt) → requests that wrote every piece (of two or more) that follows this prompt in the group."""
         wanted: defaultdict[tuple[int, int], Counter[tuple[int, int, int]]] = defaultdict(Counter)
         offered: dict[tuple[int, int, int], Counter[int]] = {}
@@ -129,10 +130,11 @@ def _match(query: SequenceQuery, repair: Repair, picks: _Picks, certain: list[in
     known = np.zeros(len(query.token_ids), dtype=np.bool_)
     temperatures: set[float] = set()
     ambiguous: set[int] = set()
-    lost: set[int] = set()
+    lost: Counter[int] = Counter()
+    """Tokens of each span that no record holds."""
     for number, piece in [(number, piece) for number, span in enumerate(repair.pieces) for piece in span]:
         if piece.start not in picks:
-            lost.add(number)
+            lost[number] += piece.stop - piece.start
             continue
         first, *others = picks[piece.start]
         part = slice(piece.start, piece.stop)
@@ -154,7 +156,7 @@ def _match(query: SequenceQuery, repair: Repair, picks: _Picks, certain: list[in
         temperature=temperatures.pop() if len(temperatures) == 1 else None,
         spans=len(repair.pieces),
         unmatched_spans=len(lost),
-        unmatched_tokens=int(query.loss_mask.sum() - known.sum()),
+        unmatched_tokens=lost.total(),
         ambiguous_spans=len(ambiguous),
         records=tuple(certain),
         repaired=repair.tokens,

@@ -3,25 +3,38 @@
 It records every completion under the token ids it came after; a scored sequence is looked up by its own token ids, turn
 by turn. A look-up hashes all prefixes of the sequence at once, finds the records by hash, and then compares the ids
 themselves: a hash alone never decides. What is not found stays unknown. The least recently used records go first.
+
+``run_dir/ledger/ledger.sqlite`` (a ``RecordStore``) holds the same for the process that resumes the run. Half a ledger
+is worse than none: of two alike completions it might know only the wrong one. So a store that has lost rows (it and its
+copy are damaged), or that cannot be written any more, is given up as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger_store import LedgerStore, Row, Runs
+from atropos_verl.errors import StorageDamagedError, StorageError, StorageInUseError
+from atropos_verl.storage import RecordStore
 from atropos_verl.types import Generation
 
+logger = logging.getLogger(__name__)
+
+Runs = tuple[tuple[int, int], ...]
+"""(policy version, tokens it wrote), in order."""
 IDS = np.dtype("<i4")
 LOGPROBS = np.dtype("<f4")
 OVERHEAD_BYTES = 700
@@ -124,6 +137,20 @@ class LedgerStats:
     restored_spans: int = 0  # of processes before this one
 
 
+class _Rows(msgspec.Struct):
+    """The tables of a store. The first entry of each row is its key."""
+
+    prompts: list[tuple[int, bytes]] = []  # hash, token ids
+    spans: list[tuple[int, int, int, bytes, bytes, Runs, float, int]] = []
+    """Order, request, hash of the prompt, ids, logprobs, runs, temperature, hash of the end, as in ``SpanRecord``."""
+    uses: list[tuple[int, int]] = []  # order, trained sequences that hold it
+    state: list[tuple[int, int, Runs]] = []
+    """0, the newest order, and (policy version, newest order before it) of each process that resumed the run."""
+
+
+_TABLES = _Rows.__struct_fields__
+
+
 class Lengths:
     """The lengths that prompts have had: only there it is worth to look for one."""
 
@@ -148,8 +175,6 @@ class Ledger:
         self.max_bytes = max_bytes
         self.max_spans = max_spans
         self.lock = threading.RLock()
-        self.on_forget: Callable[[SpanRecord], None] = lambda record: None
-        """Called for each record that is forgotten, under ``lock``."""
         self._prompts: dict[int, Prompt] = {}
         self._lengths = Lengths()
         self._by_end: dict[int, dict[int, SpanRecord]] = {}
@@ -158,9 +183,10 @@ class Ledger:
         self._orders = 0
         self._resumes: Runs = ()
         """(policy version, newest order before it) of each process that resumed the run."""
-        self._store: LedgerStore | None = None
-        self._changes: list[Row] = []
-        """Of the store, since the last write."""
+        self._store: RecordStore | None = None
+        self._store_failed = False
+        self._changes: list[tuple[str, int, tuple[Any, ...] | None]] = []
+        """Table, key and row (None: deleted), since the last write."""
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -209,10 +235,32 @@ class Ledger:
             return self._write(), [(request + i, len(ids), runs[0][0]) for i, (ids, _, runs) in enumerate(made)]
 
     def _write(self) -> Future[None] | None:
+        """Store the changes, all or none. The future is done when that is so, and never raises. None: nothing is kept,
+        or an earlier write has failed."""
         rows, self._changes = self._changes, []
-        if self._store is None:
+        store = self._store
+        if store is None or self._store_failed:
             return None
-        return self._store.write([*rows, ("state", 0, (0, self._orders, self._resumes))])
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # a client that goes away while it waits does not cancel it
+
+        def written(future: Future[None]) -> None:
+            """Called by the store's thread."""
+            error = future.exception()
+            # The files of a store that is closed may be another process's by now.
+            if error is not None and not self._store_failed and not store.is_closed:
+                self._store_failed = True
+                text = "%s: %s. After a restart the policy versions of tokens generated up to then are unknown"
+                logger.warning(text, store.path.parent, error)
+                with contextlib.suppress(OSError):
+                    _remove(store.path.parent)  # the open connection goes on with files that have no name
+            done.set_result(None)
+
+        encode = msgspec.msgpack.encode
+        rows.append(("state", 0, (0, self._orders, self._resumes)))
+        changes = [(table, _signed(key), None if row is None else encode(row)) for table, key, row in rows]
+        store.write(changes).add_done_callback(written)
+        return done
 
     def _node(self, key: int, ids: bytes) -> Prompt:
         node = self._prompts.get(key)
@@ -255,7 +303,6 @@ class Ledger:
         if not alike:
             del self._by_end[record.end_key]
         self._counts.evicted_spans += 1
-        self.on_forget(record)
 
     def persist(self, directory: Path, resumed_at: int | None = None) -> int:
         """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
@@ -267,7 +314,7 @@ class Ledger:
         with self.lock:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
-            self._store, found = LedgerStore.open(directory, keep=resumed_at is not None)
+            self._store, found = _open_store(directory, keep=resumed_at is not None)
             _, orders, resumes = found.state[0] if found.state else (0, 0, ())
             oldest = min((span[0] for span in found.spans), default=orders)
             resumes = tuple(resume for resume in resumes if resume[1] >= oldest)
@@ -394,6 +441,58 @@ class Ledger:
                 if end > start:
                     return records, end
         return [], start
+
+
+def _open_store(directory: Path, *, keep: bool) -> tuple[RecordStore | None, _Rows]:
+    """The store of a run, or None with a warning when the directory cannot be used; and what earlier processes left
+    there: nothing where any of it is damaged (a warning names the file), or without ``keep`` (it is removed)."""
+
+    def opened() -> RecordStore:
+        return RecordStore(directory / "ledger.sqlite", dict.fromkeys(_TABLES, int), owner="ledger")
+
+    try:
+        try:
+            store = opened()
+            if keep:
+                return store, _read(store)
+            store.close()
+        except StorageInUseError:
+            raise
+        except StorageDamagedError as error:
+            if keep:
+                text = "The ledger begins empty: policy versions of tokens generated before this start are unknown"
+                logger.warning("%s. %s", error, text)
+        _remove(directory)
+        return opened(), _Rows()
+    except (StorageError, OSError) as error:
+        logger.warning("the ledger will not survive a restart of this run: %s", error)
+        return None, _Rows()
+
+
+def _read(store: RecordStore) -> _Rows:
+    """Closes the store, and raises ``StorageDamagedError``, when a row is damaged or missing."""
+    try:
+        tables = {name: [msgspec.msgpack.decode(value) for _, value in store.read(name)] for name in _TABLES}
+        found = msgspec.convert(tables, _Rows)
+        prompts = dict(found.prompts)
+        if store.lost_rows or any(span[2] not in prompts for span in found.spans):
+            raise StorageDamagedError(f"{store.path} and its copy are damaged: rows are missing")
+        return found
+    except (msgspec.MsgspecError, StorageDamagedError) as error:
+        store.close()
+        if isinstance(error, StorageDamagedError):
+            raise
+        raise StorageDamagedError(f"{store.path} holds a row that is not one of a ledger ({error})") from error
+
+
+def _remove(directory: Path) -> None:
+    for file in directory.glob("ledger*.sqlite*"):
+        file.unlink(missing_ok=True)
+
+
+def _signed(key: int) -> int:
+    """A 64-bit hash as the signed integer that SQLite can hold."""
+    return key - (1 << 64) if key >= 1 << 63 else key
 
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

@@ -5,33 +5,44 @@ looked up by their text too: the text before a trained span must be that of a pr
 what was written after it, or of a chain of completions that continue each other. White space and special tokens at the
 ends of a completion do not count, since chat templates add and strip them. Anything else must agree to the character.
 
-A prompt is found by the hash of its text, a completion by that of its own; then the texts are compared. What is found
-with different ids is not repaired: which of them the environment was given is not known.
+A prompt is found by the hash of its text, its completion by that of its own; then the texts are compared. What is found
+with different ids is not repaired: which of them the environment was given is not known. Texts are UTF-8, and places in
+them bytes.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from atropos_verl.provenance.ledger import IDS, Ledger, Lengths, Piece, Prompt, SpanRecord, prefix_hashes, trained_spans
+from atropos_verl.provenance.ledger import IDS, Ledger, Lengths, Piece, Prompt, SpanRecord
 from atropos_verl.token_texts import TokenTexts
 from atropos_verl.types import IntArray, RepairedTokens
 
 _CATCH_UP = 256
-"""Records that are indexed in one go, between which the gateway may record others."""
+"""Records that are looked through in one go, between which the gateway may record others."""
 _CACHED = 512
 """Texts of prompts and completions."""
 _MOST_CHAINS = 64
 """Ways to read one span as a chain of completions; beyond, it counts as ambiguous."""
 
 
+@dataclass(slots=True)
+class _Written:
+    """A prompt, and the numbers of its completions by the hash of their text."""
+
+    prompt: Prompt
+    newest: int = 0
+    completions: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """A completion of a chain: characters ``[start, stop)`` of the posted text without its edges, and its records."""
+    """A completion of a chain: ``[start, stop)`` of the posted text without its edges, and its records."""
 
     prompt_end: int
     start: int
@@ -56,31 +67,19 @@ class Repair:
     ambiguous_spans: int = 0  # their text was found with different ids
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Posted:
-    """A posted sequence and its text."""
+    """A posted sequence."""
 
     ids: NDArray[np.int32]
-    text: str
+    text: bytes
     starts: IntArray
     mask: NDArray[np.bool_]
-    _keys: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
-
-    def key(self, stop: int) -> int:
-        """Hash of the first ``stop`` characters."""
-        if stop >= len(self._keys):
-            self._keys = _text_keys(self.text[: 2 * stop])
-        return int(self._keys[stop])
 
 
-def _token_at(starts: IntArray, character: int) -> int:
-    """The token in which a character begins."""
-    return int(np.searchsorted(starts[:-1], character, side="right")) - 1
-
-
-def _text_keys(text: str) -> NDArray[np.uint64]:
-    """``prefix_hashes`` of characters."""
-    return prefix_hashes(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=IDS))
+def _token_at(starts: IntArray, place: int) -> int:
+    """The token in which the character at ``place`` begins."""
+    return int(starts[:-1].searchsorted(place, "right")) - 1
 
 
 class Repairer:
@@ -90,17 +89,12 @@ class Repairer:
         self._ledger = ledger
         self.texts = texts
         self._newest = 0
-        self._prompts: defaultdict[int, dict[int, Prompt]] = defaultdict(dict)  # hash of a text → prompts by key
-        self._prompt_keys: dict[int, int] = {}
-        self._lengths = Lengths()  # characters of prompts
-        self._completions: defaultdict[int, dict[int, SpanRecord]] = defaultdict(dict)
-        """Hash of the texts of prompt and completion → records by order."""
-        self._keys: dict[int, tuple[int, ...]] = {}  # order of a record → its keys in ``_completions``
-        self._text: Callable[[bytes], str] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, dtype=IDS)))
-        self._cores: Callable[[bytes], list[str]] = lru_cache(_CACHED)(
-            lambda ids: texts.cores(np.frombuffer(ids, dtype=IDS), self._text(ids))
+        self._written: dict[int, dict[int, _Written]] = {}  # hash of a text → prompts by key
+        self._lengths = Lengths()  # of prompts
+        self._text: Callable[[bytes], bytes] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, IDS)))
+        self._cores: Callable[[bytes], list[bytes]] = lru_cache(_CACHED)(
+            lambda ids: texts.cores(np.frombuffer(ids, IDS))
         )
-        ledger.on_forget = self._forget
 
     def repair(
         self,
@@ -113,13 +107,13 @@ class Repairer:
     ) -> Repair:
         """Repair the spans of a sequence that ``Ledger.find`` did not find as they are, in ``found``. The tokens before
         one become those after which it was sampled, where that is possible beside the spans before it."""
-        lost = [self._is_lost(token_ids, pieces) for pieces in found]
-        result, ids = Repair(pieces=found), token_ids.astype(IDS)
-        text = self.texts.text_if_whole(ids) if any(lost) else None
+        ids, result = token_ids.astype(IDS), Repair(pieces=found)
+        lost = [self._is_lost(ids, pieces) for pieces in found]
+        text, starts = self.texts.read(ids) if any(lost) else (None, ids)
         if text is None:
             return result
         self._catch_up()
-        posted = _Posted(ids, text, self.texts.starts(ids), loss_mask)
+        posted = _Posted(ids, text, starts, loss_mask)
         made = _Assembly(self.texts, self._text, posted, wants_origin=wants_origin)
         pieces: list[list[Piece]] = []
         for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):
@@ -136,111 +130,118 @@ class Repairer:
             result.tokens, result.pieces = made.finish(), pieces
         return result
 
-    def _is_lost(self, token_ids: IntArray, pieces: list[Piece]) -> bool:
+    def _is_lost(self, ids: NDArray[np.int32], pieces: list[Piece]) -> bool:
         """False also where only what a template adds behind a completion is unknown."""
         lost = [piece for piece in pieces if not piece.candidates]
         if not lost or len(pieces) == 1 or lost[0] is not pieces[-1]:
             return bool(lost)
-        tail = self.texts.text(token_ids[lost[0].start : lost[0].stop].astype(IDS))
-        start, stop = self.texts.core(tail)
+        start, stop = self.texts.core(self.texts.text(ids[lost[0].start : lost[0].stop]))
         return start < stop
 
     def _chains(self, posted: _Posted, begin: int, start: int, stop: int) -> list[_Chain]:
         """The ways to read the trained tokens ``[start, stop)`` as completions; those of equal ids are one.
 
-        The first may begin before the span, from character ``begin`` on: one token may hold the end of a prompt and
-        the beginning of a completion, and heads may be left untrained.
+        The first may begin before the span, from place ``begin`` on: one token may hold the end of a prompt and the
+        beginning of a completion, and heads may be left untrained.
         """
-        first, end = int(posted.starts[start]), int(posted.starts[stop])
+        text, first, end = posted.text, int(posted.starts[start]), int(posted.starts[stop])
         ends = [end]
-        if stop < len(posted.ids) and not self.texts.is_special(posted.ids[stop : stop + 1])[0]:
+        if stop < len(posted.ids) and int(posted.ids[stop]) not in self.texts.special_ids:
             ends += range(end + 1, int(posted.starts[stop + 1]) + 1)  # likewise at the end
-        with self._ledger.lock:
-            places = self._lengths.within(begin, end + 1)
-            prompts = {p: found for p in places if (found := self._prompts_at(posted, p))}
-            reached: dict[int, list[_Chain]] = {}
-            for place in reversed(prompts):
-                chains: list[_Chain] = [(link,) for link in self._links(posted, place, prompts[place], ends)]
-                for after in [p for p in prompts if p > max(place, first) and reached[p]]:
-                    for link in self._links(posted, place, prompts[place], [after], whole=True):
-                        chains += [(link, *chain) for chain in reached[after]]
-                reached[place] = chains[:_MOST_CHAINS]
+        prompts = self._prompts(text, self._lengths.within(begin, end + 1))
+        reached: dict[int, list[_Chain]] = {}
+        for place in reversed(prompts):
+            chains: list[_Chain] = [(link,) for link in self._links(text, place, prompts[place], ends)]
+            for after in [p for p in prompts if p > max(place, first) and reached[p]]:
+                for link in self._links(text, place, prompts[place], [after], whole=True):
+                    chains += [(link, *chain) for chain in reached[after]]
+            reached[place] = chains[:_MOST_CHAINS]
         # What stands in the span before the first of a chain was not written there, unless it is an edge.
-        whole = [chains for p, chains in reached.items() if p <= max(first, self.texts.core(posted.text, first, p)[0])]
+        whole = [chains for p, chains in reached.items() if p <= first or p <= self.texts.core(text, first, p)[0]]
         every = {tuple(link.ids for link in chain): chain for chains in whole for chain in chains}
         rests = {key[n:] for key in every for n in range(1, len(key))}
         return [chain for key, chain in every.items() if key not in rests]
 
-    def _prompts_at(self, posted: _Posted, stop: int) -> list[Prompt]:
-        """Prompts whose text are the first ``stop`` characters."""
-        found = self._prompts.get(posted.key(stop), {}).values()
-        return [prompt for prompt in found if posted.text[:stop] == self._text(prompt.ids)]
+    def _prompts(self, text: bytes, places: Iterable[int]) -> dict[int, list[_Written]]:
+        """The places up to which ``text`` is that of prompts, ascending, and these."""
+        found: dict[int, list[_Written]] = {}
+        hashed, before = xxhash.xxh3_64(), 0
+        for place in places:
+            hashed.update(text[before:place])
+            before = place
+            alike = self._written.get(hashed.intdigest(), {}).values()
+            same = [one for one in alike if one.prompt.spans and text[:place] == self._text(one.prompt.ids)]
+            if same:
+                found[place] = same
+                for one in same:
+                    self._index(one)
+        return found
 
     def _links(
-        self, posted: _Posted, place: int, prompts: Sequence[Prompt], ends: Sequence[int], *, whole: bool = False
+        self, text: bytes, place: int, prompts: Iterable[_Written], ends: list[int], *, whole: bool = False
     ) -> list[_Link]:
         """Completions of the text between ``place`` and one of ``ends``; those of equal ids are one. ``whole``: of
         exactly this text, its ends included, as it is where a completion was continued."""
         links: dict[tuple[bytes, bytes], _Link] = {}
-        for start, stop in dict.fromkeys(self.texts.core(posted.text, place, end) for end in ends):
-            core = posted.text[start:stop]
-            for prompt in prompts:
-                records = self._completions.get(hash((self._prompt_keys[prompt.key], core)), {}).values()
+        for start, stop in dict.fromkeys(self.texts.core(text, place, end) for end in ends):
+            core = text[start:stop]
+            for one in prompts:
                 same: defaultdict[bytes, list[SpanRecord]] = defaultdict(list)
-                for record in records:
-                    is_whole = not whole or self._text(record.ids) == posted.text[place : ends[0]]
-                    if record.prompt is prompt and is_whole and core in self._cores(record.ids):
+                for order in one.completions.get(xxhash.xxh3_64_intdigest(core), ()):
+                    record = one.prompt.spans.get(order)
+                    if record is None or core not in self._cores(record.ids):
+                        continue
+                    if not whole or self._text(record.ids) == text[place : ends[0]]:
                         same[record.ids].append(record)
                 for ids, alike in same.items():
-                    links[prompt.ids, ids] = _Link(place, start, stop, tuple(alike))
+                    links[one.prompt.ids, ids] = _Link(place, start, stop, tuple(alike))
         return list(links.values())
 
     def _catch_up(self) -> None:
-        """Index what was recorded since the last time. Texts are made without the lock: the gateway goes on."""
+        """Take in the prompts that were recorded since the last time. Texts are made without the ledger's lock: the
+        gateway goes on."""
         while records := self._ledger.newer_than(self._newest, _CATCH_UP):
             self._newest = records[-1].order
-            for record in records:
-                prompt = record.prompt
-                text = self._text(prompt.ids) if prompt.key not in self._prompt_keys else ""
-                cores = self._cores(record.ids)
-                with self._ledger.lock:
-                    if record.order not in self._ledger:
-                        continue
-                    if prompt.key not in self._prompt_keys:
-                        key = self._prompt_keys[prompt.key] = int(_text_keys(text)[-1])
-                        self._prompts[key][prompt.key] = prompt
-                        self._lengths.add(len(text))
-                    keys = tuple(hash((self._prompt_keys[prompt.key], core)) for core in cores)
-                    self._keys[record.order] = keys
-                    for key in keys:
-                        self._completions[key][record.order] = record
+            for prompt in dict.fromkeys(record.prompt for record in records):
+                text = self._text(prompt.ids)
+                same = self._written.setdefault(xxhash.xxh3_64_intdigest(text), {})
+                if prompt.key not in same or same[prompt.key].prompt is not prompt:
+                    same[prompt.key] = _Written(prompt)
+                    self._lengths.add(len(text))
+            if len(self._written) > 2 * self._ledger.stats().prompts:  # most were forgotten
+                alive = {
+                    key: {k: one for k, one in same.items() if one.prompt.spans} for key, same in self._written.items()
+                }
+                self._written = {key: same for key, same in alive.items() if same}
 
-    def _forget(self, record: SpanRecord) -> None:
-        """Called by the ledger, which holds its lock."""
-        for key in self._keys.pop(record.order, ()):
-            del self._completions[key][record.order]
-            if not self._completions[key]:
-                del self._completions[key]
-        if not record.prompt.spans and (text_key := self._prompt_keys.pop(record.prompt.key, None)) is not None:
-            del self._prompts[text_key][record.prompt.key]
-            if not self._prompts[text_key]:
-                del self._prompts[text_key]
+    def _index(self, one: _Written) -> None:
+        """Take in what was written after a prompt since the last time."""
+        with self._ledger.lock:
+            spans = one.prompt.spans
+            records = list(spans.values()) if next(reversed(spans), 0) > one.newest else []
+        if sum(map(len, one.completions.values())) > 4 * len(records) > 0:  # most were forgotten
+            one.newest, one.completions = 0, defaultdict(list)
+        for record in records:
+            if record.order > one.newest:
+                for core in self._cores(record.ids):
+                    one.completions[xxhash.xxh3_64_intdigest(core)].append(record.order)
+                one.newest = record.order
 
 
 class _Assembly:
     """A sequence that is put together from posted and from sampled tokens."""
 
-    def __init__(self, texts: TokenTexts, text: Callable[[bytes], str], posted: _Posted, *, wants_origin: bool) -> None:
+    def __init__(
+        self, texts: TokenTexts, text: Callable[[bytes], bytes], posted: _Posted, *, wants_origin: bool
+    ) -> None:
         self._texts = texts
         self._text = text  # of a record's ids
         self._posted = posted
-        self._mask = posted.mask.copy()
-        """Posted tokens that are trained where they stay: no longer those of a span that was repaired."""
         self._ids = b""
-        self._trained: list[NDArray[np.bool_]] = []
+        self._trained: list[tuple[int, int]] = []
         self._places: list[IntArray] | None = [] if wants_origin else None
-        """Character of the posted text at which each token begins."""
-        self.cursor = 0  # characters of the posted text that it stands for so far
+        """Place in the posted text at which each token begins."""
+        self.cursor = 0  # the posted text that it stands for so far ends here
         self.has_failed = False  # part of a token had to be tokenised, and gave another text
 
     @property
@@ -251,77 +252,77 @@ class _Assembly:
         """A chain in the place of the trained tokens ``[start, stop)``."""
         written = chain[0].records[0].prompt.ids
         if written.startswith(self._ids):
-            prompt = np.frombuffer(written[len(self._ids) :], dtype=IDS)
-            self._append(prompt)
+            self._append(np.frombuffer(written[len(self._ids) :], IDS))
         else:
-            prompt = np.frombuffer(written, dtype=IDS)
-            self._append_from(prompt, self._texts.starts(prompt))
-        self._mask[start:stop] = False
-        return [piece for link in chain for piece in self._completion(link, start, stop)]
+            prompt = np.frombuffer(written, IDS)
+            self._append_from(prompt, self._text(written), self._texts.read(prompt)[1])
+        pieces = [self._completion(link, start, stop) for link in chain]
+        return [piece for piece in pieces if piece.start < piece.stop]
 
-    def _completion(self, link: _Link, start: int, stop: int) -> list[Piece]:
-        posted, ids = self._posted, np.frombuffer(link.records[0].ids, dtype=IDS)
-        text = self._text(link.records[0].ids)
+    def _completion(self, link: _Link, start: int, stop: int) -> Piece:
+        posted, written = self._posted, link.records[0].ids
+        ids, text = np.frombuffer(written, IDS), self._text(written)
         first, last = self._texts.core(text)
-        places, trained = None, np.ones(len(ids), dtype=np.bool_)
+        head, tail, places = 0, len(ids), None
         is_headless = link.prompt_end < posted.starts[start - 1]  # the environment left its head untrained
         if is_headless or self._places is not None:
-            places = np.clip(self._texts.starts(ids) + link.start - first, link.prompt_end, link.stop)
+            places = np.clip(self._texts.read(ids)[1] + link.start - first, link.prompt_end, link.stop)
             if is_headless:
-                trained = places[1:] > posted.starts[start]
+                head = int(places[1:].searchsorted(posted.starts[start], "right"))
             places = np.clip(places, posted.starts[start], posted.starts[stop] - 1)  # trained as the span is
         self.cursor = link.stop
-        if self._texts.is_special(ids[-1:])[0]:
-            end = self._texts[int(ids[-1])][0]
-            after = link.stop + len(posted.text[link.stop :]) - len(posted.text[link.stop :].lstrip())
+        if int(ids[-1]) in self._texts.special_ids:
+            rest, end = posted.text[link.stop :], self._texts[int(ids[-1])][1]
+            after = link.stop + len(rest) - len(rest.decode().lstrip().encode())
             if posted.text.startswith(end, after):
                 self.cursor = after + len(end)
-                trained[-1] &= posted.mask[_token_at(posted.starts, after)]
+                tail -= not posted.mask[_token_at(posted.starts, after)]
         elif posted.text.startswith(text[last:], link.stop):
             self.cursor += len(text) - last
         begin = self._length
-        self._append(ids, places, trained)
-        return [Piece(begin + a, begin + b, link.records, a) for a, b in trained_spans(trained)]
+        self._append(ids, places)
+        self._trained.append((begin + head, begin + tail))
+        return Piece(begin + head, begin + tail, link.records, head)
 
     def keep(self, pieces: list[Piece], start: int, stop: int) -> list[Piece]:
         """The posted tokens up to ``stop``; ``pieces`` of the trained ones ``[start, stop)`` at their new places."""
-        self.has_failed |= self.cursor > self._posted.starts[start]
-        self._append_from(self._posted.ids[:stop], self._posted.starts[: stop + 1], self._mask)
-        self.cursor = int(self._posted.starts[stop])
+        posted = self._posted
+        self.has_failed |= self.cursor > posted.starts[start]
+        self._append_from(posted.ids[:stop], posted.text, posted.starts[: stop + 1])
+        self.cursor = int(posted.starts[stop])
         shift = self._length - stop
+        self._trained.append((start + shift, stop + shift))
         return [Piece(p.start + shift, p.stop + shift, p.candidates, p.first) for p in pieces]
 
     def finish(self) -> RepairedTokens:
-        ids, starts = self._posted.ids, self._posted.starts
-        if self.cursor < starts[-1]:
-            self._append_from(ids, starts, self._mask)
+        posted = self._posted
+        if self.cursor < posted.starts[-1]:
+            self._append_from(posted.ids, posted.text, posted.starts)
         origin = None
         if self._places is not None:
             places = np.maximum.accumulate(np.concatenate(self._places))
-            origin = np.searchsorted(starts[:-1], places, side="right") - 1
-        token_ids = np.frombuffer(self._ids, dtype=IDS).astype(np.int64)
-        mask = np.concatenate(self._trained)
-        return RepairedTokens(token_ids=token_ids, loss_mask=mask, origin=origin, posted=len(ids))
+            origin = posted.starts[:-1].searchsorted(places, "right") - 1
+        mask = np.zeros(self._length, dtype=np.bool_)
+        for start, stop in self._trained:
+            mask[start:stop] = True
+        token_ids = np.frombuffer(self._ids, IDS).astype(np.int64)
+        return RepairedTokens(token_ids=token_ids, loss_mask=mask, origin=origin, posted=len(posted.ids))
 
-    def _append(
-        self, ids: NDArray[np.int32], places: IntArray | None = None, trained: NDArray[np.bool_] | None = None
-    ) -> None:
-        """``places``: [T] or more; None: all at ``cursor``. ``trained`` None: none."""
+    def _append(self, ids: NDArray[np.int32], places: IntArray | None = None) -> None:
+        """``places``: [T] or more; None: all at ``cursor``."""
         self._ids += ids.tobytes()
-        self._trained.append(np.zeros(len(ids), dtype=np.bool_) if trained is None else trained)
         if self._places is not None:
             self._places.append(np.full(len(ids), self.cursor) if places is None else places[: len(ids)])
 
-    def _append_from(self, ids: NDArray[np.int32], starts: IntArray, trained: NDArray[np.bool_] | None = None) -> None:
+    def _append_from(self, ids: NDArray[np.int32], text: bytes, starts: IntArray) -> None:
         """The tokens of a text from ``cursor`` on; of one that begins before it, the rest is tokenised anew."""
-        at, cursor = 0, self.cursor
-        if cursor:
-            at = _token_at(starts, cursor)
-            if starts[at] < cursor:
-                text = self._texts.text(ids)[cursor : starts[at + 1]]
-                rest = np.array(self._texts.encode(text) if text else [], dtype=IDS)
-                self.has_failed |= self._texts.text(rest) != text
-                self._append(rest)
-                after = starts[at + 1]
-                at = _token_at(starts, after) if after < starts[-1] else len(ids)
-        self._append(ids[at:], starts[at:-1], None if trained is None else trained[at : len(ids)])
+        at = _token_at(starts, self.cursor) if self.cursor else 0
+        if starts[at] < self.cursor:
+            at += 1
+            while at < len(ids) and text[starts[at]] & 0xC0 == 0x80:  # inside of a character
+                at += 1
+            rest = text[self.cursor : starts[at]]
+            made = np.array(self._texts.encode(rest.decode(errors="replace")) if rest else [], dtype=IDS)
+            self.has_failed |= self._texts.text(made) != rest
+            self._append(made)
+        self._append(ids[at:], starts[at:-1])

@@ -3,13 +3,18 @@
 Pages of other sites and requests without the token are refused before anything else.
 """
 
+import argparse
 import asyncio
 import contextlib
 import json
 import logging
+import os
+import signal
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,29 +30,37 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from atropos_verl.errors import StorageWriteError
-from atropos_verl.http_thread import SameLines, environment_token, foreign_page, has_token
+from atropos_verl.errors import AtroposVerlError, ConfigError, StorageWriteError
+from atropos_verl.http_thread import (
+    SameLines,
+    bracketed,
+    environment_token,
+    foreign_page,
+    has_token,
+    is_loopback,
+    listen,
+    uvicorn_config,
+)
 from atropos_verl.protocol.messages import AckRequest, EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.schema import CheckedGroup, Refusal
 from atropos_verl.protocol.wire import MEDIA_TYPE, pack_group
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.bodies import (
     BatchResponse,
-    BodyError,
     Connection,
     Connections,
+    StatusBarrier,
     batch_parts,
-    choose_encoding,
+    is_compressed,
     decoded,
     idempotency,
     lease_seconds,
     read_body,
 )
 from atropos_verl.server.body_checker import BodyChecker, Rules
-from atropos_verl.server.settings import ServerSettings
+from atropos_verl.server.settings import COMPRESSIONS, SECOND_TRAINER, ServerSettings
 from atropos_verl.server.status import Metrics, env_status, environments, status
-from atropos_verl.server.status_barrier import StatusBarrier
-from atropos_verl.server.store import ConflictError, Counters, Environment, QueueFullError, Store, UnknownLeaseError
+from atropos_verl.server.store import Counters, Environment, RequestError, Store
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +83,7 @@ _PACKED_SHARE = 0.2
 _NOT_REGISTERED = {"status": "error", "message": "Trainer not registered. Call /register first.", "batch": []}
 _MAX_UNKNOWN = 1000
 _SHOWN_NAME = 80
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params inference_logprobs messages images"
 
 
@@ -91,31 +105,30 @@ class TrajectoryApi:
         self._unknown: set[str] = set()
         self._refusals = SameLines()
         self._page = Path(__file__).with_name("page.html").read_bytes()
-        reset: dict[str, Handler] = {"POST": self.reset_data}
-        if self.store.settings.allow_get_reset:
-            reset["GET"] = self.reset_data
-        self.handlers: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.root},
-            "/health": {"GET": self.health},
-            "/register": {"POST": self.register},
-            "/register-env": {"POST": self.register_env},
-            "/disconnect-env": {"POST": self.disconnect_env},
-            "/wandb_info": {"GET": self.wandb_info},
-            "/info": {"GET": self.info},
-            "/scored_data": {"POST": partial(self._take, is_list=False)},
-            "/scored_data_list": {"POST": partial(self._take, is_list=True)},
-            "/status": {"GET": self.status},
-            "/status-env": {"GET": self.status_env},
-            "/latest_example": {"GET": self.latest_example},
-            "/reset_data": reset,
-            "/batch": {"GET": self.batch},
-            "/batch/ack": {"POST": self.ack},
-            "/batch/renew": {"POST": self.renew},
-            "/batch/release": {"POST": self.release},
-            "/metrics": {"GET": self.metrics},
-            "/page-data": {"GET": self.page_data},
+        self.handlers: dict[str, Handler] = {
+            "GET /": self.root,
+            "GET /health": self.health,
+            "POST /register": self.register,
+            "POST /register-env": self.register_env,
+            "POST /disconnect-env": self.disconnect_env,
+            "GET /wandb_info": self.wandb_info,
+            "GET /info": self.info,
+            "POST /scored_data": partial(self._take, is_list=False),
+            "POST /scored_data_list": partial(self._take, is_list=True),
+            "GET /status": self.status,
+            "GET /status-env": self.status_env,
+            "GET /latest_example": self.latest_example,
+            "POST /reset_data": self.reset_data,
+            "GET /batch": self.batch,
+            "POST /batch/ack": self.ack,
+            "POST /batch/renew": self.renew,
+            "POST /batch/release": self.release,
+            "GET /metrics": self.metrics,
+            "GET /page-data": self.page_data,
         }
-        failures = (Refusal, BodyError, QueueFullError, ConflictError, UnknownLeaseError, StorageWriteError)
+        if self.store.settings.allow_get_reset:
+            self.handlers["GET /reset_data"] = self.reset_data
+        self._paths = {name.partition(" ")[2] for name in self.handlers}
         cors = Middleware(
             CORSMiddleware,
             allow_origins=self.store.settings.cors_origins,
@@ -123,9 +136,10 @@ class TrajectoryApi:
             allow_headers=["Authorization", "Idempotency-Key", "X-Atropos-Lease", "X-Atropos-Wait"],
             expose_headers=["X-Atropos-Lease-Id", "X-Atropos-Step", "Retry-After"],
         )
+        failures = (Refusal, RequestError, StorageWriteError, HTTPException, ClientDisconnect)
         self._app = Starlette(
-            routes=[self._route(path, by_method) for path, by_method in self.handlers.items()],
-            exception_handlers=dict.fromkeys([*failures, HTTPException, ClientDisconnect], self._failed),
+            routes=[self._route(*name.split(), handler) for name, handler in self.handlers.items()],
+            exception_handlers=dict.fromkeys(failures, self._failed),
             lifespan=self._lifespan,
             middleware=[cors] if self.store.settings.cors_origins else [],
         )
@@ -141,7 +155,7 @@ class TrajectoryApi:
         connection = self._connection(request)
         if connection is not None:
             connection.done()
-        path = scope["path"] if scope["path"] in self.handlers else "other"
+        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -153,16 +167,16 @@ class TrajectoryApi:
         finally:
             self.counters.bytes_held -= scope.pop("bytes_held", 0)
 
-    def _route(self, path: str, by_method: dict[str, Handler]) -> Route:
+    def _route(self, method: str, path: str, handler: Handler) -> Route:
         async def endpoint(request: Request) -> Response:
-            answer = await by_method[request.method](request)
+            answer = await handler(request)
             response = answer if isinstance(answer, Response) else _json(answer)
-            if request.method == "POST" or path in ("/batch", "/reset_data"):
+            if method == "POST" or path in ("/batch", "/reset_data"):
                 await self.store.synced()
             return response
 
-        route = Route(path, endpoint, methods=list(by_method))
-        route.methods = set(by_method)  # without HEAD, which would hand a batch out
+        route = Route(path, endpoint, methods=[method])
+        route.methods = {method}  # without HEAD, which would hand a batch out
         return route
 
     async def _body(self, request: Request, *, is_data: bool = False) -> bytes:
@@ -193,20 +207,20 @@ class TrajectoryApi:
             return Response(status_code=_CLIENT_GONE)
         if isinstance(error, HTTPException):
             return _json({"detail": error.detail}, error.status_code, dict(error.headers or {}))
-        if isinstance(error, Refusal | BodyError | QueueFullError):
-            self.counters.refused[error.reason] += 1
+        status_code = getattr(error, "status", 422 if isinstance(error, Refusal) else 507)  # 507: the disk refused
+        reason = getattr(error, "reason", "")
+        if reason:
+            self.counters.refused[reason] += 1
             environment = self.store.environment(error.env_id) if isinstance(error, Refusal) else None
             if environment is not None:
                 environment.refused += 1
             path, sender = request.scope["path"], environment and environment.env_id
-            if self._refusals.is_new(f"{path} {error.reason} {sender}"):
-                about = {"event": "refused", "reason": error.reason}
-                logger.warning("%s refused: %s", path, error, extra=about)
+            if self._refusals.is_new(f"{path} {reason} {sender}"):
+                logger.warning("%s refused: %s", path, error, extra={"event": "refused", "reason": reason})
         if isinstance(error, Refusal):
             return _json(error.as_fields(), 422)
-        status_code = getattr(error, "status", 507)  # the disk refused
         headers = {"retry-after": "1"} if status_code in (429, 503) else {}
-        if isinstance(error, BodyError):
+        if status_code in (400, 408, 413, 415, 503):
             headers["connection"] = "close"  # the rest of the body is not read
         return _json({"detail": str(error), "message": str(error)}, status_code, headers)
 
@@ -417,8 +431,8 @@ class TrajectoryApi:
             store.settle(batch.lease_id, "it could not be sent")
             raise
         media_type = MEDIA_TYPE if wants_packed else "application/json"
-        encoding = choose_encoding(store.settings.compression, request, sum(map(len, parts)))
-        return BatchResponse(batch, parts, media_type, encoding, store, self.counters, self._connection(request))
+        zipped = is_compressed(store.settings.compression, request, sum(map(len, parts)))
+        return BatchResponse(batch, parts, media_type, zipped, store, self.counters, self._connection(request))
 
     async def ack(self, request: Request) -> dict[str, Any]:
         lease_id = decoded(await self._body(request), AckRequest).lease_id
@@ -483,3 +497,112 @@ class TrajectoryApi:
 
 def _json(fields: Any, status_code: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(fields), status_code, headers, "application/json")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: time, level, logger, message, and what the call gave as ``extra``."""
+
+    _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"time": round(record.created, 3), "level": record.levelname, "logger": record.name}
+        fields["message"] = record.getMessage()
+        fields |= {name: value for name, value in record.__dict__.items() if name not in self._STANDARD}
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -> ServerSettings:
+    """The settings for listening on ``host``; on the loopback, only by the loopback's names. Raises ``ConfigError`` for
+    a public address without a token."""
+    if is_loopback(host):
+        return replace(settings, allowed_hosts=(*_LOOPBACK_NAMES, host, *settings.allowed_hosts))
+    if settings.token is None and not insecure:
+        text = f"{host} is reached from other machines: give --token (or ATROPOS_API_TOKEN), or --insecure if only"
+        raise ConfigError(f"{text} trusted machines reach it", "host")
+    return settings
+
+
+def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *, insecure: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM. Requests that run then are given 10 seconds.
+
+    Raises ``ConfigError`` (a public address without a token, a data directory of 0.1.0), ``ServiceError`` (the port is
+    taken), ``StorageError``.
+    """
+    import uvicorn
+
+    settings = check_bind(host, settings, insecure=insecure)
+    listener = listen(host, port, "trajectory API", "Choose another --port.")
+    app = TrajectoryApi(settings)
+    where = f"http://{bracketed(host)}:{listener.getsockname()[1]}"
+    kept = f"kept in {settings.data_dir}" if settings.data_dir else "IN MEMORY ONLY: a restart forgets everything"
+    logger.info("serving at %s, data %s", where, kept, extra={"event": "serving", "url": where})
+    if settings.token is None and not is_loopback(host):
+        logger.warning("%s has no token: everybody who reaches this address can read and write", where)
+    server = uvicorn.Server(uvicorn_config(app, listener, **uvicorn_options(app)))
+    # uvicorn handles both signals, and raises the one it got again once it has shut down: nothing is left to do then.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        asyncio.run(server.serve(sockets=[listener]))
+    except KeyboardInterrupt:
+        logger.debug("interrupted")
+    finally:
+        app.store.close()
+    logger.info("stopped", extra={"event": "stopped"})
+
+
+def uvicorn_options(app: TrajectoryApi) -> dict[str, Any]:
+    """What the API needs beside ``uvicorn_config``'s own settings."""
+    return {
+        "connections": app.connections,
+        "lifespan": "on",
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": 10,
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``serve-api``. Defaults are those of ``ServerSettings``."""
+    known, add = ServerSettings(), parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
+    add("--data-dir", type=Path, help="keep everything here, so that a restart loses nothing (default: in memory)")
+    add("--fsync", action="store_true", help="wait for the disk before each answer: safe against power loss, too")
+    add(
+        "--token",
+        default=os.environ.get("ATROPOS_API_TOKEN") or None,
+        help="bearer token that clients must send (default: $ATROPOS_API_TOKEN)",
+    )
+    add("--insecure", action="store_true", help="allow a public --host without a token")
+    append: dict[str, Any] = {"action": "append", "default": []}
+    add("--cors-origin", dest="cors_origins", **append, help="web origin that may call (repeat; '*': any)")
+    add("--allowed-host", dest="allowed_hosts", **append, help="further Host name to answer to on the loopback")
+    add("--no-get-reset", dest="allow_get_reset", action="store_false", help="allow /reset_data by POST only")
+    add("--second-trainer", choices=SECOND_TRAINER, default=known.second_trainer, help="while one is active")
+    add("--env-timeout", type=float, default=known.env_timeout, help="silent seconds until an environment is gone")
+    add("--dedupe-window", type=float, default=known.dedupe_window, help="seconds in which a repeated group is dropped")
+    add("--max-queue-groups", type=int, default=known.max_queue_groups)
+    add("--max-queue-bytes", type=int, default=known.max_queue_bytes)
+    add("--max-body-bytes", type=int, default=known.max_body_bytes, help="longest body as sent")
+    add("--max-inflated-bytes", type=int, default=known.max_inflated_bytes, help="longest body once inflated")
+    add("--max-bytes-at-once", type=int, default=known.max_bytes_at_once, help="of all requests being read")
+    add("--compression", choices=COMPRESSIONS, default=known.compression, help="auto: not to this machine")
+    add("--strict", action="store_true", help="check lengths of per-token extras of anonymous groups, too")
+    add("--log-format", choices=("text", "json"), default="text")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal. Returns the exit code: 0, or with the reason in the log 2 (configuration) or 1."""
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if options.log_format == "json" else plain)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    try:
+        values = {field.name: getattr(options, field.name) for field in fields(ServerSettings) if field.name in options}
+        serve(ServerSettings(**values), options.host, options.port, insecure=options.insecure)
+    except AtroposVerlError as error:
+        logger.error("%s", error)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0

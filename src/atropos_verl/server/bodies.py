@@ -1,14 +1,11 @@
 """Bodies of requests and answers: read within bounds, decoded; joined from what is stored, compressed, and delivered.
 
-zstd level 1 where the client takes it and the ``zstandard`` package is there, else gzip at level 1, and neither to a
-client on this machine. A batch without a lease counts as delivered when its connection ends in order or is used again,
-or after ``delivery_grace`` seconds (docs/internals.md).
+gzip at level 1, but to a client on this machine. A batch without a lease counts as delivered when its connection ends
+in order or is used again, or after ``delivery_grace`` seconds (docs/internals.md).
 """
 
 import asyncio
 import hashlib
-import importlib
-import importlib.util
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -18,45 +15,39 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from atropos_verl.errors import AtroposVerlError
 from atropos_verl.http_thread import is_loopback
 from atropos_verl.protocol.schema import Refusal
 from atropos_verl.protocol.wire import join_packed, pack_json
 from atropos_verl.server.batcher import StoredGroup
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.store import Batch, Counters, Store
+from atropos_verl.server.store import Batch, Counters, RequestError, Store
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 _IN_THREAD = 16 * 2**10
 """Compressed bytes from which inflating is left to a thread (zlib lets the event loop run meanwhile)."""
-_INFLATED_AT_ONCE = 4 * 2**20
-"""Inflated bytes that are not counted yet."""
+_INFLATED_AT_ONCE = 4 * 2**20  # bytes that are not counted yet
 LARGE = 2**20
-"""Bytes that no body without groups exceeds. A longer one with groups is not looked at in this process, in which only
-its copying would take too long: it stays a ``bytearray``."""
+"""Bytes that no body without groups exceeds. A longer one is not looked at in this process, and stays a ``bytearray``:
+copying it would take too long."""
 _MAX_KEY = 255
 _SHOWN = 80
-_MIN_COMPRESSED = 1000
-"""Bytes; shorter answers are sent as they are (upstream's bound)."""
-_NO_WEIGHT = ("q=", "q=0.")
-"""A weight of 0 in Accept-Encoding, without its zeros."""
+_MIN_COMPRESSED = 1000  # bytes; upstream's bound
+_NO_WEIGHT = ("q=", "q=0.")  # 0 in Accept-Encoding, without its zeros
 _CHUNK = 512 * 2**10
 """Bytes sent at once, so that small groups do not cost a write each."""
-
-
-class BodyError(AtroposVerlError):
-    """The body cannot be taken; ``status`` is the HTTP code."""
-
-    def __init__(self, status: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.reason = status, reason
+PATIENCE = 0.25
+"""Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
+_STATUSES = 2
+"""Unread answers of ``/status-env`` for one environment, which asks one after the other; with more a client floods."""
+SETTLING = 0.02
+"""Seconds from the end of a connection until the environment has acted on what it read there."""
 
 
 async def read_body(request: Request, settings: ServerSettings, counters: Counters, *, is_data: bool = False) -> bytes:
     """The whole body, decompressed; one that ``is_data`` (groups) may be long. Raises ``ClientDisconnect``, or
-    ``BodyError``: 408 (silent for ``body_timeout`` seconds), 413 (longer than a bound), 415 (an encoding that is not
+    ``RequestError``: 408 (silent for ``body_timeout`` seconds), 413 (longer than a bound), 415 (an encoding that is not
     gzip), 400 (not the encoding it says), 503 (too many others are being read)."""
     longest = settings.max_body_bytes if is_data else min(LARGE, settings.max_body_bytes)
     inflated = settings.max_inflated_bytes if is_data else min(LARGE, settings.max_inflated_bytes)
@@ -75,7 +66,7 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
                 silence.reschedule(loop.time() + settings.body_timeout)
     except TimeoutError:
         text = f"no data for {settings.body_timeout:g} s (body_timeout), {len(body)} bytes came"
-        raise BodyError(408, "body_timeout", text) from None
+        raise RequestError(408, "body_timeout", text) from None
     if encoding in ("gzip", "x-gzip", "deflate"):
         whole: Any = bytearray()
         steps, held = _inflate(body, whole, inflated), 0
@@ -84,7 +75,9 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
             held = len(whole)
         body = whole
     elif encoding not in ("", "identity"):
-        raise BodyError(415, "encoding", f"content-encoding {encoding[:_SHOWN]!r} is not supported; send gzip, or none")
+        raise RequestError(
+            415, "encoding", f"content-encoding {encoding[:_SHOWN]!r} is not supported; send gzip, or none"
+        )
     _check_length(len(body), inflated, "inflated body", "max_inflated_bytes")
     return body if len(body) > LARGE else bytes(body)
 
@@ -92,14 +85,14 @@ async def read_body(request: Request, settings: ServerSettings, counters: Counte
 def _hold(request: Request, length: int, settings: ServerSettings, counters: Counters) -> None:
     if counters.bytes_held + length > settings.max_bytes_at_once:
         text = f"{counters.bytes_held} bytes of other requests are being read (max_bytes_at_once); send it again later"
-        raise BodyError(503, "busy", text)
+        raise RequestError(503, "busy", text)
     counters.bytes_held += length
     request.scope["bytes_held"] = request.scope.get("bytes_held", 0) + length
 
 
 def _check_length(length: int, limit: int, what: str, name: str) -> None:
     if length > limit:
-        raise BodyError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
+        raise RequestError(413, "too_long", f"the {what} is longer than {limit} bytes ({name})")
 
 
 def _inflate(body: bytearray, inflated: bytearray, limit: int) -> Iterator[None]:
@@ -112,12 +105,12 @@ def _inflate(body: bytearray, inflated: bytearray, limit: int) -> Iterator[None]
         try:
             inflated += inflater.decompress(chunk, min(limit + 1 - before, _INFLATED_AT_ONCE))
         except zlib.error as error:
-            raise BodyError(400, "encoding", f"Invalid gzip payload: {error}") from None
+            raise RequestError(400, "encoding", f"Invalid gzip payload: {error}") from None
         if not chunk and len(inflated) == before and not inflater.eof:
-            raise BodyError(400, "encoding", "Invalid gzip payload: it is cut off")
+            raise RequestError(400, "encoding", "Invalid gzip payload: it is cut off")
         yield
     if inflater.eof and (inflater.unused_data or at < len(body)):
-        raise BodyError(400, "encoding", "Invalid gzip payload: something follows its first member")
+        raise RequestError(400, "encoding", "Invalid gzip payload: something follows its first member")
 
 
 def decoded(body: bytes, kind: type[_T]) -> _T:
@@ -182,29 +175,20 @@ def batch_parts(groups: Iterable[StoredGroup], *, packed: bool) -> list[bytes]:
     return parts
 
 
-def choose_encoding(policy: str, request: Request, length: int) -> str | None:
-    """``"zstd"``, ``"gzip"`` or None, by what the client accepts and what pays."""
+def is_compressed(policy: str, request: Request, length: int) -> bool:
+    """By what the client accepts and what pays."""
     here = is_loopback(request.client.host if request.client else "")
     if policy == "never" or length < _MIN_COMPRESSED or (policy == "auto" and here):
-        return None
+        return False
     offers = [part.partition(";") for part in request.headers.get("accept-encoding", "").lower().split(",")]
     accepted = {name.strip() for name, _, weight in offers if weight.replace(" ", "").rstrip("0") not in _NO_WEIGHT}
-    if "zstd" in accepted and importlib.util.find_spec("zstandard") is not None:
-        return "zstd"
-    return "gzip" if accepted & {"gzip", "x-gzip", "*"} else None
-
-
-def compressor(encoding: str) -> Any:
-    if encoding == "zstd":
-        return importlib.import_module("zstandard").ZstdCompressor(level=1).compressobj()
-    return zlib.compressobj(1, zlib.DEFLATED, _GZIP)
+    return bool(accepted & {"gzip", "x-gzip", "*"})
 
 
 class Connection:
     def __init__(self) -> None:
         self.lost = False
-        self.reset = False
-        """It ended with an error: the client did not read everything."""
+        self.reset = False  # it ended with an error: the client did not read everything
         self._when_done: list[Callable[[bool], None]] = []
 
     def when_done(self, action: Callable[[bool], None]) -> None:
@@ -233,6 +217,71 @@ class Connections(dict[Any, Connection]):
             connection.end(error)
 
 
+class _Unread:
+    """Answers of one kind that an environment has not done with yet, and a wait until there are none."""
+
+    def __init__(self) -> None:
+        self._answers: set[asyncio.Future[None]] = set()
+        self._read_at = float("-inf")
+
+    def add(self, connection: Connection) -> Callable[[], None]:
+        """One more, on ``connection``. Returns what ends it, too; to end it again does nothing."""
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        self._answers.add(answer)
+
+        def end() -> None:
+            if not answer.done():
+                answer.set_result(None)
+                self._answers.remove(answer)
+                self._read_at = loop.time()
+
+        connection.when_done(lambda _: end())
+        return end
+
+    async def all_read(self, most: int | None = None) -> None:
+        """With more than ``most`` nobody waits."""
+        if most is not None and len(self._answers) > most:
+            return
+        if self._answers:
+            await asyncio.wait(self._answers, timeout=PATIENCE)
+        settling = self._read_at + SETTLING - asyncio.get_running_loop().time()
+        if settling > 0:
+            await asyncio.sleep(settling)
+
+
+class StatusBarrier:
+    """Keeps ``/status-env`` true: what an environment learns of its queue fits what it knows of its own groups.
+
+    Its status requests and its posts wait for each other, until it has done with the answer before, for about
+    ``PATIENCE`` seconds at most. Otherwise atroposlib counts a group twice, gives up another one (docs/internals.md).
+    Belongs to the event loop. A connection of None (a server that does not tell of them) passes at once.
+    """
+
+    def __init__(self) -> None:
+        self._posts: dict[int, _Unread] = {}
+        self._statuses: dict[int, _Unread] = {}
+
+    async def before_accept(self, env_id: int | None) -> None:
+        """A group of this environment waits here before it is accepted."""
+        if env_id in self._statuses:
+            await self._statuses[env_id].all_read(_STATUSES)
+
+    def accepted(self, env_id: int | None, connection: Connection | None) -> None:
+        if env_id is not None and connection is not None and not connection.lost:
+            end = self._posts.setdefault(env_id, _Unread()).add(connection)
+            asyncio.get_running_loop().call_later(PATIENCE, end)
+
+    async def before_status(self, env_id: int, connection: Connection | None) -> None:
+        """Its question waits here; from now on its posts do, until it has the answer."""
+        if connection is None or connection.lost:
+            return
+        end = self._statuses.setdefault(env_id, _Unread()).add(connection)
+        if env_id in self._posts:
+            await self._posts[env_id].all_read()
+        asyncio.get_running_loop().call_later(PATIENCE, end)
+
+
 class BatchResponse(Response):
     """A batch, sent in the pieces it is stored in. Afterwards it settles what becomes of the batch."""
 
@@ -241,12 +290,12 @@ class BatchResponse(Response):
         batch: Batch,
         parts: list[bytes],
         media_type: str,
-        encoding: str | None,
+        zipped: bool,
         store: Store,
         counters: Counters,
         connection: Connection | None,
     ) -> None:
-        self._batch, self._parts, self._encoding = batch, parts, encoding
+        self._batch, self._parts, self._zipped = batch, parts, zipped
         self._store, self._counters, self._connection = store, counters, connection
         headers = {"content-type": media_type, "x-atropos-step": str(batch.step)}
         headers["x-atropos-delivery"] = str(batch.deliveries)
@@ -254,22 +303,21 @@ class BatchResponse(Response):
             headers["x-atropos-lease-id"] = batch.lease_id
             if batch.earlier:
                 headers["x-atropos-earlier-lease-ids"] = ",".join(batch.earlier)
-        if encoding is None:
-            headers["content-length"] = str(sum(map(len, parts)))
+        if zipped:
+            headers |= {"content-encoding": "gzip", "vary": "Accept-Encoding"}
         else:
-            headers |= {"content-encoding": encoding, "vary": "Accept-Encoding"}
+            headers["content-length"] = str(sum(map(len, parts)))
         self.raw_headers = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived, connection = False, self._connection
-        made = None if self._encoding is None else compressor(self._encoding)
+        made = zlib.compressobj(1, zlib.DEFLATED, _GZIP) if self._zipped else None
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             for part in [*self._parts, b""]:
                 if connection is not None and connection.lost:
                     return
-                if made is not None:
-                    # In a thread: zlib and zstd let the event loop run meanwhile.
+                if made is not None:  # in a thread: zlib lets the event loop run meanwhile
                     part = await (asyncio.to_thread(made.compress, part) if part else asyncio.to_thread(made.flush))
                 if part:
                     await send({"type": "http.response.body", "body": part, "more_body": True})

@@ -22,7 +22,8 @@ from typing import Any
 
 from atropos_verl.protocol.schema import CheckedGroup, Refusal, SlowPathError, check_group, json_value, split_list
 from atropos_verl.protocol.wire import pack_group
-from atropos_verl.server.bodies import LARGE, BodyError
+from atropos_verl.server.bodies import LARGE
+from atropos_verl.server.store import RequestError
 
 SLOW = 64 << 10
 """Bytes from which the second, slow reader and late packing are left to the other process: 10 ms."""
@@ -98,7 +99,7 @@ class BodyChecker:
         self.process: subprocess.Popen[bytes] | None = None
 
     async def check(self, body: bytes, is_list: bool, rules: Rules) -> list[CheckedGroup]:
-        """Raises ``Refusal``; ``BodyError`` 503 when the process was killed."""
+        """Raises ``Refusal``; ``RequestError`` 503 when the process was killed."""
         if len(body) <= LARGE:
             try:
                 return check_body(body, is_list, rules, quick=len(body) > SLOW)
@@ -129,7 +130,7 @@ class BodyChecker:
         for _ in range(_TRIES):
             with self._guard:
                 if self._closed:
-                    raise BodyError(503, "checker", "this server is stopping; send the group again later")
+                    raise RequestError(503, "checker", "this server is stopping; send the group again later")
                 pipe = self._pipe = self._pipe or self._start()
             try:
                 pipe.send((is_list, rules))
@@ -146,7 +147,7 @@ class BodyChecker:
                 raise found
             groups: list[CheckedGroup] = found
             return groups
-        raise BodyError(
+        raise RequestError(
             503, "checker", "the process that checks large bodies was killed (is memory short?); send it again"
         )
 

@@ -62,22 +62,14 @@ _REFUSED_SECONDS, _MOST_REFUSED_SECONDS = 1.0, 16.0
 """After a refused write, further posts are refused for this long without a try; twice as long after each in a row."""
 
 
-class QueueFullError(AtroposVerlError):
-    """There is no room for the groups."""
+class RequestError(AtroposVerlError):
+    """What was asked cannot be done. ``status``: the HTTP code, 404 for a lease that there never was, 409 where the
+    request contradicts what has happened meanwhile, 429 where there is no room; ``reason``: a short code for the counters
+    of what is refused, empty where nothing was sent to be kept."""
 
-    status, reason = 429, "queue_full"
-
-
-class ConflictError(AtroposVerlError):
-    """The request contradicts what has happened meanwhile."""
-
-    status = 409
-
-
-class UnknownLeaseError(AtroposVerlError):
-    """There never was such a lease, or the server was reset."""
-
-    status = 404
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason
 
 
 class Environment(msgspec.Struct, kw_only=True):
@@ -112,8 +104,7 @@ class Batch:
     lease_id: str
     step: int
     seqs: list[int]
-    deadline: float | None
-    """Seconds since the epoch; None: handed out without a lease, waiting for the response to arrive."""
+    deadline: float | None  # seconds since the epoch; None: without a lease, until the response has arrived
     deliveries: int = 1
     earlier: list[str] = field(default_factory=list)
     """The latest leases under which it was out before, told to whoever gets it: one of them may have been its own."""
@@ -143,12 +134,9 @@ class Counters:
 
     started_at: float
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    """Reason → groups or requests refused."""
-    bytes_held: int = 0
-    """Bytes of requests that are not answered yet."""
-    bytes_in: int = 0
-    """Inflated bytes of accepted posts."""
+    refused: Counter[str] = field(default_factory=Counter)  # by reason
+    bytes_held: int = 0  # of requests that are not answered yet
+    bytes_in: int = 0  # inflated, of accepted posts
     bytes_out: int = 0
     glimpses: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_GLIMPSES))
     series: deque[tuple[int, int, int, int]] = field(default_factory=lambda: deque(maxlen=_SERIES_SECONDS))
@@ -171,14 +159,12 @@ class Store:
         self.now = now or steady_clock()
         self.wants_packed = False
         """The trainer takes the packed wire: groups are packed when they come."""
-        self.trainer_heard = 0.0
-        self._registered_at = 0.0
+        self.trainer_heard = self._registered_at = self._refused_seconds = 0.0
         self._opened_at = -math.inf
         self._minimum_missed: float | None = None
         self._changes: dict[tuple[str, Key], bytes | None] = {}
         self._written: Future[None] | None = None
         self._refused: tuple[float, StorageWriteError] | None = None
-        self._refused_seconds = 0.0
         self._unreadable: StorageWriteError | None = None
         self._settled: dict[str, str | None] = {}
         """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
@@ -239,14 +225,13 @@ class Store:
     async def synced(self) -> None:
         """Return when every change so far is stored. Raises ``StorageWriteError`` when the disk refused one: none of
         those that were not stored has happened."""
-        if self._written is None:
-            return
-        try:
-            await asyncio.wrap_future(self._written)
-        except StorageWriteError as error:
-            self._undo(error)
-            raise
-        self._refused_seconds = 0.0
+        if self._written is not None:
+            try:
+                await asyncio.wrap_future(self._written)
+            except StorageWriteError as error:
+                self._undo(error)
+                raise
+            self._refused_seconds = 0.0
 
     def close(self) -> None:
         if self._records is not None:
@@ -383,7 +368,7 @@ class Store:
 
     def register(self, registration: TrainerRegistration) -> str:
         """Register a trainer. Returns ``new``, ``resumed`` (the same run again: its new settings hold) or ``shared``.
-        Raises ``Refusal`` (unknown setting) or ``ConflictError`` (another run's trainer is active, not shared)."""
+        Raises ``Refusal`` (unknown setting) or ``RequestError`` 409 (another run's trainer is active, not shared)."""
         if registration.batch_fill not in BATCH_FILLS:
             message = f"batch_fill = {registration.batch_fill!r} must be one of {', '.join(BATCH_FILLS)}"
             raise Refusal("value", message, "batch_fill", value=registration.batch_fill)
@@ -395,10 +380,12 @@ class Store:
                 self.trainer_heard = self.now()
                 return "shared"
             if self.settings.second_trainer == "refuse" and registration.run != current.run:
-                raise ConflictError(
+                raise RequestError(
+                    409,
+                    "",
                     f"the trainer of run {current.wandb_project!r}/{current.wandb_group!r} is registered and was heard "
                     f"{silent:.0f} s ago; wait until it is silent for {self.settings.trainer_timeout:g} s and its "
-                    "leases have ended, reset the server (/reset_data), or start it with --second-trainer share"
+                    "leases have ended, reset the server (/reset_data), or start it with --second-trainer share",
                 )
         kind = "resumed" if current is not None and registration.run == current.run else "new"
         self.registration = registration
@@ -447,9 +434,8 @@ class Store:
         taken = {other.env_id for other in self.alive()} | {group.env_id for group in self.groups.values()}
         gone = [other for other in self.environments if other.env_id not in taken]
         if not gone:
-            raise QueueFullError(
-                f"{_MAX_ENVIRONMENTS} environments are connected or have groups here; end some of them"
-            )
+            text = f"{_MAX_ENVIRONMENTS} environments are connected or have groups here; end some of them"
+            raise RequestError(429, "queue_full", text)
         return min(gone, key=lambda other: other.heard_at).env_id
 
     def disconnect_env(self, env_id: int) -> bool:
@@ -463,9 +449,7 @@ class Store:
 
     def environment(self, env_id: int | None) -> Environment | None:
         """None when none has this number."""
-        if env_id is None or not 0 <= env_id < len(self.environments):
-            return None
-        return self.environments[env_id]
+        return None if env_id is None or not 0 <= env_id < len(self.environments) else self.environments[env_id]
 
     def hear_trainer(self) -> None:
         self.trainer_heard = self.now()
@@ -501,7 +485,7 @@ class Store:
         """Take the groups of one POST, all or none. Returns the answer, which ``reply`` makes of the number of
         duplicates. ``key``: Idempotency-Key; ``digest``: that of its request.
 
-        Raises ``Refusal`` (the key was used for another request), ``QueueFullError``, or ``StorageWriteError`` (the
+        Raises ``Refusal`` (the key was used for another request), ``RequestError`` 429, or ``StorageWriteError`` (the
         disk refused a write a moment ago).
         """
         known = self.replied(key, digest)
@@ -511,12 +495,13 @@ class Store:
             raise self._refused[1]
         fresh = [group for group in groups if not self._is_duplicate(group)]
         waiting, held, bounds = self.queue.groups, self.held_bytes, self.settings
+        full = ""
         if fresh and waiting + len(fresh) > bounds.max_queue_groups:
-            text = f"the queue is full: {waiting} groups wait, max_queue_groups is {bounds.max_queue_groups}"
-            raise QueueFullError(text)
-        if fresh and held + sum(len(group.raw) for group in fresh) > bounds.max_queue_bytes:
-            text = f"the queue is full: {held} bytes are held, max_queue_bytes is {bounds.max_queue_bytes}"
-            raise QueueFullError(text)
+            full = f"{waiting} groups wait, max_queue_groups is {bounds.max_queue_groups}"
+        elif fresh and held + sum(len(group.raw) for group in fresh) > bounds.max_queue_bytes:
+            full = f"{held} bytes are held, max_queue_bytes is {bounds.max_queue_bytes}"
+        if full:
+            raise RequestError(429, "queue_full", f"the queue is full: {full}")
         duplicates = len(groups) - len(fresh)
         answer = reply(duplicates)
         for group in fresh:
@@ -573,9 +558,9 @@ class Store:
 
     def nearly_full(self) -> bool:
         """Beyond the soft limit: environments are told to pause."""
-        settings = self.settings
-        full = max(self.queue.groups / settings.max_queue_groups, self.held_bytes / settings.max_queue_bytes)
-        return full >= settings.soft_limit
+        bounds = self.settings
+        full = max(self.queue.groups / bounds.max_queue_groups, self.held_bytes / bounds.max_queue_bytes)
+        return full >= bounds.soft_limit
 
     def keep_packed(self, group: StoredGroup, packed: bytes) -> None:
         self._count_held(group, -1)
@@ -661,8 +646,8 @@ class Store:
         return batch.deadline
 
     def release(self, lease_id: str) -> None:
-        """The holder does not want the batch: it is the next to be handed out. Raises ``ConflictError`` (the lease
-        has ended, or somebody else has the batch) or ``UnknownLeaseError``."""
+        """The holder does not want the batch: it is the next to be handed out. Raises ``RequestError`` 409 (the lease
+        has ended, or somebody else has the batch) or 404."""
         self._take_back(self._held(lease_id), "released")
 
     def settle(self, lease_id: str, lost: str | None = None) -> None:
@@ -724,8 +709,8 @@ class Store:
         is_back = any(batch.lease_id == lease_id for batch in self.returned)
         how = "returned" if is_back else self.leases.get(lease_id)
         if how is None:
-            raise UnknownLeaseError(f"no lease {lease_id!r}; was the server reset?")
-        raise ConflictError(f"lease {lease_id} {_ENDS[how]}")
+            raise RequestError(404, "", f"no lease {lease_id!r}; was the server reset?")
+        raise RequestError(409, "", f"lease {lease_id} {_ENDS[how]}")
 
     # --- which groups ------------------------------------------------------------------------------------------------
 

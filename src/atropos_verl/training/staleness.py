@@ -53,6 +53,7 @@ _COUNTS = ("looked_up_tokens", "unmatched_tokens", "template_tail_tokens", "span
 """Of a batch, by their names in ``RunTotals.count``."""
 _LARGEST = "largest_difference"
 """Of logprobs that were compared, in nats."""
+_FIGURES = ("ambiguous_texts", "spans_with_values", "temperature_mismatches")
 _SHOWN = 40
 """Characters or tokens of each text in a message."""
 _MAX_ID = 1 << 31
@@ -187,6 +188,7 @@ class BatchProvenance:
                 dropped_tokens=int(dropped.sum()),
                 ambiguous_spans=match.ambiguous_spans,
                 ambiguous_texts=match.ambiguous_texts,
+                spans_with_values=spans["unmatched_spans"] * _has_values(group, i),
             )
             if group.env_id is not None:
                 counts.update({f"env/{group.env_id}/{name}": count for name, count in spans.items()})
@@ -222,7 +224,11 @@ class BatchProvenance:
             return
         self._warned.add(group.env_id)
         ids = group.token_ids[i]
-        different = "Their text was written with different ids, so that nothing says which they were"
+        why = self._describe(ids, stop, is_text=_query(group, 0, i).is_text)
+        if is_ambiguous:
+            why = "Their text was written with different ids, so that nothing says which they were"
+        elif self._repairer is not None and _has_values(group, i):
+            why += ". Its ref_logprobs or distill_* are of just these ids, so it is not repaired (docs/distillation.md)"
         logger.warning(
             "%s posts tokens that the policy did not generate. Group %s, sequence %d, tokens %d to %d: %r. %s. Such "
             "tokens are %s (off_policy.unmatched=%s). Post the token ids that the gateway returned, and train on the "
@@ -233,7 +239,7 @@ class BatchProvenance:
             start,
             stop - 1,
             self.decode(ids[start : min(stop, start + _SHOWN)].tolist()),
-            different if is_ambiguous else self._describe(ids, stop, is_text=_query(group, 0, i).is_text),
+            why,
             "not trained on" if self.config.unmatched == "drop" else "trained on without a policy version",
             self.config.unmatched,
         )
@@ -242,8 +248,8 @@ class BatchProvenance:
         """Where tokens before ``stop`` differ from what is in the ledger: in their text where that is all there is."""
         assert self.ledger is not None
         texts = self._repairer.texts if self._repairer is not None and is_text else None
-        as_text = texts is not None and texts.text_if_whole(ids.astype(IDS)) is not None
-        read = texts.text if texts is not None and as_text else lambda row: row.tolist()
+        as_text = texts is not None and texts.read(ids.astype(IDS))[0] is not None
+        read = (lambda row: texts.text(row).decode()) if texts is not None and as_text else (lambda row: row.tolist())
         at, posted, written = first_difference(self.ledger, ids[:stop], read)
         if not at:
             return "Nothing similar is in the ledger: it was generated elsewhere, or so long ago that it was removed"
@@ -270,15 +276,19 @@ def _as_of_now(match: SequenceMatch, newest: int | None, known: Set[int]) -> Seq
 
 def _query(group: ScoredGroup, g: int, i: int) -> SequenceQuery:
     sent = None if group.inference_logprobs is None else group.inference_logprobs[i]
-    others = (group.ref_logprobs, group.distill_token_ids, group.distill_logprobs)
     return SequenceQuery(
         token_ids=group.token_ids[i],
         loss_mask=group.trained(i),
         logprobs=sent,
         group=g,
-        is_text=sent is None and all(rows is None for rows in others),
+        is_text=sent is None and not _has_values(group, i),
         has_advantages=group.advantages is not None,
     )
+
+
+def _has_values(group: ScoredGroup, i: int) -> bool:
+    """A teacher or a reference policy was asked about just these ids of sequence ``i``."""
+    return any(rows is not None and rows[i] is not None for rows in (group.ref_logprobs, group.distill_token_ids))
 
 
 def with_repaired_tokens(group: ScoredGroup, matches: Sequence[SequenceMatch | None]) -> ScoredGroup:
@@ -303,7 +313,7 @@ def _figures(counts: Mapping[str, float]) -> dict[str, float | int | None]:
         return counts[name] / counts[of] if counts[of] else None
 
     found: dict[str, float | int | None] = {
-        **{f"data/{name}": counts[name] for name in (*_COUNTS, "ambiguous_texts", "temperature_mismatches")},
+        **{f"data/{name}": counts[name] for name in (*_COUNTS, *_FIGURES)},
         "data/unmatched_span_rate": rate("unmatched_spans", "spans"),
         "data/unmatched_token_rate": rate("unmatched_tokens", "looked_up_tokens"),
         "data/ambiguous_span_rate": rate("ambiguous_spans", "spans"),

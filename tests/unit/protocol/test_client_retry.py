@@ -32,9 +32,8 @@ from atropos_verl.errors import (
     AtroposTimeoutError,
     ServiceError,
 )
-from atropos_verl.protocol import exchange
-from atropos_verl.protocol.client import AtroposClient, FetchedBatch
-from atropos_verl.protocol.exchange import retry_interval
+from atropos_verl.protocol import client as client_module
+from atropos_verl.protocol.client import AtroposClient, FetchedBatch, retry_interval
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
 
 STATUS = {"current_step": 3, "queue_size": 2}
@@ -262,7 +261,9 @@ def test_should_stop_is_asked_while_the_connection_is_refused() -> None:
 def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
     body, minutes = b'{"batch":[' + GROUP + b" " * 5000 + b"]}", count(step=60.0)
     fault_server.script("/batch", drip_body(body, pieces=3, interval=0.01))
-    monkeypatch.setattr(exchange, "time", SimpleNamespace(monotonic=lambda: next(minutes)))  # one for each look at it
+    monkeypatch.setattr(
+        client_module, "time", SimpleNamespace(monotonic=lambda: next(minutes))
+    )  # one for each look at it
     with AtroposClient(fault_server.url, timeout=30.0) as client:
         found = client.poll_batch()
     assert found is not None and found.body == body and next(minutes) > 60.0

@@ -256,8 +256,8 @@ def test_a_write_that_fails_answers_whoever_waits_for_it(tmp_path: Path, monkeyp
 
     with process(tmp_path, None) as ledger:
         assert ledger._store is not None
-        ledger._store._store.close()
-        monkeypatch.setattr("atropos_verl.provenance.ledger_store._remove", refuse)
+        ledger._store.close()
+        monkeypatch.setattr("atropos_verl.provenance.ledger._remove", refuse)
         recorded = ledger.record(PROMPT, [wrote([1, 2], 3)])
         assert recorded is not None and recorded.result(10.0) is None
         assert one(ledger, PROMPT, [1, 2]).unmatched_spans == 0

@@ -29,9 +29,8 @@ from atropos_verl.server.store import (
     _TABLES,
     ARRIVALS_FILE,
     STORE_FILE,
-    ConflictError,
+    RequestError,
     Store,
-    UnknownLeaseError,
 )
 from atropos_verl.storage import RecordStore
 
@@ -83,7 +82,7 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
             if batch is not None:
                 leases.append(batch.lease_id)
         case 7 | 8 if leases:
-            with contextlib.suppress(ConflictError, UnknownLeaseError):
+            with contextlib.suppress(RequestError):
                 store.ack(rng.choice(leases))
         case 9 if leases:
             store.settle(rng.choice(leases), "test")
@@ -177,7 +176,7 @@ def test_a_batch_whose_groups_are_all_damaged_is_not_handed_out_again(tmp_path: 
         file.write(b"!")
     for _ in range(2):
         store = opened(tmp_path)
-        with pytest.raises(UnknownLeaseError):
+        with pytest.raises(RequestError, match="no lease"):
             store.ack(batch.lease_id)
         assert not store.outstanding and not store.returned and list(store.groups) == [1]
         store.close()

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gzip
-import importlib.util
 import json
 import logging
 import zlib
@@ -21,7 +20,7 @@ from atropos_verl.http_thread import environment_token
 from atropos_verl.protocol.schema import Refusal, SlowPathError
 from atropos_verl.protocol.wire import MEDIA_TYPE, decode_batch
 from atropos_verl.server import app as server_app
-from atropos_verl.server import bodies, body_checker, status_barrier
+from atropos_verl.server import bodies, body_checker
 from atropos_verl.server.app import FEATURES, TrajectoryApi
 from atropos_verl.server.bodies import Connection
 from atropos_verl.server.settings import ServerSettings
@@ -44,7 +43,7 @@ async def post(client: httpx.AsyncClient, path: str, body: Any) -> Any:
 
 
 def routes_of(app: TrajectoryApi) -> list[tuple[str, str]]:
-    return [(method, path) for path, by_method in app.handlers.items() for method in by_method]
+    return [(method, path) for method, path in map(str.split, app.handlers)]
 
 
 @pytest.fixture
@@ -317,23 +316,17 @@ async def test_bodies_are_bounded_before_and_after_inflating() -> None:
 @pytest.mark.parametrize(
     ("address", "accept", "policy", "encoding"),
     [
-        ("127.0.0.1", "gzip, zstd", "no package", "gzip"),
         ("10.0.0.1", "gzip, deflate", "auto", "gzip"),
         ("10.0.0.1", "gzip;q=0, identity", "auto", None),
         ("127.0.0.1", "gzip, deflate", "auto", None),
         ("127.0.0.1", "gzip, deflate", "always", "gzip"),
         ("10.0.0.1", "gzip", "never", None),
-        ("10.0.0.1", "gzip, zstd", "auto", "zstd"),
-        ("10.0.0.1", "gzip, zstd;q=0", "auto", "gzip"),
-        ("127.0.0.1", "zstd", "always", "zstd"),
+        ("127.0.0.1", "zstd", "always", None),
     ],
 )
 async def test_answers_are_compressed_where_it_pays(
-    monkeypatch: pytest.MonkeyPatch, address: str, accept: str, policy: str, encoding: str | None
+    address: str, accept: str, policy: str, encoding: str | None
 ) -> None:
-    if policy == "no package":
-        policy = "always"
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     async with client_of(TrajectoryApi(ServerSettings(compression=policy)), address) as api:
         api.headers["Accept-Encoding"] = accept
         await started(api)
@@ -729,7 +722,7 @@ async def test_only_so_many_requests_wait_for_a_batch(api: httpx.AsyncClient, mo
 async def test_a_reset_while_a_status_and_a_post_wait_for_each_other_refuses_both(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(status_barrier, "PATIENCE", 1000.0)
+    monkeypatch.setattr(bodies, "PATIENCE", 1000.0)
     app = TrajectoryApi(ServerSettings(), now=Clock())
     posting, asking, _ = (app.connections.setdefault(("127.0.0.1", port), Connection()) for port in (11, 12, 13))
     async with client_of(app, port=11) as first, client_of(app, port=12) as ask, client_of(app, port=13) as late:

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable
 
 import pytest
+from atropos_verl.server.status_barrier import StatusBarrier
 from support.trajectory_server import turns
 
 from atropos_verl.server import status_barrier
 from atropos_verl.server.bodies import Connection
-from atropos_verl.server.status_barrier import StatusBarrier
 
 LONG = 1000.0
 """Seconds: a test that waited for them would not end."""

@@ -278,6 +278,28 @@ def retokenised(**settings: Any) -> tuple[BatchProvenance, ScoredGroup, list[int
     return BatchProvenance(OffPolicyConfig(**settings), ledger, SampleSettings(), tokenizer), one, written
 
 
+def test_a_sequence_with_a_teachers_values_stays_as_it_is_posted_and_others_of_its_group_are_repaired(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    provenance, one, written = retokenised()
+    length, start = len(one.token_ids[0]), int((one.masks[0] == -100).sum())
+    ids = np.array([[-1]] + [[7]] * (length - 1))
+    both = replace(
+        one,
+        token_ids=one.token_ids * 2,
+        masks=one.masks * 2,
+        scores=np.array([1.0, 0.0]),
+        distill_token_ids=(ids, None),
+        distill_logprobs=(np.where(ids < 0, -np.inf, -0.5), None),
+    )
+    [taught, repaired], figures = samples(provenance, both)
+    assert taught.token_ids.tolist() == one.token_ids[0].tolist() and taught.teacher is not None
+    assert taught.token_versions is not None and set(taught.token_versions.tolist()) == {-2}
+    assert repaired.token_ids[start:].tolist() == written and repaired.teacher is None
+    assert (figures["data/spans_with_values"], figures["data/repaired_spans"], figures["data/spans"]) == (1, 1, 2)
+    assert "distill_* are of just these ids, so it is not repaired (docs/distillation.md)" in caplog.text
+
+
 def test_masks_advantages_and_lengths_follow_the_repaired_ids() -> None:
     provenance, one, written = retokenised()
     start = int((one.masks[0] == -100).sum())
