@@ -109,7 +109,9 @@ class Repairer:
         one become those after which it was sampled, where that is possible beside the spans before it."""
         ids, result = token_ids.astype(IDS), Repair(pieces=found)
         lost = [self._is_lost(ids, pieces) for pieces in found]
-        text, starts = self.texts.read(ids) if any(lost) else (None, ids)
+        if not any(lost):
+            return result
+        text, starts = self.texts.read(ids)
         if text is None:
             return result
         self._catch_up()

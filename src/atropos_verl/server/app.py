@@ -51,9 +51,9 @@ from atropos_verl.server.bodies import (
     Connections,
     StatusBarrier,
     batch_parts,
-    is_compressed,
     decoded,
     idempotency,
+    is_compressed,
     lease_seconds,
     read_body,
 )
@@ -138,7 +138,7 @@ class TrajectoryApi:
         )
         failures = (Refusal, RequestError, StorageWriteError, HTTPException, ClientDisconnect)
         self._app = Starlette(
-            routes=[self._route(*name.split(), handler) for name, handler in self.handlers.items()],
+            routes=[self._route(name, handler) for name, handler in self.handlers.items()],
             exception_handlers=dict.fromkeys(failures, self._failed),
             lifespan=self._lifespan,
             middleware=[cors] if self.store.settings.cors_origins else [],
@@ -167,7 +167,9 @@ class TrajectoryApi:
         finally:
             self.counters.bytes_held -= scope.pop("bytes_held", 0)
 
-    def _route(self, method: str, path: str, handler: Handler) -> Route:
+    def _route(self, name: str, handler: Handler) -> Route:
+        method, path = name.split()
+
         async def endpoint(request: Request) -> Response:
             answer = await handler(request)
             response = answer if isinstance(answer, Response) else _json(answer)

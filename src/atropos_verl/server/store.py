@@ -64,8 +64,8 @@ _REFUSED_SECONDS, _MOST_REFUSED_SECONDS = 1.0, 16.0
 
 class RequestError(AtroposVerlError):
     """What was asked cannot be done. ``status``: the HTTP code, 404 for a lease that there never was, 409 where the
-    request contradicts what has happened meanwhile, 429 where there is no room; ``reason``: a short code for the counters
-    of what is refused, empty where nothing was sent to be kept."""
+    request contradicts what has happened meanwhile, 429 where there is no room; ``reason``: a short code for the
+    counters of what is refused, empty where nothing was sent to be kept."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Awaitable
 
 import pytest
-from atropos_verl.server.status_barrier import StatusBarrier
 from support.trajectory_server import turns
 
-from atropos_verl.server import status_barrier
-from atropos_verl.server.bodies import Connection
+from atropos_verl.server import bodies
+from atropos_verl.server.bodies import Connection, StatusBarrier
 
 LONG = 1000.0
 """Seconds: a test that waited for them would not end."""
@@ -22,8 +21,8 @@ async def waiting(action: Awaitable[None]) -> asyncio.Task[None]:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_barrier, "PATIENCE", LONG)
-    monkeypatch.setattr(status_barrier, "SETTLING", 0.0)
+    monkeypatch.setattr(bodies, "PATIENCE", LONG)
+    monkeypatch.setattr(bodies, "SETTLING", 0.0)
 
 
 async def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_further_posts_back() -> None:
@@ -46,7 +45,7 @@ async def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_fur
 
 
 async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_barrier, "SETTLING", LONG)
+    monkeypatch.setattr(bodies, "SETTLING", LONG)
     slept: list[float] = []
 
     async def sleep(seconds: float) -> None:
@@ -63,7 +62,7 @@ async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypat
 
 
 async def test_nobody_waits_for_ever_for_a_client_that_keeps_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_barrier, "PATIENCE", 0.01)
+    monkeypatch.setattr(bodies, "PATIENCE", 0.01)
     barrier = StatusBarrier()
     barrier.accepted(0, Connection())
     await barrier.before_status(0, Connection())
