@@ -201,20 +201,19 @@ class AtroposClient:
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> int:
+    def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> None:
         """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed (HTTP
         422, the body says which field).
 
         A trainer must have registered before: upstream breaks for good when data comes first. ``idempotency_key`` lets
-        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Returns how many
-        groups have not the size of their environment: upstream keeps them until others fill them up.
+        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Upstream keeps groups
+        that have not the size of their environment until others fill them up.
         """
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
         fields = self._ask(call, repeatable=idempotency_key is not None)
         if (taken := fields.get("groups_processed", len(groups))) != len(groups):
             raise AtroposProtocolError(f"{call.name}: the API took {taken} of {len(groups)} groups", self.api_url)
-        return int(fields.get("buffered", 0))
 
     def poll_batch(self) -> FetchedBatch | None:
         """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.

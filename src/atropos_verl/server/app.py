@@ -316,7 +316,14 @@ class TrajectoryApi:
             if group.env_id is not None:
                 self._known_env(group.env_id)  # a reset meanwhile has made it unknown
         first = store.next_seq
-        answer = store.accept(groups, lambda duplicates: self._reply(groups, duplicates, is_list), key, digest)
+
+        def reply(duplicates: int) -> bytes:
+            fields: dict[str, Any] = {"status": "received"} | ({"groups_processed": len(groups)} if is_list else {})
+            if duplicates:
+                fields |= {"duplicates": duplicates} if is_list else {"duplicate": True}
+            return msgspec.json.encode(fields)
+
+        answer = store.accept(groups, reply, key, digest)
         for group in groups:
             store.hear_env(group.env_id)
         by_digest = {group.digest: group for group in groups}
@@ -356,34 +363,6 @@ class TrajectoryApi:
         wanted = store.wants_packed and room > 0 and (group.packed is not None or group.fields is not None)
         if wanted and store.groups.get(stored.seq) is stored and stored.packed is None:
             store.keep_packed(stored, pack_group(group) if group.packed is None else group.packed)
-
-    def _reply(self, groups: Sequence[CheckedGroup], duplicates: int, is_list: bool) -> bytes:
-        """Upstream's answer to a POST, made before the groups are queued."""
-        is_new = is_list or not duplicates
-        buffered = [size for group in groups if (size := self._odd_sequences(group, is_new)) is not None]
-        fields: dict[str, Any] = {"status": "received"}
-        if is_list:
-            fields["groups_processed"] = len(groups)
-            if buffered:
-                fields |= {"buffered": len(buffered), "last_buffer_size": buffered[-1]}
-        elif buffered:
-            fields = {"status": "buffered", "buffer_size": buffered[0]}
-        if duplicates:
-            fields |= {"duplicates": duplicates} if is_list else {"duplicate": True}
-        return msgspec.json.encode(fields)
-
-    def _odd_sequences(self, group: CheckedGroup, is_new: bool) -> int | None:
-        """Upstream's ``buffer_size``: sequences of this environment that wait in groups of another size than it
-        registered with (here they wait like all others). None: the group has the usual size."""
-        environment = self.store.environment(group.env_id)
-        if environment is None or group.size == environment.group_size:
-            return None
-        waiting = sum(
-            size * len(members)
-            for (env_id, size), members in self.store.queue.classes.items()
-            if env_id == group.env_id and size != environment.group_size
-        )
-        return waiting + (group.size if is_new else 0)
 
     async def latest_example(self, request: Request) -> Response | dict[str, Any]:
         latest = self.store.latest

@@ -156,19 +156,6 @@ async def test_an_environment_registers_once_the_trainer_asked_for_a_batch(api: 
         assert (await post(api, "/disconnect-env", {"env_id": env_id}))["status"] == "failure"
 
 
-async def test_odd_sizes_are_called_buffered_as_upstream_does(api: httpx.AsyncClient) -> None:
-    await started(api)
-    assert await post(api, "/scored_data", group(1, 4, env_id=0)) == {"status": "received"}
-    assert await post(api, "/scored_data", group(2, 3, env_id=0)) == {"status": "buffered", "buffer_size": 3}
-    many = [group(3, 3, env_id=0), group(4, 4, env_id=0)]
-    assert await post(api, "/scored_data_list", many) == {
-        "status": "received",
-        "groups_processed": 2,
-        "buffered": 1,
-        "last_buffer_size": 6,
-    }
-
-
 async def test_status_env(api: httpx.AsyncClient) -> None:
     env_id = await started(api)
     await api.post("/scored_data", json=group(1, 4, env_id=env_id))
