@@ -17,6 +17,7 @@ _PLAIN, _COMPOSED = "a B\n c", "e\u0301\ufb01\u3000"
 """A normaliser that changes the first does more than to bring characters into one form; most that do that change the
 second."""
 _SPACES = [character.encode() for character in map(chr, range(0x3001)) if character.isspace()]
+
 _WIDTH = 16
 """Bytes in which most tokens fit."""
 _FILL, _NO_TEXT = b"\xff", b"\xfe"
@@ -67,21 +68,26 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
-    def _table(self) -> tuple[list[bytes], IntArray, NDArray[np.void]]:
-        """The bytes of all tokens, how many they are, and as rows of one width. The last, for ids outside, has none."""
+    def _table(self) -> tuple[dict[int, bytes], IntArray, NDArray[np.void]]:
+        """Tokens longer than a row; how many bytes each token has; and these, filled up to a row. The last one, for ids
+        outside, has none."""
         pieces = [*(self[token_id][1] for token_id in range(len(self._tokenizer))), b""]
         rows = [piece[:_WIDTH].replace(_FILL, _NO_TEXT).ljust(_WIDTH, _FILL) for piece in pieces]
-        return pieces, np.array([len(piece) for piece in pieces]), np.frombuffer(b"".join(rows), f"V{_WIDTH}")
+        long = {token_id: piece for token_id, piece in enumerate(pieces) if len(piece) > _WIDTH}
+        return long, np.array([len(piece) for piece in pieces]), np.frombuffer(b"".join(rows), f"V{_WIDTH}")
 
     def read(self, token_ids: NDArray[np.int32]) -> tuple[bytes | None, IntArray]:
         """The text in UTF-8, special tokens shown, and the byte at which each token begins, ``[T + 1]``. None: it holds
         a part of a character, so that these tokens are not those of a text."""
-        pieces, lengths, rows = self._table
+        long, lengths, rows = self._table
         starts = np.zeros(len(token_ids) + 1, dtype=np.int64)
-        lengths.take(token_ids, mode="clip").cumsum(out=starts[1:])
-        found = rows.take(token_ids, mode="clip").tobytes().translate(None, _FILL)
-        if len(found) != starts[-1]:  # some are longer than a row
-            found = b"".join([pieces[min(token_id, len(pieces) - 1)] for token_id in token_ids.tolist()])
+        counts, joined = lengths.take(token_ids, mode="clip"), rows.take(token_ids, mode="clip")
+        counts.cumsum(out=starts[1:])
+        parts, at = list[bytes](), 0
+        for place in (counts > _WIDTH).nonzero()[0].tolist():
+            parts += joined[at:place].tobytes().translate(None, _FILL), long[int(token_ids[place])]
+            at = place + 1
+        found = b"".join([*parts, joined[at:].tobytes().translate(None, _FILL)])
         try:
             found.decode()
         except UnicodeDecodeError:
