@@ -206,8 +206,8 @@ class AtroposClient:
         422, the body says which field).
 
         A trainer must have registered before: upstream breaks for good when data comes first. ``idempotency_key`` lets
-        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Upstream keeps groups
-        that have not the size of their environment until others fill them up.
+        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Groups of another
+        size than their environment's are kept by upstream until others fill them up.
         """
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
