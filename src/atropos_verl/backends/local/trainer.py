@@ -197,11 +197,9 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
     def from_config(
         cls, config: Mapping[str, Any], *, reward_fn: RewardFunction | None = None, **extra: Any
     ) -> AtroposTrainer:
-        """Builds a trainer from a plain dictionary with the recipe's keys (see ``config.schema.describe``).
-
-        ``ATROPOS_API_URL`` and ``ATROPOS_TIMEOUT`` override it. The API is not contacted yet. Raises ``ConfigError``,
-        which names the key, and ``StorageInUseError`` when another trainer writes into ``run_dir``.
-        """
+        """Builds a trainer from a plain dictionary with the recipe's keys, which ``ATROPOS_API_URL`` and
+        ``ATROPOS_TIMEOUT`` override. The API is not contacted yet. Raises ``ConfigError``, which names the key, and
+        ``StorageInUseError`` when another trainer writes into ``run_dir``."""
         settings = fitted_to_model(apply_environment(dict(config)))
         for note in settings.notes:
             logger.info("%s", note)
@@ -264,11 +262,8 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
             self.sharding_manager.__exit__(None, None, None)
 
     def rl_training_step(self, prompts: Sequence[Any]) -> StepReport:
-        """One complete step on rollouts that this trainer samples for ``prompts`` and scores with ``reward_fn``.
-
-        Each of the P prompts, a string or a sequence of token ids, is sampled ``group_size`` times. Raises
-        ``ConfigError`` without a ``reward_fn``, and ``AtroposAPIError``.
-        """
+        """One complete step on rollouts that this trainer samples for ``prompts`` (strings or sequences of token ids),
+        ``group_size`` of each, and scores with ``reward_fn``. Raises ``ConfigError`` and ``AtroposAPIError``."""
         started = time.perf_counter()
         try:
             rollout_data = self.rollout_phase(prompts)
@@ -315,10 +310,8 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
 
     def training_phase(self, rollout_data: RolloutData, advantages: torch.Tensor) -> dict[str, float]:
         """The optimiser step with ``advantages`` [B, L]; a batch without a trained token makes none and has loss 0.
-
         Returns ``loss``, ``grad_norm``, ``lr``, ``tokens`` and the loss's own figures. Raises ``DataError`` when the
-        shapes do not fit or an advantage is not finite, and ``TrainingDivergedError``.
-        """
+        shapes do not fit or an advantage is not finite, and ``TrainingDivergedError``."""
         samples = (rollout_data.report or self._make_samples(rollout_data)).samples
         values = advantages.detach().cpu().numpy().astype(np.float64)
         if values.shape[0] != len(samples) or any(values.shape[1] < len(s) for s in samples):
@@ -483,12 +476,8 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
                 check_services()
 
         try:
-            source.start(
-                check,
-                starts_environment=check_services is not None,
-                prepare=self._prepare if self._overlapped else None,
-                attend=self._attend,
-            )
+            starts, prepare = check_services is not None, self._prepare if self._overlapped else None
+            source.start(check, starts_environment=starts, prepare=prepare, attend=self._attend)
             while self.step < config.steps:
                 self._evaluate_if_due(progress)
                 self._next_step(progress, on_step)
@@ -500,15 +489,8 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
             finally:
                 source.stop(give_back=False)  # last: it waits for a request that an API which hangs may never answer
             raise
-        return outcome(
-            self.step,
-            self.policy_version,
-            log.rewards,
-            self.totals,
-            mode=config.mode,
-            idle_share=log.idle_share,
-            weights_synced=self.sharding_manager.syncs,
-        )
+        own = {"mode": config.mode, "idle_share": log.idle_share, "weights_synced": self.sharding_manager.syncs}
+        return outcome(self.step, self.policy_version, log.rewards, self.totals, **own)
 
     def evaluate(self, label: str) -> None:
         """Waits for the evaluation ``label`` that was started, if one was, while nothing is trained."""
@@ -590,12 +572,9 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
 
 
 def share_cores(config: RunConfig, device: str, model: Any, cores: int | None = None) -> tuple[int | None, int | None]:
-    """Torch threads of engine and trainer; None: torch's default.
-
-    On a CPU, unless the settings or ``OMP_NUM_THREADS`` say otherwise, ``mode=overlap`` gives each half the cores:
-    two pools that each expect every core wait for each other at every barrier; the engine of a small ``model`` (its
-    Hugging Face configuration) gets one. ``cores`` None: those that this process may run on.
-    """
+    """Torch threads of engine and trainer; None: torch's default. On a CPU, unless the settings or ``OMP_NUM_THREADS``
+    say otherwise, ``mode=overlap`` gives each half the cores: two pools that each expect every core wait for each other
+    at every barrier; the engine of a small ``model`` (its Hugging Face configuration) gets one. ``cores`` None: all."""
     engine, trainer = config.inference.num_threads, config.trainer.num_threads
     if device == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
         cores = cores or len(os.sched_getaffinity(0))

@@ -59,10 +59,8 @@ _MEETING_SECONDS, _MEETING_LOOK_SECONDS = 1800.0, 60.0
 @contextlib.contextmanager
 def held_interrupts(*, deliver: bool = True) -> Iterator[None]:
     """Delivers SIGINT, SIGTERM and SIGHUP when the block ends, after a whole step; a second, over 1 s later, at once.
-
-    An exception of the block drops the signal: the run is ending anyway, and its cause is the better explanation.
-    ``deliver=False`` drops the first signal altogether. Blocks may be nested. Only the main thread gets signals.
-    """
+    An exception of the block drops the signal: its cause is the better explanation. ``deliver=False`` drops the first
+    signal altogether. Blocks may be nested. Only the main thread gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -186,12 +184,9 @@ class PolicyWorker:
 
     @_on_every_rank
     def train(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss.
-
-        Returns ``loss`` (over the global batch, before the update), ``grad_norm``, the loss's own figures (means over
-        the optimiser steps) and the last ``lr``. Raises ``TrainingDivergedError`` when loss or gradient norm is not
-        finite; the weights are unchanged by that step.
-        """
+        """One pass over ``samples`` (all ranks' together): one optimiser step, or several for the GRPO loss. Returns
+        ``loss`` (over the global batch, before the update), ``grad_norm``, the loss's own figures (means over the
+        optimiser steps) and the last ``lr``. Raises ``TrainingDivergedError``; that step changed no weights."""
         loss = self.config.loss
         chunks = _mini_batches(samples, loss.ppo_epochs, loss.ppo_mini_batches, self.config.seed)
         # No optimiser step on nothing: AdamW would decay the weights, and its moments.
@@ -436,11 +431,9 @@ def _build_worker(config: RunConfig, model_path: Path) -> Any:
 def split_for_ranks(
     samples: Sequence[TrainingSample], world_size: int, *, shares_prefixes: bool = True
 ) -> list[list[int]]:
-    """Shares ``samples`` out over ranks: indices, rank by rank. A rank's share may be empty.
-
-    Those with a common prefix stay together, and each rank gets about the same number of distinct tokens (of tokens,
-    without ``shares_prefixes``), in the order of ``samples``. Every rank computes the same shares.
-    """
+    """Shares ``samples`` out over ranks: indices, rank by rank; a share may be empty. Those with a common prefix stay
+    together, and each rank gets about the same number of distinct tokens (of tokens, without ``shares_prefixes``), in
+    the order of ``samples``. Every rank computes the same shares."""
     if world_size == 1:
         return [list(range(len(samples)))]
     order, shared = sort_by_prefix([sample.token_ids for sample in samples])
@@ -483,9 +476,8 @@ def _verl_prints_to_log() -> Iterator[None]:
 class LossFunction:
     """The loss that verl's engine calls for each micro-batch: ``(model_output, data, dp_group) -> (loss, metrics)``.
 
-    verl averages gradients over data-parallel ranks, so a micro-batch's loss is its sum, over the tokens of the
-    *global* batch, times the number of ranks. Metrics are gathered between ``start()`` and ``finish()``: verl joins
-    those of ranks and micro-batches without weights.
+    verl averages gradients over ranks, so a micro-batch's loss is its sum, over the tokens of the *global* batch, times
+    the ranks. Metrics are gathered between ``start()`` and ``finish()``: verl joins them without weights.
     """
 
     def __init__(self, config: RunConfig) -> None:

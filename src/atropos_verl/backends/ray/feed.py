@@ -263,12 +263,9 @@ def make_rows(
     global_steps: int,
     group_sizes: dict[str, int],
 ) -> list[Row]:
-    """The rows of a batch. Sequences without a trained token add nothing and are left out.
-
-    Args:
-        slot: uid of the slot; holds no underscore.
-        served: the policy version that is served now, for sequences of unknown version (verl needs a number).
-        group_sizes: rollouts that each group was scored with, overlong ones included, by group id.
+    """The rows of a batch, for the slot of this uid (without an underscore). Sequences without a trained token are left
+    out. ``served``: the policy version that is served now, for sequences of unknown version, as verl needs a number.
+    ``group_sizes``: rollouts that each group was scored with, overlong ones included, by group id.
     """
     rows: list[Row] = []
     numbers: dict[tuple[str, int], int] = {}
@@ -349,12 +346,10 @@ def finish_batch(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Final advantages of a step, nested [B, R_b] float32, 0 where the mask is and in rows of padding; and figures.
 
-    Args:
-        values: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``.
-        keys, tags: of the rows, as ``make_rows`` made them; padding is tagged ``is_padding``.
-        from_data: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the environment sent
-            token-level advantages. (verl gives a group of one its raw score; here it gets 0.)
-        running: statistics of the run for ``global``; merged with this batch.
+    ``values``: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``, of rows with these
+    keys and tags. ``from_data``: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the
+    environment sent token-level advantages. (verl gives a group of one its raw score; here it gets 0.) ``running``:
+    statistics of the run for ``global``; merged with this batch.
     """
     masks, verls, ours = (list(values[name].unbind()) for name in ("response_mask", "advantages", ADVANTAGES))
 
