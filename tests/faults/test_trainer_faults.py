@@ -310,24 +310,6 @@ def test_groups_without_a_trained_token_end_nothing_and_are_counted(
     assert (totals["steps_without_data"], journalled(tmp_path / "empty")) == (1, [])
 
 
-def test_literal_nans_in_a_batch_are_quarantined_and_the_rest_is_trained(lab: Lab, tmp_path: Path) -> None:
-    rng = random.Random(5)
-    poisoned, hot, good = (good_group(rng, group_size=GROUP_SIZE) for _ in range(3))
-    poisoned["scores"][1] = float("nan")
-    hot["advantages"][2][0] = float("inf")
-    bodies = [batch_of([poisoned, good]), batch_of([good, hot])]
-    assert b"NaN" in bodies[0]
-    assert b"Infinity" in bodies[1]
-    state = lab.run("nan", bodies, 2)
-    assert state["policy_version"] == 2
-    assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
-    trained = sum(entry != -100 for row in good["masks"] for entry in row)
-    assert state["tokens_trained"] == 2 * trained
-    assert [line["data/quarantined"] for line in metrics_of(tmp_path / "nan")] == [1, 1]
-    reasons = [json.loads(p.read_text())["reason"] for p in sorted((tmp_path / "nan" / "quarantine").glob("*.json"))]
-    assert sorted(reasons) == ["advantages[2][0] = inf: must be finite", "scores[1] = nan: must be finite"]
-
-
 def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tmp_path: Path) -> None:
     ruinous = {"optim": {"lr": 1e30}, "sync": {"canary": False}}
     with pytest.raises(TrainingDivergedError, match=r"Lower optim\.lr"):

@@ -1,6 +1,5 @@
 """Buckets, their order, and what happens when either side gives up. No Ray: the calls are plain coroutines."""
 
-import asyncio
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +9,6 @@ import torch
 from verl.workers.rollout.utils import ensure_async_iterator
 
 from atropos_verl.backends.ray.weight_transfer import (
-    BucketQueue,
-    RayObjectStoreCheckpointEngine,
     WeightBucket,
     WeightReceiver,
     iter_buckets,
@@ -111,18 +108,3 @@ async def test_a_sender_that_dies_is_named_after_the_timeout_and_gives_way_to_th
     await receiver.receive("dead", *buckets[0])
     results = [await receiver.receive("alive", *part) for part in buckets]
     _assert_same(results[-1], _TENSORS)
-
-
-async def test_a_standalone_replica_reads_what_the_trainers_rank_0_delivers_one_bucket_at_a_time() -> None:
-    engine = RayObjectStoreCheckpointEngine(1)
-    with pytest.raises(WeightSyncError, match="not prepared"):
-        await anext(engine.receive_weights())
-    engine.queue = BucketQueue()
-
-    async def deliver() -> None:
-        for part in await _buckets(150):
-            await engine.queue.put(part)
-
-    delivery = asyncio.ensure_future(deliver())
-    _assert_same([pair async for pair in engine.receive_weights()], _TENSORS)
-    await delivery
