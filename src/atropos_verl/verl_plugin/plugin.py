@@ -6,7 +6,7 @@ Remove the platform when verl registers ``cpu``: it ships platforms for accelera
 
 import contextlib
 import functools
-import importlib
+import pkgutil
 import types
 from collections.abc import Callable
 from typing import Any
@@ -31,12 +31,8 @@ class _CpuDeviceModule(types.ModuleType):
     mem_get_info = _always((0, 0))
     get_device_name = _always("CPU")
     manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
-
-    def get_rng_state(self, *_: Any) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor, *_: Any) -> None:
-        torch.set_rng_state(state)
+    get_rng_state = staticmethod(lambda *_: torch.get_rng_state())
+    set_rng_state = staticmethod(lambda state, *_: torch.set_rng_state(state))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -71,14 +67,9 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]
 def register_rollout(name: str, replica: str, adapter: str) -> None:
     """``rollout.name`` → dotted names of the replica's class and of the adapter of the training workers; a process
     imports those that it uses."""
-    module, _, attribute = replica.rpartition(".")
-    RolloutReplicaRegistry.register(name, functools.partial(_load, module, attribute))
+    RolloutReplicaRegistry.register(name, functools.partial(pkgutil.resolve_name, replica))
     # verl 0.9.1 has no function to register an adapter (workers/rollout/base.py); its table is all there is.
     rollout_base._ROLLOUT_REGISTRY[(name, "async")] = adapter
-
-
-def _load(module: str, attribute: str) -> Any:
-    return getattr(importlib.import_module(module), attribute)
 
 
 _OURS = "atropos_verl.backends.ray.replica.Transformers"
