@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.runs import LAUNCH, SMALL, LaunchRun, checkpointed_step
+from support.runs import LAUNCH, MAIN, SMALL, LaunchRun, checkpointed_step, refused
 from support.serving import eventually
 
 from atropos_verl.launch.probes import request_json
@@ -67,6 +67,7 @@ class Drill:
         said = len(self.run.stdout)
         self.run.send("demo", signal.SIGSTOP)
         self.run.wait_for_output("nobody asks the gateway for completions: is environment demo stuck", said)
+        self.refused = [refused(script, f"run_dir={self.run.run_dir}") for script in (LAUNCH, MAIN)]
         self.run.send("demo", signal.SIGCONT)
         diagnosis = self.run.stdout[said:]
         self.run.wait_for_more(3)
@@ -116,6 +117,10 @@ def test_environments_that_cannot_start_or_never_register_are_given_up_and_the_r
     ):
         assert words in drill.run.stdout
     assert [drill.run.service(name)["state"] for name in ("broken", "sleeper")] == ["failed", "failed"]
+
+
+def test_a_launch_holds_its_directory_against_both_commands(drill: Drill) -> None:
+    assert all(f"is in use by a launch, pid {drill.run.popen.pid} on " in said for said in drill.refused)
 
 
 def test_a_stall_is_diagnosed(drill: Drill) -> None:

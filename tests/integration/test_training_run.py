@@ -22,7 +22,7 @@ from atropos_verl.protocol.client import AtroposClient
 
 pytestmark = pytest.mark.slow
 
-BATCH_SIZE, GROUP_SIZE = 128, 4
+BATCH_SIZE, GROUP_SIZE = 64, 4
 GROUPS = BATCH_SIZE // GROUP_SIZE
 MALFORMED = 6 * GROUPS
 STEPS = 2 + -(-MALFORMED // GROUPS) + 4

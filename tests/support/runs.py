@@ -254,6 +254,14 @@ class LaunchRun(TrainingRun):
         )
 
 
+def refused(script: Path, *words: str) -> str:
+    """What a command that is refused before anything starts says."""
+    command = [sys.executable, str(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    return done.stderr
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a number that is not finite is not JSON and fails here."""
 
