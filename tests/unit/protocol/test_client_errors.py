@@ -45,20 +45,6 @@ def reason_of_failure(client: AtroposClient, kind: type[AtroposAPIError] = Atrop
     return caught.value.reason
 
 
-def test_refused_gives_the_whole_message_as_the_issue_words_it() -> None:
-    with refused_url() as url, quick(url) as client, pytest.raises(AtroposConnectionError) as caught:
-        client.check()
-    assert isinstance(caught.value, ConnectionError)
-    assert str(caught.value) == (
-        f"ATROPOS API ERROR: Cannot connect to Atropos API at {url} - ensure server is running\n"
-        "\n"
-        "Ensure that:\n"
-        f"1. Atropos server is running on {url}\n"
-        "2. The API endpoints are accessible\n"
-        "3. Network connectivity is available"
-    )
-
-
 def test_a_name_that_cannot_be_resolved() -> None:
     assert reason_of_failure(quick("http://no-such-host.invalid:9001")) == (
         "Cannot connect to Atropos API at http://no-such-host.invalid:9001 - "

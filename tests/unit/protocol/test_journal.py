@@ -275,39 +275,3 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path, call: str, limit: int, 
     assert (entry.sequence, entry.step, journal.read(entry)) == (1, None, b"first")
     assert files(tmp_path) == [f"batch_000001.{suffix}" for suffix in SUFFIXES]
     assert journal.record(b"again").sequence == 2
-
-
-_WRITER = """
-for step in range(1, 100_000):
-    entry = journal.record(bytes([step % 256]) * (200_000 + step), {"after_step": step - 1})
-    print("recorded", step, flush=True)
-    if step % 2:
-        journal.change(entry, step=step)
-        print("assigned", step, flush=True)
-    if step % 10 == 0:
-        journal.discard_through(step - 5)
-"""
-
-
-@pytest.mark.parametrize("lines", [8, 21])
-def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, lines: int) -> None:
-    command = [sys.executable, "-c", _JOURNAL + _WRITER, str(tmp_path)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    said = [writer.stdout.readline().split() for _ in range(lines)]
-    os.kill(writer.pid, signal.SIGKILL)
-    said += [line.split() for line in writer.stdout.read().splitlines()]  # what it had said before it died
-    assert writer.wait(timeout=30) == -signal.SIGKILL
-    recorded = {int(step) for word, step in said if word == "recorded"}
-    assigned = {int(step) for word, step in said if word == "assigned"}
-
-    journal = BatchJournal(tmp_path)
-    found = {entry.sequence: entry for entry in journal.pending(-1)}
-    let_go = {step for step in assigned if step <= max(recorded) // 10 * 10 - 5}
-    assert recorded - let_go <= set(found)
-    for sequence, entry in found.items():
-        assert journal.read(entry) == bytes([sequence % 256]) * (200_000 + sequence)
-        if sequence in assigned:
-            assert entry.step == sequence
-    assert not [*tmp_path.glob("*.tmp"), *tmp_path.glob(".*.tmp")]
-    assert all(json.loads(path.read_bytes()) for path in tmp_path.glob("*.meta.json"))

@@ -99,17 +99,6 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["ledger.sqlite-wal", "ledger-copy.sqlite-wal"])
-def test_a_damaged_write_ahead_log_is_named_and_costs_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    killed(tmp_path)
-    flip(tmp_path / name, (tmp_path / name).stat().st_size // 2)
-    with process(tmp_path, 3) as after:
-        assert len(after) == 50
-    assert f"{tmp_path / name.removesuffix('-wal')} ends at change" in caplog.text
-
-
 def test_two_damaged_databases_are_named_and_nothing_is_taken_in(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
