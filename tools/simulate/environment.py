@@ -12,8 +12,6 @@
 Between the last two arrows a group counts both in ``q`` and as a worker. A look at that moment sees one group too many
 and gives up another one: the oldest, which has come furthest. It begins again at the next look, and arrives as late as
 a new one. One environment posts one group at a time, since it is one Python process.
-
-``tests/unit/simulate/test_environment.py`` runs both, this and atroposlib's own class, on one script and compares.
 """
 
 import math
