@@ -31,7 +31,7 @@ from atropos_verl.training.staleness import BatchProvenance
 from atropos_verl.training.step import RunTotals
 from atropos_verl.types import UNKNOWN_VERSION, SampleSettings
 
-WAIT = 10.0
+WAIT = 60.0
 
 
 def group(first: int, size: int = 4, **fields: Any) -> dict[str, Any]:
