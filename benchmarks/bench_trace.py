@@ -25,7 +25,7 @@ from atropos_verl.report.trace_reader import RolloutFilter, TraceReader
 from atropos_verl.training.samples import build_samples
 from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import TraceWriter
-from atropos_verl.types import NOT_TRAINED, ScoredGroup
+from atropos_verl.types import NOT_TRAINED, UNKNOWN_VERSION, ScoredGroup, SequenceMatch
 
 GROUPS, SIZE, LOOKS = 16, 8, 20
 
@@ -42,6 +42,12 @@ def make_group(rng: np.random.Generator, number: int) -> ScoredGroup:
         env_id=number % 3,
         group_id=str(number),
     )
+
+
+def match(group: ScoredGroup, i: int) -> SequenceMatch:
+    found, nothing = group.trained(i), np.full(len(group.token_ids[i]), np.nan)
+    versions = np.where(found, int(group.group_id), UNKNOWN_VERSION)
+    return SequenceMatch(found=found, versions=versions, logprobs=nothing, records=(int(group.group_id) * SIZE + i,))
 
 
 class InBlocks(TraceWriter):
@@ -127,9 +133,12 @@ def looks_at_size(wanted: int) -> None:
         for batch in range(1, batches + 1):
             groups = [make_group(rng, batch * GROUPS + i) for i in range(GROUPS)]
             places = [(batch, i) for i in range(GROUPS)]
+            matches = [[match(group, i) for i in range(SIZE)] for group in groups]
+            for row in matches:
+                writer.request([(m.records[0], int(m.found.sum()), batch) for m in row], batch, 32, time.time(), 1.0)
             writer.arrived(batch, groups)
             applied = Applied(groups, list(range(GROUPS)), 0, {})
-            writer.collected(places, groups, [[None] * SIZE] * GROUPS, applied, build_samples(groups))
+            writer.collected(places, groups, matches, applied, build_samples(groups))
             writer.ended(places, batch)
             while writer._waiting > 4000:
                 time.sleep(0.01)
@@ -150,7 +159,7 @@ def looks_at_size(wanted: int) -> None:
             "reason, none": {"reason": "older"},
             "reward": {"reward_min": 0.999},
             "length": {"length_min": 256},
-            "version, none": {"version": 7},
+            "version": {"version": batches * GROUPS // 2},
             "text": {"text": "abc"},
             "text, none": {"text": "zebra crossing"},
         }

@@ -15,9 +15,9 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,16 @@ class TraceReader:
         found = self._read("SELECT data FROM data WHERE id = ?", [group])
         return msgspec.msgpack.decode(found[0]["data"], type=GroupData) if found else None
 
-    def _saying(self, text: str, ids: Iterable[int]) -> Iterator[int]:
-        """Those of ``ids`` whose text holds ``text``. Looks at no more than is asked for."""
-        for id_ in ids:
+    def _saying(self, text: str, sequences: Iterable[int]) -> Iterator[int]:
+        """Those whose text holds ``text``. Looks at no more of them than is asked for."""
+        for id_ in sequences:
             if id_ not in self._texts and (data := self._group_data(id_ >> BITS)) is not None:
-                own = {id_ & ~_IN_GROUP | i: self.decoder.text(_ids(data, i)).lower() for i in range(len(data.sizes))}
-                self._texts.update(own)
+                for i in range(len(data.sizes)):
+                    ids = _ids(data, i)
+                    # Token by token is ten times as fast; where characters have several tokens it is not their text.
+                    found = "".join(map(self._token, ids))
+                    found = self.decoder.text(ids) if "\ufffd" in found else found
+                    self._texts[id_ & ~_IN_GROUP | i] = found.lower()
             if text in self._texts.get(id_, ""):
                 yield id_
 
@@ -294,6 +298,10 @@ class TraceReader:
         with contextlib.suppress(ConfigError):
             return NO_DECODER if found is None else load_decoder(found[0])
         return NO_DECODER
+
+    @cached_property
+    def _token(self) -> Callable[[int], str]:
+        return cache(self.decoder.token)
 
     def live(self) -> dict[str, Any]:
         """``state.json`` of the launcher as ``state`` (None: there is none), its ``age`` in seconds, whether the launch
