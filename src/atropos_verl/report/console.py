@@ -391,20 +391,13 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """Formats a count as ``1,234``; from a hundred thousand on as ``123k``, ``1.2M``, ``3.4G``."""
-    if value is None or not math.isfinite(value):
-        return _NONE
-    for unit, size in (("G", 1e9), ("M", 1e6)):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value / 1e3:.0f}k" if abs(value) >= 99_999.5 else f"{value:,.0f}"
+    """Formats a count as ``1,234``."""
+    return _NONE if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
 def seconds(value: float | None) -> str:
-    """Formats seconds in at most five characters: ``0.41``, ``12.3``, ``1234``."""
-    if value is None or not math.isfinite(value):
-        return _NONE
-    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+    """Formats seconds as ``0.41``."""
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
 def duration(value: float | None) -> str:

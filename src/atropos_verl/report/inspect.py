@@ -97,9 +97,7 @@ class FoundGroup:
 def read_path(path: Path) -> list[FoundGroup]:
     """Reads the groups of a file; of a directory, those of its ``*.json`` and ``*.jsonl`` files by name; of a run
     directory, the batches of its journal and what it refused. A damaged file of a directory is a group with a defect.
-
-    Raises ``ConfigError`` for a file that cannot be read, and what ``load_groups`` raises.
-    """
+    Raises ``ConfigError`` for a file that cannot be read, and what ``load_groups`` raises."""
     try:
         if not path.is_dir():
             return load_groups(path.read_bytes(), str(path))
@@ -129,10 +127,8 @@ def _of_directory(file: Path, name: str) -> list[FoundGroup]:
 
 def load_groups(content: bytes, name: str, prefix: str = "") -> list[FoundGroup]:
     """Reads a body of ``GET /batch``, JSON or packed; a ``ScoredData`` object, a list of them, or one per line (what an
-    environment's ``process`` writes); a quarantine file. ``prefix`` is put before every origin.
-
-    Raises ``DataError`` for any other content. A single bad group in a list is not an error: it has a ``defect``.
-    """
+    environment's ``process`` writes); a quarantine file. ``prefix`` is put before every origin. Raises ``DataError``
+    for any other content. A single bad group in a list is not an error: it has a ``defect``."""
     if not content.strip():
         raise DataError(f"{name} is empty")
     try:

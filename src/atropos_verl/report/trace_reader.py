@@ -141,12 +141,10 @@ class TraceReader:
     def rollouts(
         self, wanted: RolloutFilter | None = None, limit: int = 100, before: int | None = None
     ) -> list[dict[str, Any]]:
-        """Sequences, the newest first; ``before``: the ``id`` of the last one that was read.
-
-        Each has the columns of ``sequences``, ``group`` (an id for ``group``), ``position`` in it, ``latency`` (seconds
-        from its first request to its last answer), ``session`` and ``excerpt``, the end of its text. ``arrived`` is in
-        seconds since the epoch, ``weight`` the rollouts that it stands for, since others were removed; None: unknown.
-        """
+        """Sequences, the newest first; ``before``: the ``id`` of the last one that was read. Each has the columns of
+        ``sequences``, ``group`` (an id for ``group``), ``position`` in it, ``latency`` (seconds from its first request
+        to its last answer), ``session`` and ``excerpt``, the end of its text. ``arrived`` is in seconds since the
+        epoch, ``weight`` the rollouts that it stands for, since others were removed; None: unknown."""
         wanted, limit = wanted or RolloutFilter(), min(limit, _MOST_ROWS)
         condition, values = wanted.where()
         if before is not None:
@@ -226,13 +224,11 @@ class TraceReader:
     # -- what training saw of what was begun -------------------------------------------------------------------------
 
     def survivors(self) -> dict[str, Any]:
-        """Rollouts that were begun against those that were trained on.
-
-        A rollout is a sequence that came, or what no group brought: a request, or all those of a session. ``ends``:
-        how many by state; ``begun`` and ``trained`` leave out those under way. ``by`` length (generated tokens),
-        latency (seconds) and reward: ``edges`` of bins, ``begun`` and ``trained`` in each, their means, and
-        Kolmogorov-Smirnov ``distance``; by environment: both counts, and the largest difference of a share.
-        """
+        """Rollouts that were begun against those that were trained on. A rollout is a sequence that came, or what no
+        group brought: a request, or all those of a session. ``ends``: how many by state; ``begun`` and ``trained``
+        leave out those under way. ``by`` length (generated tokens), latency (seconds) and reward: ``edges`` of bins,
+        ``begun`` and ``trained`` in each, their means, and Kolmogorov-Smirnov ``distance``; by environment: both
+        counts, and the largest difference of a share."""
         posted = self._read(
             "SELECT environment, state, reward, tokens - prompt_tokens AS length, latency, weight FROM sequences "
             f"LEFT JOIN ({_LATENCIES} GROUP BY 1) AS asked ON asked.sequence = id"

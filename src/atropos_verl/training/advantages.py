@@ -97,12 +97,10 @@ class RunningMoments:
 
 @dataclass(frozen=True, slots=True)
 class SequenceAdvantage:
-    """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T].
-
-    ``zero``: the environment set ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's, not the
-    group's baseline. ``fixed``: they are neither normalised nor clipped, and in no statistics (``sft``). ``weight``
-    multiplies the final advantages, to which each loss is proportional.
-    """
+    """One sequence before normalisation: ``values`` [T], trained where ``loss_mask`` [T]. ``zero``: the environment set
+    ``set_advantage_to_zero``. ``replaced``: ``values`` are the environment's, not the group's baseline. ``fixed``: they
+    are neither normalised nor clipped, and in no statistics (``sft``). ``weight`` multiplies the final advantages, to
+    which each loss is proportional."""
 
     values: FloatArray
     loss_mask: NDArray[np.bool_]
@@ -131,12 +129,10 @@ def finish_advantages(
     clipping: tuple[float, float] | None = None,
     running: RunningMoments | None = None,
 ) -> list[FloatArray]:
-    """Normalises over the trained tokens of all ``sequences`` together, clips, weighs, and forces zeros.
-
-    ``batch``: ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample standard deviation.
-    ``global``: the same with the statistics of ``running`` (None: none yet), which this batch is merged into first.
-    Returns one float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``.
-    """
+    """Normalises over the trained tokens of all ``sequences`` together, clips, weighs, and forces zeros. ``batch``:
+    ``(a - mean) / (std + 1e-8)`` over the trained tokens of this (global) batch, sample standard deviation. ``global``:
+    the same with the statistics of ``running`` (None: none yet), which this batch is merged into first. Returns one
+    float64 [T] per sequence; 0 where ``loss_mask`` is False and all over a sequence with ``zero``."""
     moments = {"none": None, "batch": RunningMoments(), "global": running or RunningMoments()}[normalization]
     if moments is not None:
         moments.update(np.concatenate([np.zeros(0), *(s.values[s.loss_mask] for s in sequences if not s.fixed)]))

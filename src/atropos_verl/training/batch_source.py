@@ -92,11 +92,9 @@ class RolloutData:
 
 
 class BatchSource:
-    """The batches of one run, from registration to ack.
-
-    A run calls ``resume`` and ``register``, then ``attach`` once the policy is loaded, and then takes batches. One
-    thread fetches; ``trained``, ``ack`` and ``done`` may be called from another.
-    """
+    """The batches of one run, from registration to ack. A run calls ``resume`` and ``register``, then ``attach`` once
+    the policy is loaded, and then takes batches. One thread fetches; ``trained``, ``ack`` and ``done`` may be called
+    from another."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         if config.atropos.api_url is None:
@@ -191,11 +189,9 @@ class BatchSource:
         attend: Check = lambda: None,
     ) -> None:
         """Training begins: ``take`` may be called, prompts may be held back, and ``reward.path`` scores what comes.
-
         ``check`` is called while waiting, and raises when a process of the run has died; ``attend`` in the thread of
         ``take``. ``starts_environment``: its first batch may take ``env.startup_timeout``, and who watches the
-        environment says what keeps it. ``prepare``: prefetch one batch, and call this for it in the source's thread.
-        """
+        environment says what keeps it. ``prepare``: prefetch one batch, and call this for it in the source's thread."""
         self._check, self._attend, self._is_explained = check or self._check, attend, starts_environment
         if self.config.reward.path is not None:
             assert self._provenance is not None, "attach comes first"

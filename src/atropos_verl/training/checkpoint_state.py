@@ -208,12 +208,10 @@ def find_damage(directory: Path) -> str | None:
 
 
 def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logger.info) -> Path | None:
-    """The checkpoint in ``root`` that ``resume`` means, checked; None: there is none, so the run starts anew.
-
-    ``auto``: the newest one, or the one before it where that one is damaged; ``tell`` is called with what was found.
-    Raises ``ConfigError`` when ``resume`` is a path, and no checkpoint is there; ``CheckpointError`` when it, or every
-    one in ``root``, is damaged.
-    """
+    """The checkpoint in ``root`` that ``resume`` means, checked; None: there is none, so the run starts anew. ``auto``:
+    the newest one, or the one before it where that one is damaged; ``tell`` is called with what was found. Raises
+    ``ConfigError`` when ``resume`` is a path, and no checkpoint is there; ``CheckpointError`` when it, or every one in
+    ``root``, is damaged."""
     if resume == "disable":
         return None
     if resume != "auto":

@@ -210,10 +210,8 @@ def _difference(
     bias: torch.Tensor | None,
     logprobs: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """``D`` of n ``rows`` as blocks [n, ≤ BLOCK] in the dtype of the product; writes their ``logprobs``.
-
-    The product is made for all rows at once; what follows goes over it in slices that stay in the processor's cache.
-    """
+    """``D`` of n ``rows`` as blocks [n, ≤ BLOCK] in the dtype of the product; writes their ``logprobs``. The product is
+    made for all rows at once; what follows goes over it in slices that stay in the processor's cache."""
     hidden, labels, logprobs = hidden[rows], labels[rows], logprobs[rows]
     scale = None if scale is None else scale[rows]
     count, vocabulary = labels.shape[0], weight.shape[0]

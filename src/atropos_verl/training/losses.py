@@ -70,11 +70,9 @@ def compute_advantage_weighted_sft_loss(
     temperature: float | torch.Tensor = 1.0,
     num_loss_tokens: int | float | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``advantage_weighted_sft_loss`` from a causal model's logits [B, L, V]: token t is predicted from t - 1.
-
-    Only rows that predict a trained token are touched, so logits elsewhere may be anything, and their gradient is 0.
-    ``temperature`` is one number or [B].
-    """
+    """``advantage_weighted_sft_loss`` from a causal model's logits [B, L, V]: token t is predicted from t - 1. Only
+    rows that predict a trained token are touched, so logits elsewhere may be anything, and their gradient is 0.
+    ``temperature`` is one number or [B]."""
     if logits.shape[:2] != input_ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit input_ids {tuple(input_ids.shape)}")
     mask = _trained(loss_mask, input_ids, advantages)
@@ -156,11 +154,9 @@ def kl_loss(
     loss_mask: torch.Tensor,
     num_loss_tokens: int | float | torch.Tensor | None = None,
 ) -> LossOutput:
-    """``sum(weight · kl · mask) / num_loss_tokens``, to be added to the loss of the policy.
-
-    ``kl`` [...] in nats, with a graph; ``weights`` [...], NaN where ``kl`` has no value. ``metrics``: ``NAME/kl`` and
-    ``NAME/known`` (the share of the trained tokens), for ``summarise_importance``.
-    """
+    """``sum(weight · kl · mask) / num_loss_tokens``, to be added to the loss of the policy. ``kl`` [...] in nats, with
+    a graph; ``weights`` [...], NaN where ``kl`` has no value. ``metrics``: ``NAME/kl`` and ``NAME/known`` (the share of
+    the trained tokens), for ``summarise_importance``."""
     mask = _trained(loss_mask, kl, weights)
     applies = mask & ~weights.isnan()
     kl = _masked(_at_least_float32(kl), applies)
@@ -220,13 +216,11 @@ def importance_weights(
     cap: float | None = None,
     sequence_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
-    """Weights [...], without gradient, 1 where not trained; and figures for ``_means``: [...], ``LARGEST`` [].
-
-    ``old`` [...] are the trainer's logprobs before the update, ``rollout`` [...] those of the policy that sampled (NaN:
-    no value), ``mask`` [...] bool. ``level``: ``token`` or ``sequence``, for which packed [N] tensors need
+    """Weights [...], without gradient, 1 where not trained; and figures for ``_means``: [...], ``LARGEST`` []. ``old``
+    [...] are the trainer's logprobs before the update, ``rollout`` [...] those of the policy that sampled (NaN: no
+    value), ``mask`` [...] bool. ``level``: ``token`` or ``sequence``, for which packed [N] tensors need
     ``sequence_ids`` [N] int64. ``cap`` is above 0; None: the weight is 1, and the figures of weights are absent. Raises
-    ``ValueError`` when shapes differ, or ``sequence_ids`` are missing.
-    """
+    ``ValueError`` when shapes differ, or ``sequence_ids`` are missing."""
     if rollout.shape != old.shape:
         raise ValueError(f"rollout_logprobs {tuple(rollout.shape)} must have the shape of logprobs {tuple(old.shape)}")
     old, rollout = old.detach(), rollout.detach().to(old)

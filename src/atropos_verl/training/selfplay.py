@@ -39,10 +39,8 @@ class SelfPlay:
     _batch_size: int = 0
 
     def submit(self, prompts: Sequence[Any]) -> None:
-        """Samples ``group_size`` completions of each prompt, scores them, and posts the groups.
-
-        Raises ``ConfigError`` without prompts, or when their number does not fill the registered batch size.
-        """
+        """Samples ``group_size`` completions of each prompt, scores them, and posts the groups. Raises ``ConfigError``
+        without prompts, or when their number does not fill the registered batch size."""
         if len(prompts) == 0:
             raise ConfigError("rl_training_step was given no prompts")
         size = self.config.group_size

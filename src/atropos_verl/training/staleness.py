@@ -115,10 +115,8 @@ class BatchProvenance:
 
     def recall(self, groups: Sequence[ScoredGroup], journal: BatchJournal, entry: JournalEntry) -> BatchMatches:
         """Reads what was kept beside a journalled batch; where nothing was, looks the batch up now and keeps that.
-
         Versions above ``resumed_at`` name weights that were lost: they become ``resumed_at``, for every later process
-        as well (see ``SpanRecord.versions``). Raises ``CheckpointError`` when that cannot be written.
-        """
+        as well (see ``SpanRecord.versions``). Raises ``CheckpointError`` when that cannot be written."""
         content = journal.attachment(entry, _BESIDE_BATCH)
         matches = None if content is None else decode_matches(content, groups)
         if matches is None:
@@ -159,12 +157,10 @@ class BatchProvenance:
         return Applied(fresh, kept, stale, {**_figures(counts), "off_policy/dropped_stale_groups": stale})
 
     def _merge(self, group: ScoredGroup, matches: Sequence[SequenceMatch | None], counts: Counter[str]) -> ScoredGroup:
-        """Puts the ledger's token versions, logprobs and temperature into a sound ``group``, and counts.
-
-        The ledger's logprobs win over the environment's; both are compared. The ledger's temperature fills in where the
-        environment names none. What a chat template adds behind the policy's turns is not trained on. Other tokens that
-        were not found keep what the environment sent, or, with ``off_policy.unmatched=drop``, are not trained on.
-        """
+        """Puts the ledger's token versions, logprobs and temperature into a sound ``group``, and counts. The ledger's
+        logprobs win over the environment's; both are compared. The ledger's temperature fills in where the environment
+        names none. What a chat template adds behind the policy's turns is not trained on. Other tokens that were not
+        found keep what the environment sent, or, with ``off_policy.unmatched=drop``, are not trained on."""
         masks = list(group.masks)
         logprobs: list[FloatArray | None] = list(group.inference_logprobs or [None] * len(group))
         overrides = list(group.overrides or [{} for _ in range(len(group))])

@@ -178,11 +178,9 @@ def _noted(weight: Callable[..., int] = lambda *_: 0) -> Callable[[F], F]:
 
 
 class TraceWriter:
-    """Writes the trace of one run. Every method returns at once, from any thread; the writing thread is a daemon.
-
-    A disk that refuses ends the trace, with a line in the log, and not the run. ``most_bytes``: beyond it half of the
-    groups of the older half go, with their requests; what is left of these counts twice (``weight``).
-    """
+    """Writes the trace of one run. Every method returns at once, from any thread; the writing thread is a daemon. A
+    disk that refuses ends the trace, with a line in the log, and not the run. ``most_bytes``: beyond it half of the
+    groups of the older half go, with their requests; what is left of these counts twice (``weight``)."""
 
     def __init__(self, run_dir: Path, most_bytes: int) -> None:
         self.path = run_dir / NAME
