@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +14,6 @@ import httpx
 import pytest
 from support.malformed import malformed_cases
 from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of, summary_of
-from support.serving import eventually
 from support.trajectory_server import UpstreamApi
 
 from atropos_verl.protocol.client import AtroposClient
@@ -28,23 +26,6 @@ MALFORMED = 6 * GROUPS
 STEPS = 2 + -(-MALFORMED // GROUPS) + 4
 """Two before the malformed groups, as many as they fill, and a few after."""
 DEMO_MODEL = REPOSITORY / "src" / "atropos_verl" / "assets" / "demo_model"
-
-_CLIENT = """
-import json, sys, threading, urllib.request
-
-def ask():
-    body = {"model": "demo", "prompt": "sun", "max_tokens": 48, "ignore_eos": True, "temperature": 1.0, "n": 4}
-    while True:
-        request = urllib.request.Request(sys.argv[1] + "/v1/completions", json.dumps(body).encode(),
-                                         {"content-type": "application/json", "x-api-key": sys.argv[2]})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            answer.read()
-        print("answered", flush=True)
-
-for _ in range(8):
-    threading.Thread(target=ask).start()
-"""
-"""Eight requests to the gateway at any time, until it is killed."""
 
 
 @contextlib.contextmanager
@@ -79,15 +60,8 @@ def environment_command(api_url: str, gateway: str, key: str) -> list[str]:
     return [sys.executable, str(script), "serve", *(word for option in options.items() for word in option)]
 
 
-def abandoned(gateway: str, key: str) -> int:
-    """Counts requests to /v1/completions, which only our client calls, that ended because the client went away."""
-    text = httpx.get(f"{gateway}/metrics", headers={"x-api-key": key}, timeout=10.0, trust_env=False).text
-    found = re.search(r'requests_total\{endpoint="/v1/completions",status="499"\} (\d+)', text)
-    return int(found.group(1)) if found else 0
-
-
 class Attached:
-    """One attached run, whose gateway's client is killed and to which malformed groups are posted."""
+    """One attached run, to which malformed groups are posted."""
 
     def __init__(self, directory: Path) -> None:
         self.run_dir = directory / "run"
@@ -106,14 +80,6 @@ class Attached:
             self.without_key = httpx.get(f"{gateway}/v1/models", timeout=10.0, trust_env=False).status_code
             command = environment_command(api.url, gateway, key)
             env = stack.enter_context(process(command, directory / "environment.log"))
-            log = directory / "client.log"
-            client = stack.enter_context(process([sys.executable, "-c", _CLIENT, gateway, key], log))
-            run.wait_for_step(1)
-            eventually(lambda: log.read_text().count("answered") >= 8, "answers to the client", 60.0)
-            client.kill()
-            self.killed_at_step = run.trained()
-            eventually(lambda: abandoned(gateway, key) > 0, "a request of the killed client given up", 60.0)
-            self.abandoned = abandoned(gateway, key)
             run.wait_for_step(2)
             with AtroposClient(api.url, timeout=60.0) as poster:
                 poster.post_scored_data_list([case.encode() for case in self.cases])
@@ -135,13 +101,6 @@ def test_attached_to_the_users_api_it_trains_and_ends_only_itself(attached: Atta
     assert sorted(path.name for path in (attached.run_dir / "logs").iterdir()) == ["trainer.log"]
     assert attached.others_alive, "API and environment are the user's"
     assert attached.without_key == 401
-
-
-def test_a_killed_client_of_the_gateway_disturbs_nobody(attached: Attached) -> None:
-    assert 1 <= attached.abandoned <= 8
-    assert attached.killed_at_step < STEPS
-    after = [line for line in attached.metrics if line["step"] > attached.killed_at_step]
-    assert sum(line["data/trained_tokens"] for line in after) > 0
 
 
 def test_malformed_groups_are_quarantined_each_with_its_reason(attached: Attached) -> None:
