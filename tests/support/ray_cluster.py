@@ -177,7 +177,7 @@ class Cluster:
 
 def stats(server: Any) -> dict[str, Any]:
     found, engine = server._engine.stats(), server._engine
-    known = {"policy_version": engine.policy_version, "gate": engine.gate.state.value}
+    known = {"policy_version": engine.policy_version, "gate": engine.gate.state}
     return {name: getattr(found, name) for name in found.__slots__} | known
 
 

@@ -230,7 +230,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             done = sum(ticket.future.done() for ticket in tickets)
             raise TimeoutError(
                 f"generate: {done} of {len(tickets)} requests were done after {timeout:g} s "
-                f"(gate {self.gate.state.value}, weights {'ready' if self.weights_ready else 'not ready'})"
+                f"(gate {self.gate.state}, weights {'ready' if self.weights_ready else 'not ready'})"
             ) from error
         finally:
             self._cancel(tickets)
@@ -238,8 +238,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
     def abort(self, request_id: str) -> bool:
         """End the requests with this ``request_id``: they return what they have, finish "abort". False: none has it."""
         with self._condition:
-            found = [ticket for ticket in self._tickets if ticket.request.request_id == request_id]
-        return self._cancel(found) > 0
+            return self._cancel([one for one in self._tickets if one.request.request_id == request_id]) > 0
 
     def check_alive(self) -> None:
         """Raise ``EngineStoppedError`` with the first cause when the engine is gone."""

@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from atropos_verl.errors import EngineError
 from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
@@ -43,17 +42,13 @@ class GenerationEngine(Protocol):
         """The same, token by token. Closing the iterator frees the slots."""
 
 
-class GateState(Enum):
-    OPEN = "open"
-    PAUSING = "pausing"
-    DRAINING = "draining"
-    PAUSED = "paused"
+GateState = Literal["open", "pausing", "draining", "paused"]
 
 
 class RequestGate:
     """Counts requests and steps, and holds them back while weights are swapped. For any thread and event loop.
 
-    New requests are admitted when OPEN; new steps when OPEN or DRAINING. ``pause``, ``drain`` and ``resume`` are
+    New requests are admitted when open; new steps when open or draining. ``pause``, ``drain`` and ``resume`` are
     idempotent and not counted: one ``resume`` opens the gate however often it was paused. ``pause`` and ``drain`` raise
     ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError`` naming what still runs; the
     gate then stays shut. docs/internals.md draws the states.
@@ -66,7 +61,7 @@ class RequestGate:
         self._steps = 0
         self._shut_since: float | None = None
         self._shut_seconds = 0.0
-        self.state = GateState.OPEN
+        self.state: GateState = "open"
         self.in_flight = 0
         """Requests inside ``request()`` now; those still waiting for admission are not counted."""
         self.waiting = 0
@@ -75,7 +70,7 @@ class RequestGate:
     @property
     def is_open(self) -> bool:
         """True when new requests and new steps pass."""
-        return self.state is GateState.OPEN
+        return self.state == "open"
 
     @property
     def paused_seconds(self) -> float:
@@ -90,18 +85,18 @@ class RequestGate:
         Requests in flight are not waited for; they stay where they are until ``resume``. ``timeout``: seconds.
         """
         with self._condition:
-            if self.state is not GateState.PAUSED:
-                self._shut(GateState.PAUSING, timeout)
+            if self.state != "paused":
+                self._shut("pausing", timeout)
 
     def drain(self, timeout: float = 600.0) -> None:
         """Hold new requests back, and return once none is left in flight; then it is paused. ``timeout``: seconds."""
         with self._condition:
-            if self.state is not GateState.PAUSED or self.in_flight:
-                self._shut(GateState.DRAINING, timeout)
+            if self.state != "paused" or self.in_flight:
+                self._shut("draining", timeout)
 
     def _shut(self, state: GateState, timeout: float) -> None:
-        """Change to ``state``, and to PAUSED once nothing runs that it waits for. The condition is held."""
-        is_drain = state is GateState.DRAINING
+        """Change to ``state``, and to "paused" once nothing runs that it waits for. The condition is held."""
+        is_drain = state == "draining"
 
         def done() -> bool:
             return self._steps == 0 and not (is_drain and self.in_flight)
@@ -109,17 +104,17 @@ class RequestGate:
         self._change(state)
         if self._shut_since is None:
             self._shut_since = time.monotonic()
-        self._condition.wait_for(lambda: self.state is not state or done(), timeout)
+        self._condition.wait_for(lambda: self.state != state or done(), timeout)
         verb = "drain" if is_drain else "pause"
-        if self.state is state and done():
-            self.state = GateState.PAUSED
-        elif self.state is state:
+        if self.state == state and done():
+            self.state = "paused"
+        elif self.state == state:
             raise TimeoutError(
                 f"{verb}: waited {timeout:g} s; {self._steps} steps running, {self.in_flight} requests in flight. "
                 "The gate stays shut until resume(); check that the engine's thread is alive"
             )
-        elif self.state is not GateState.PAUSED:  # PAUSED: another thread's call got there first
-            raise EngineError(f"{verb}: another thread changed the gate to {self.state.value} meanwhile")
+        elif self.state != "paused":  # paused: another thread's call got there first
+            raise EngineError(f"{verb}: another thread changed the gate to {self.state} meanwhile")
 
     def resume(self) -> None:
         """Open the gate; everything that waits goes on."""
@@ -127,7 +122,7 @@ class RequestGate:
             if self._shut_since is not None:
                 self._shut_seconds += time.monotonic() - self._shut_since
                 self._shut_since = None
-            self._change(GateState.OPEN)
+            self._change("open")
 
     def _change(self, state: GateState) -> None:
         self.state = state
@@ -144,7 +139,7 @@ class RequestGate:
     def step(self, timeout: float = 60.0, stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Run one engine step inside this block. Waits while paused, at most ``timeout`` seconds. Yields False, and the
         body must not touch the model, when it timed out, or ``stop()``, asked again after ``wake``, became true."""
-        allowed = (GateState.OPEN, GateState.DRAINING)
+        allowed = ("open", "draining")
         with self._condition:
             self._condition.wait_for(lambda: self.state in allowed or stop(), timeout)
             entered = self.state in allowed
@@ -179,7 +174,7 @@ class RequestGate:
                     self.waiting -= 1
             if not done and time.monotonic() >= deadline:
                 raise TimeoutError(
-                    f"request was not admitted within {timeout:g} s: the gate is {self.state.value} with "
+                    f"request was not admitted within {timeout:g} s: the gate is {self.state} with "
                     f"{self.in_flight} requests in flight; check whether the weight sync hangs"
                 )
         try:
@@ -207,7 +202,6 @@ class PinnedEngine:
         self.gate = RequestGate()
         self.gate.pause()
         self._engine = self._pinned = engine
-        self._copy: Any = None
         self.policy_version = engine.policy_version
         """At the last ``pin``."""
         self.max_context_len, self.eos_token_ids = engine.max_context_len, engine.eos_token_ids
@@ -220,7 +214,7 @@ class PinnedEngine:
 
     def pin(self, copy: Any = None) -> None:
         """Let requests in: to ``copy``, an engine that ``unpin`` closes, or to the engine itself."""
-        self._copy, self._pinned = copy, copy or self._engine
+        self._pinned = copy or self._engine
         self.policy_version = self._pinned.policy_version
         self.gate.resume()
 
@@ -232,9 +226,9 @@ class PinnedEngine:
             logger.warning("an evaluation is over, and its requests are not: %s", error)
             self.gate.pause()
         self.close()
-        self._copy, self._pinned = None, self._engine
+        self._pinned = self._engine
 
     def close(self) -> None:
         """End the copy, if there is one; what is being served gets ``EngineStoppedError``. Idempotent."""
-        if self._copy is not None:
-            self._copy.close()
+        if self._pinned is not self._engine:
+            self._pinned.close()  # type: ignore[attr-defined]  # the copy

@@ -13,21 +13,21 @@ from support.serving import eventually, post, serving
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.engine import protocol
-from atropos_verl.engine.protocol import GateState, PinnedEngine, RequestGate
+from atropos_verl.engine.protocol import PinnedEngine, RequestGate
 from atropos_verl.errors import EngineError, EngineStoppedError
 
 
 def test_pause_returns_at_the_step_boundary_and_one_resume_undoes_any_number_of_pauses() -> None:
     gate = RequestGate()
-    assert (gate.state, gate.is_open, gate.in_flight) == (GateState.OPEN, True, 0)
+    assert (gate.state, gate.is_open, gate.in_flight) == ("open", True, 0)
     with ThreadPoolExecutor(1) as pool, gate.step(timeout=5.0) as may_run:
         assert may_run
         pausing = pool.submit(gate.pause, 5.0)
-        eventually(lambda: gate.state is GateState.PAUSING, "the pause to begin")
+        eventually(lambda: gate.state == "pausing", "the pause to begin")
         assert not pausing.done()
     pausing.result(5.0)
     gate.pause(timeout=1.0)  # idempotent
-    assert (gate.state, gate.is_open) == (GateState.PAUSED, False)
+    assert (gate.state, gate.is_open) == ("paused", False)
     with gate.step(timeout=0.01) as may_run:
         assert not may_run
     gate.resume()
@@ -64,11 +64,11 @@ def test_pause_timeout_names_what_runs_and_leaves_the_gate_shut_until_resume() -
         with gate.step(timeout=0.01) as second:
             assert not second
     gate.pause(timeout=1.0)  # a second try after the failure works
-    assert gate.state is GateState.PAUSED
+    assert gate.state == "paused"
     gate.resume()
     with ThreadPoolExecutor(1) as pool, gate.step(timeout=1.0):
         pausing = pool.submit(gate.pause, 10.0)
-        eventually(lambda: gate.state is GateState.PAUSING, "the pause to begin")
+        eventually(lambda: gate.state == "pausing", "the pause to begin")
         gate.resume()
         with pytest.raises(EngineError, match="changed the gate to open"):
             pausing.result(5.0)
@@ -99,17 +99,17 @@ async def test_pause_does_not_wait_for_requests_but_drain_does() -> None:
     holders = [asyncio.create_task(_hold(gate, leave)) for _ in range(3)]
     await asyncio.to_thread(eventually, lambda: gate.in_flight == 3, "it")
     gate.pause(timeout=1.0)  # returns: no step is running
-    assert gate.state is GateState.PAUSED
+    assert gate.state == "paused"
     with pytest.raises(TimeoutError, match=r"drain: waited 0.01 s; .* 3 requests in flight"):
         await asyncio.to_thread(gate.drain, 0.01)
     draining = asyncio.create_task(asyncio.to_thread(gate.drain, 10.0))
     late = asyncio.create_task(_hold(gate, leave))
-    await asyncio.to_thread(eventually, lambda: gate.state is GateState.DRAINING and gate.waiting == 1, "it")
+    await asyncio.to_thread(eventually, lambda: gate.state == "draining" and gate.waiting == 1, "it")
     with gate.step(timeout=1.0) as may_run:  # those in flight may still be decoded
         assert may_run
     leave.set()
     await asyncio.wait_for(draining, 5.0)
-    assert (gate.state, gate.in_flight, gate.waiting) == (GateState.PAUSED, 0, 1)
+    assert (gate.state, gate.in_flight, gate.waiting) == ("paused", 0, 1)
     gate.resume()
     await asyncio.wait_for(asyncio.gather(late, *holders), 5.0)
     assert gate.in_flight == 0
@@ -164,9 +164,9 @@ def test_a_pinned_copy_keeps_its_version_while_the_engine_gets_other_weights() -
             assert answer.token_ids == tuple(greedy_oracle(model, prompt, 12))
             assert answer.policy_version_runs == ((version, 12),)
         assert pinned.policy_version == 3
-        copy = pinned._copy
+        copy = pinned._pinned
         pinned.unpin()
-        assert copy is not None and not pinned.gate.is_open
+        assert not pinned.gate.is_open
         with pytest.raises(EngineStoppedError):
             copy.generate([wanted])
         pinned.pin()
