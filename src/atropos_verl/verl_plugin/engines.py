@@ -53,6 +53,9 @@ BRANCH_BLOCK = 512
 """Tokens of a long branch that attend to what is above them in one call."""
 MASK_ELEMENTS = 2**18
 """The backward keeps the mask of each call in each layer; larger ones are made again instead, with their attention."""
+BACKWARD_TRIMS = 4
+"""Times that the backward of a large model on a CPU hands memory back. glibc would keep activations that are freed
+while the gradients grow beside them."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
 _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
@@ -99,6 +102,14 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
                     layer.training = True
             yield
 
+    def initialize(self) -> None:
+        super().initialize()
+        self._trims = sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES
+        layers = [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if self._trims and get_device_name() == "cpu":
+            for layer in layers[:: max(1, len(layers) // BACKWARD_TRIMS)]:
+                layer.register_forward_hook(_trim_in_backward)
+
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         self._has_trained_tokens = tu.get_non_tensor_data(data, "batch_num_tokens", 1) > 0
@@ -108,7 +119,7 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        if sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES:
+        if self._trims:
             trim_memory()
         return norm
 
@@ -134,6 +145,12 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         used = float(self.lr_scheduler.get_last_lr()[0])
         super().lr_scheduler_step()
         return used
+
+
+def _trim_in_backward(layer: Any, inputs: Any, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if hidden.requires_grad:
+        hidden.register_hook(lambda gradient: trim_memory())
 
 
 def _let_checkpoint(model: torch.nn.Module) -> list[torch.nn.Module]:
