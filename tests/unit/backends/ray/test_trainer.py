@@ -265,17 +265,22 @@ def test_a_save_that_fails_does_not_replace_what_ended_the_run(monkeypatch: pyte
         ([3, 1, 1, 1, 1, 1, 1, 1], 3, 1),
         ([2] * 16, 4, 2),
         ([5, 1, 1, 1, 1, 1, 1, 1, *[1] * 8], 3, 2),
+        ([1] * 20, 3, 2),  # a batch of 16 that the API made larger, since it splits no group
     ],
 )
-def test_rows_of_rollouts_make_no_further_optimiser_steps(rows: list[int], size: int, steps: int) -> None:
+def test_rows_and_rollouts_above_the_settings_make_no_further_optimiser_steps(
+    rows: list[int], size: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda trainer, batch: None)
     trainer: Any = object.__new__(AtroposSyncTrainer)
+    trainer.atropos = SimpleNamespace(run=SimpleNamespace(batch_size=16))
     actor = {"ppo_mini_batch_size": 2}
     config = {"actor_rollout_ref": {"actor": actor, "rollout": {"n": 4}}, "trainer": {"critic_warmup": 0}}
     trainer.config = OmegaConf.create(config)
     trainer.use_critic, trainer.global_steps = False, 1
     trainer._mini_batches = [(trainer.config.actor_rollout_ref.actor, 2)]
     keys = [f"slot_{rollout}_{row}" for rollout, count in enumerate(rows) for row in range(count)]
-    trainer._rows = (len(keys), len({key.rsplit("_", 1)[0] for key in keys}))
+    trainer._balance_batch(SimpleNamespace(keys=keys))
     multiple = trainer._get_required_batch_multiple(1)
     mini_batch = trainer.config.actor_rollout_ref.actor.ppo_mini_batch_size
     assert mini_batch == size
