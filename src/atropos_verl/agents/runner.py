@@ -126,16 +126,15 @@ class Notes:
 
 def read_tasks(path: Path) -> list[Any]:
     """The JSON value of each line. Raises ``ConfigError`` naming file and line."""
+    tasks = []
     try:
-        lines = path.expanduser().read_text().splitlines()
+        for number, line in enumerate(path.expanduser().read_text().splitlines(), 1):
+            where = f"{path}, line {number}"
+            tasks += [json.loads(line)] if line.strip() else []
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", "--tasks") from error
-    tasks = []
-    for number, line in enumerate(lines, 1):
-        try:
-            tasks += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: not JSON ({error}): {line[:80]!r}", "--tasks") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON ({error}): {line[:80]!r}", "--tasks") from error
     if not tasks:
         raise ConfigError(f"{path} holds no task: one JSON value a line", "--tasks")
     return tasks

@@ -109,16 +109,6 @@ def create_app(
     service.on_request = on_request
     started = int(time.time())
 
-    def model_card() -> dict[str, Any]:
-        return {
-            "id": model_name,
-            "object": "model",
-            "created": started,
-            "owned_by": "atropos-verl",
-            "max_model_len": engine.max_context_len,
-            "policy_version": engine.policy_version,
-        }
-
     async def health(_: Request) -> Response:
         state = {
             "status": "ok" if service.gate.is_open else "paused",
@@ -129,18 +119,20 @@ def create_app(
         return _json_response(state)
 
     async def models(_: Request) -> Response:
-        return _json_response({"object": "list", "data": [model_card()]})
-
-    async def model(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != model_name:
-            raise ApiError(404, f"no model {name!r} here; this gateway serves {model_name!r}")
-        return _json_response(model_card())
+        card = {
+            "id": model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "atropos-verl",
+            "max_model_len": engine.max_context_len,
+            "policy_version": engine.policy_version,
+        }
+        return _json_response({"object": "list", "data": [card]})
 
     async def metrics(_: Request) -> Response:
         return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    gets = {"/health": health, "/v1/models": models, "/v1/models/{name:path}": model, "/metrics": metrics}
+    gets = {"/health": health, "/v1/models": models, "/metrics": metrics}
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(completions, chat=True),
         "/v1/completions": partial(completions, chat=False),
@@ -245,9 +237,8 @@ class _Entrance:
                 scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
             try:
                 path, session = self._admit(scope["path"], Headers(scope=scope))
-            except ApiError as refusal:
-                text = "a client was refused at %s: %s"
-                self.service.warn(f"entrance {refusal.status}", text, scope["path"][:200], refusal.message, again=True)
+            except ApiError as error:
+                refusal = _told(self.service, scope["path"], error)
                 await _error_response(refusal, scope["path"])(scope, receive, send)
                 return
             scope = {**scope, "path": path, "session": session}

@@ -33,8 +33,6 @@ _ANTHROPIC_TYPE_OF_STATUS = {
     503: "overloaded_error",
 }
 
-AtLeast0, AtLeast1 = Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=1)]
-_Share = Annotated[float, Meta(ge=0, le=1)]
 _N = Annotated[int, Meta(ge=1, le=1024)]
 """Completions of one prompt in one request: a typing error should not queue a million sequences."""
 _TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
@@ -200,7 +198,7 @@ def parse_sampling(
 ) -> Sampling:
     """The sampling fields that dialects share. ``served``: one that others refuse, and this one reads itself;
     ``max_tokens_names``: the first one given wins; ``max_tokens_default`` None: the rest of the context."""
-    bounds: list[int | None] = [fields.read(name, None, AtLeast1) for name in max_tokens_names]
+    bounds: list[int | None] = [fields.read(name, None, Annotated[int, Meta(ge=1)]) for name in max_tokens_names]
     n = fields.read("n", 1, _N)
     fields.refuse(*_REFUSED, best_of=n, **{name: value for name, value in _REFUSED_UNLESS.items() if name != served})
     fields.ignore(*_HARMLESS)
@@ -213,7 +211,7 @@ def parse_sampling(
         temperature=fields.read("temperature", 1.0, Annotated[float, Meta(ge=0)]),
         top_p=fields.read("top_p", 1.0, Annotated[float, Meta(gt=0, le=1)]),
         top_k=-1 if top_k == 0 or top_k >= _TOP_K_OFF else top_k,
-        min_p=fields.read("min_p", 0.0, _Share),
+        min_p=fields.read("min_p", 0.0, Annotated[float, Meta(ge=0, le=1)]),
         stop=stop,
         stop_token_ids=(*fields.read("stop_token_ids", (), TokenIds), *stop_ids),
         ignore_eos=fields.read("ignore_eos", False),

@@ -119,7 +119,7 @@ class Prompt:
     parent: Turn | None = None
     reason: str | None = None
     text: str = ""
-    messages: tuple[Message, ...] = ()
+    turn: ChatTurn | None = None
 
 
 @dataclass(eq=False)
@@ -212,10 +212,10 @@ class Tree:
             before, rest = self.ids(found.number), text[found.characters :]
             more = codec.encode(rest, add_special_tokens=False)
             if _text_after(codec, before, more) == rest:
-                return Prompt(ids=before + more, parent=found, reason=reason, text=text, messages=turn.messages)
+                return Prompt(ids=before + more, parent=found, reason=reason, text=text, turn=turn)
             reason = "the tokenizer does not give back the text of the new messages"
         ids = codec.encode(text, add_special_tokens=turn.add_special_tokens)
-        return Prompt(ids=ids, reason=reason, text=text, messages=turn.messages)
+        return Prompt(ids=ids, reason=reason, text=text, turn=turn)
 
     def place(self, ids: tuple[int, ...]) -> Prompt:
         """A prompt of token ids: it continues the longest recorded sequence that it begins with."""
@@ -262,7 +262,7 @@ def new_turn(
     """The turn of a completion of ``prompt``. ``answer`` is what the agent was given; None: no message."""
     parent = prompt.parent
     number, known, before = (None, 0, 0) if parent is None else (parent.number, parent.length, parent.messages)
-    messages = () if answer is None else (*prompt.messages, answer)
+    messages = () if answer is None or prompt.turn is None else (*prompt.turn.messages, answer)
     text = prompt.text + _text_after(codec, prompt.ids, generation.token_ids)
     return StoredTurn(
         parent=number,

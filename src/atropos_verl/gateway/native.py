@@ -126,7 +126,7 @@ def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
     if ("input_ids" in fields) == ("text" in fields):
         raise fields.error("input_ids", "send either input_ids or text")
     param = "input_ids" if "input_ids" in fields else "text"
-    prompts, batched = service.codec.prompts(fields, param, texts=param == "text", ids=param == "input_ids")
+    prompts, batched = service.codec.prompts(fields, param, str if param == "text" else TokenIds)
     scored = 0 if scores_prompt else None
     requests = service.requests(sampling, prompts, param=param, name=service.new_id(""), prompt_logprobs=scored)
     service.report_unread("/generate", fields, params)
@@ -184,7 +184,7 @@ def generate_trl(service: GatewayService, fields: Fields) -> Answer:
         raise fields.error("prompts", message)
     sampling = parse_sampling(fields, _VLLM_BOUNDS, _VLLM_DEFAULT_TOKENS)
     fields.refuse("images", "generation_kwargs", "logprobs")
-    prompts, _ = service.codec.prompts(fields, "prompts", ids=False)
+    prompts, _ = service.codec.prompts(fields, "prompts", str)
     requests = service.requests(sampling, prompts, param="prompts", name=service.new_id("trl-"))
     service.report_unread("/generate/", fields)
 

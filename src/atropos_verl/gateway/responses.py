@@ -55,14 +55,12 @@ def _function(holder: dict[str, Any]) -> Any:
     return {name: value for name, value in holder.items() if name not in ("type", "strict") and value is not None}
 
 
-def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
+def _items(fields: Fields) -> list[tuple[int, dict[str, Any]]]:
     """The ``input`` in the form of the chat API, each message with its place. What one answer held is one message; its
     items have ids: an assistant's message without one is a message of its own."""
-    given = fields.raw("input")
-    if isinstance(given, str):
-        yield 0, {"role": "user", "content": given}
-        return
-    answer: dict[str, Any] | None = None
+    if isinstance(given := fields.raw("input"), str):
+        return [(0, {"role": "user", "content": given})]
+    said: list[tuple[int, dict[str, Any]]] = []
     for index, item in enumerate(read_list(fields, "input")):
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "message" and item.get("role") in _ROLES:
@@ -81,20 +79,16 @@ def _items(fields: Fields) -> Iterator[tuple[int, dict[str, Any]]]:
             raise fields.error("input", text, "unsupported_field")
         if message["role"] == "assistant":
             message["content"] = joined(message.get("content") or [])
-        is_answer = message["role"] == "assistant"
-        if answer is not None and is_answer and (kind != "message" or "id" in item or not answer["content"]):
-            for name in ("content", "reasoning_content", "tool_calls"):
-                before, part = answer.get(name), message.get(name)
-                # Parts that are no text are refused below.
-                answer[name] = before + part if before and part and type(before) is type(part) else part or before
-            continue
-        if answer is not None:
-            yield index - 1, answer
-        answer = message if is_answer else None
-        if answer is None:
-            yield index, message
-    if answer is not None:
-        yield len(given) - 1, answer
+            last = said[-1][1] if said else message
+            if last["role"] == "assistant" and (kind != "message" or "id" in item or not last["content"]):
+                for name in ("content", "reasoning_content", "tool_calls") if said else ():
+                    before, part = last.get(name), message.get(name)
+                    # Parts that are no text are refused below.
+                    last[name] = before + part if before and part and type(before) is type(part) else part or before
+                said[-1:] = [(index, last)]
+                continue
+        said.append((index, message))
+    return said
 
 
 class _Call(EventAnswer):

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -105,16 +105,9 @@ class GatewayService(Collector):
                 ("sampled_tokens_total", "Tokens it sampled, also for answers that go on.", held.generated_tokens),
             ]
         if self.ledger is not None:
-            ledger = self.ledger.stats()
-            figures += [
-                ("ledger_spans", "Completions that the ledger holds.", ledger.spans),
-                ("ledger_prompts", "Different prompts of these.", ledger.prompts),
-                ("ledger_bytes", "Memory of the ledger in bytes.", ledger.bytes),
-                ("ledger_recorded_spans_total", "Completions recorded.", ledger.recorded_spans),
-                ("ledger_recorded_tokens_total", "Tokens of these.", ledger.recorded_tokens),
-                ("ledger_restored_spans", "Completions of before a restart.", ledger.restored_spans),
-                ("ledger_evicted_spans_total", "Completions forgotten again.", ledger.evicted_spans),
-            ]
+            for name, value in asdict(self.ledger.stats()).items():
+                total = "_total" if name.startswith(("recorded", "evicted")) else ""
+                figures.append((f"ledger_{name}{total}", f"Of the ledger: {name} (spans are completions).", value))
         for name, text, value in (*figures, *self.more_figures()):
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(f"{_PREFIX}_{name}", text, value=value)
@@ -122,12 +115,10 @@ class GatewayService(Collector):
     def warn(self, key: str, message: str, *args: object, again: bool = False) -> None:
         """Log ``message`` at WARNING the first time ``key`` occurs, without what a terminal obeys; ``again``: once in
         10 s, so that the newest refusal in the log says why requests fail now."""
-        is_new = key not in self._warned and len(self._warned) < _MAX_REMEMBERED_WARNINGS
-        self._warned.update([key] if is_new else ())
-        if again:
-            is_new = self._refusals.is_new(key if key in self._warned else "others")
-        if is_new:
+        key = key if key in self._warned or len(self._warned) < _MAX_REMEMBERED_WARNINGS else "others"
+        if self._refusals.is_new(key) if again else key not in self._warned:
             logger.warning("%s", printable(message % args))
+        self._warned.add(key)
 
     def report_unread(self, endpoint: str, fields: Fields, *parts: Fields) -> None:
         """Log each unknown field once: it is tolerated, as vLLM does, but never in silence. So is another model's name
@@ -156,8 +147,8 @@ class GatewayService(Collector):
         """
         template, context = sampling.template, self.engine.max_context_len
         if (sequences := len(prompts) * template.n) > _MAX_SEQUENCES:
-            text = f"{len(prompts)} prompts, {template.n} completions each: {_MAX_SEQUENCES} at most in one request"
-            raise ApiError(400, f"n: {text}", param="n")
+            text = f"n: {len(prompts)} prompts, {template.n} completions each: {_MAX_SEQUENCES} at most in one request"
+            raise ApiError(400, text, param="n")
         made, tokens = [], 0
         for index, prompt in enumerate(prompts):
             if not prompt:
@@ -171,17 +162,10 @@ class GatewayService(Collector):
             if self.max_new_tokens is not None and asked > self.max_new_tokens:
                 text = "requests ask for up to %d new tokens; max_response_length=%d is what they get"
                 self.warn("max_response_length", text, asked, self.max_new_tokens)
-            request = replace(
-                template,
-                prompt_token_ids=prompt,
-                max_tokens=min(asked, bound),
-                prompt_logprobs=prompt_logprobs,
-                request_id=f"{name}-{index}",
-                place=index * template.n,
-                asked=sequences,
-            )
-            made.append(request)
-            tokens += len(prompt) * (1 + (prompt_logprobs or 0)) + template.n * (request.max_tokens or 0)
+            new: dict[str, Any] = {"prompt_token_ids": prompt, "max_tokens": min(asked, bound), "asked": sequences}
+            new |= {"prompt_logprobs": prompt_logprobs, "request_id": f"{name}-{index}", "place": index * template.n}
+            made.append(replace(template, **new))
+            tokens += len(prompt) * (1 + (prompt_logprobs or 0)) + template.n * min(asked, bound)
         if tokens > _MAX_TOKENS:
             text = f"max_tokens: {sequences} completions and their prompts may have {tokens} tokens; {_MAX_TOKENS} at "
             text += "most in one request; lower it, n, or the number of prompts"

@@ -27,7 +27,7 @@ import xxhash
 
 from atropos_verl.errors import ConfigError, StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message
-from atropos_verl.gateway.fields import ApiError, Sampling
+from atropos_verl.gateway.fields import ApiError
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, hash_of, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
 from atropos_verl.storage import Change, Key, RecordStore
@@ -183,9 +183,9 @@ class Session:
             why = f": {record.reason}" if record.reason else ""
             raise ApiError(410, f"session {record.id} is {record.state}{why}; open a new one", code="session_ended")
 
-    def check_limits(self, turns: int, most: int, tokens: int = 0) -> None:
-        """``tokens``: of rows that a request would add. Raises ``ApiError`` 403."""
-        tokens += self.tree.row_tokens
+    def check_limits(self, turns: int, most: int) -> None:
+        """Raises ``ApiError`` 403."""
+        tokens = self.tree.row_tokens
         if turns > most or self.stored_bytes >= _MAX_SESSION_BYTES or tokens >= _MAX_ROW_TOKENS:
             text = f"{turns} completions with {self.stored_bytes} bytes and rows of {tokens} tokens"
             text += f"; a session has {_MAX_TURNS}, {_MAX_SESSION_BYTES} and {_MAX_ROW_TOKENS} at most"
@@ -249,6 +249,7 @@ class SessionStore:
         """Changes of ``write_later`` that are not known to be on disk."""
         self._writing: asyncio.Task[None] | None = None
         self._next = 0
+        self._creating = asyncio.Lock()
         try:
             for number, value in list(self.records.read("sessions")):
                 self._next = int(number) + 1
@@ -292,31 +293,21 @@ class SessionStore:
         self.expire()
         digest = hash_of(body)
         own_id = secrets.token_hex(12) if key is None else hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
-        if (known := self._sessions.get(own_id)) is not None:
-            if known.record.idempotency != (key, digest):
-                raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
-            async with known.lock:  # it is stored, or was refused
-                pass
-            return known if own_id in self._sessions else await self.create(body, key)
-        record = SessionRecord(
-            id=own_id,
-            secret=secrets.token_urlsafe(24),
-            opening=_read(body, Opening),
-            created=time.time(),
-            idempotency=None if key is None else (key, digest),
-        )
-        if len(self._open) >= _MAX_OPEN:
-            text = f"{_MAX_OPEN} sessions are open; finish or abort some, or wait until their ttl ends"
-            raise ApiError(429, text, code="too_many_sessions")
-        session = Session(self._next, record)
-        self._next += 1
-        self._add(session)
-        try:
-            async with session.lock:
-                await self.write([self._row(session, record)])
-        except ApiError:
-            del self._sessions[own_id], self._open[own_id]
-            raise
+        opening, secret = _read(body, Opening), secrets.token_urlsafe(24)
+        async with self._creating:
+            if (known := self._sessions.get(own_id)) is not None:
+                if known.record.idempotency != (key, digest):
+                    raise ApiError(409, "Idempotency-Key: another request had this key", code="idempotency_conflict")
+                return known
+            if len(self._open) >= _MAX_OPEN:
+                text = f"{_MAX_OPEN} sessions are open; finish or abort some, or wait until their ttl ends"
+                raise ApiError(429, text, code="too_many_sessions")
+            record = SessionRecord(id=own_id, secret=secret, opening=opening, created=time.time())
+            record.idempotency = None if key is None else (key, digest)
+            session = Session(self._next, record)
+            await self.write([self._row(session, record)])
+            self._next += 1
+            self._add(session)
         return session
 
     def find(self, session_id: str) -> Session:
@@ -512,7 +503,6 @@ class SessionService(GatewayService):
         vars(self).update(vars(service))
         self._store, self._session, self._exchange = store, session, exchange
         self.session_id = session.record.id
-        self._turn: ChatTurn | None = None
         self._prompt: Prompt | None = None
         self._ids = 0
 
@@ -562,15 +552,8 @@ class SessionService(GatewayService):
         if self._exchange.turns:
             first = tree.turn(self._exchange.turns[0])
             return tree.ids(first.number)[: first.length - first.sampled]
-        self._turn, self._prompt = turn, tree.render(self.codec, turn)
+        self._prompt = tree.render(self.codec, turn)
         return self._prompt.ids
-
-    def requests(self, sampling: Sampling, prompts: Sequence[tuple[int, ...]], **named: Any) -> list[GenerationRequest]:
-        """See ``GatewayService.requests``. Raises ``ApiError`` 403 too."""
-        made = super().requests(sampling, prompts, **named)
-        if not self._exchange.turns:
-            self._session.check_limits(0, 0, sum(len(prompt) * sampling.template.n for prompt in prompts))
-        return made
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""
@@ -657,11 +640,8 @@ class SessionService(GatewayService):
         exchange.turns = range(first, first + len(turns))
 
     def _stored_turn(self, request: GenerationRequest, index: int, generation: Generation) -> StoredTurn:
-        exchange, prompt, answer = self._exchange, self._prompt, None
-        if self._turn is None or prompt is None:
-            prompt = self._session.tree.place(request.prompt_token_ids)
-        else:
-            answer = self.reader(self._turn, request, generation, index).message
+        exchange, prompt = self._exchange, self._prompt or self._session.tree.place(request.prompt_token_ids)
+        answer = None if prompt.turn is None else self.reader(prompt.turn, request, generation, index).message
         asked = {"request": exchange.id, "digest": exchange.digest, "idempotency_key": exchange.key}
         return new_turn(self.codec, prompt, request, generation, answer, **asked)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -23,7 +23,7 @@ from atropos_verl.types import Constraint, FinishReason, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_MAX_PROMPTS = 1024
+_Prompts = msgspec.Meta(min_length=1, max_length=1024)
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING_TOKENS = 64
 """A UTF-8 character has at most 4 bytes: a longer undecodable run is not an unfinished character, it is noise."""
@@ -82,24 +82,13 @@ class TextCodec:
         """The prompt of a turn, by the chat template. Raises ``ApiError`` 400 naming the field."""
         return self.encode(self.template.prompt(turn), add_special_tokens=turn.add_special_tokens)
 
-    def prompts(
-        self, fields: Fields, name: str, *, texts: bool = True, ids: bool = True
-    ) -> tuple[list[tuple[int, ...]], bool]:
+    def prompts(self, fields: Fields, name: str, kind: Any = str | TokenIds) -> tuple[list[tuple[int, ...]], bool]:
         """Token ids of every prompt under ``name``: texts, token ids or both; and whether a list of them was sent."""
         value, special = fields.raw(name), fields.read("add_special_tokens", True)
-        if value is None or value == []:
-            raise fields.error(name, "expected one prompt or a non-empty list of prompts")
-        listed = isinstance(value, list) and type(value[0]) is not int
-        if listed and len(value) > _MAX_PROMPTS:
-            raise fields.error(name, f"{len(value)} prompts; send {_MAX_PROMPTS} at most in one request")
-        found = []
-        for index, item in enumerate(value if listed else [value]):
-            if not ids and not isinstance(item, str):
-                raise fields.error(name, f"item {index} must be a string")
-            is_text = texts and isinstance(item, str)
-            encoded = self.encode(item, add_special_tokens=special) if is_text else None
-            found.append(fields.convert(name, item, TokenIds) if encoded is None else encoded)
-        return found, listed
+        listed = isinstance(value, list) and (not value or type(value[0]) is not int)
+        prompts = fields.convert(name, value if listed else [value], Annotated[list[kind], _Prompts])
+        texts = (one if isinstance(one, tuple) else self.encode(one, add_special_tokens=special) for one in prompts)
+        return list(texts), listed
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -108,8 +108,6 @@ def test_health_models_and_unknown_routes() -> None:
         assert health == {"status": "ok", "policy_version": 12, "paused": False, "in_flight": 0}
         (card,) = client.get("/v1/models").json()["data"]
         assert (card["id"], card["object"], card["max_model_len"]) == ("org/tiny", "model", 99)
-        assert client.get("/v1/models/org/tiny").json() == card
-        assert client.get("/v1/models/other").status_code == 404
         wrong = client.post("/v1/generate", json={})
         assert wrong.status_code == 404 and wrong.json()["error"]["type"] == "not_found_error"
         assert client.get("/generate").status_code == 405

@@ -444,14 +444,12 @@ def test_the_rows_of_a_rollout_are_bounded(
     session = open_session(client)
     text_of(chat(client, session))
     [turn] = tree_of(client, session)["tree"]
-    prompt, row = turn["prompt_tokens"], turn["prompt_tokens"] + turn["completion_tokens"]
-    monkeypatch.setattr("atropos_verl.gateway.sessions._MAX_ROW_TOKENS", row + 2 * prompt)
-    assert code_of(chat(client, session, n=2)) == (403, "session_limit")
-    assert len(engine.samples) == 1, "refused before it is sampled"
+    row = turn["prompt_tokens"] + turn["completion_tokens"]
+    monkeypatch.setattr("atropos_verl.gateway.sessions._MAX_ROW_TOKENS", row + 1)
     text_of(chat(client, session))
     assert code_of(chat(client, session)) == (403, "session_limit")
-    rows = rollout_of(client, session)["rows"]
-    assert sum(len(one["token_ids"]) for one in rows) == sum(len(ids) + len(more) for ids, more in engine.samples)
+    assert len(engine.samples) == 2, "refused before it is sampled"
+    check_rollout(rollout_of(client, session), engine.samples)
 
 
 def test_a_session_key_opens_its_own_session_only(client: httpx.Client, engine: OracleEngine) -> None:
