@@ -9,25 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_TRAIN_HELP = "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)"
-_LAUNCH_HELP = "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)"
+_OWN_WORDS = {
+    "train": "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)",
+    "launch": "start and watch everything of a run: API, trainer, environments (launch --help lists the settings)",
+}
+"""Subcommands whose words are all their own, --help included, and their help."""
 _COMMANDS = {
     "serve-api": ("server.app", "serve the trajectory API that environments post to and a trainer takes batches from"),
     "doctor": ("launch.doctor", "say what this machine can run and what is missing, before anything slow starts"),
-    "inspect": (
-        "report.inspect",
-        "show what the trainer would see in a run, a batch, groups or a quarantine file",
-    ),
+    "inspect": ("report.inspect", "show what the trainer would see in a run, a batch, groups or a quarantine file"),
     "simulate": ("", "predict throughput, idle shares and staleness of a configuration, on a virtual clock"),
     "agents": ("agents.runner", "run an agent that exists already on tasks, its rollouts trained on; or evaluate it"),
-    "environments": (
-        "environments.serve",
-        "serve an environment of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer",
-    ),
-    "report": (
-        "report.run_report",
-        "show what came of a run, or compare; --survivors: which rollouts were never trained on",
-    ),
+    "environments": ("environments.serve", "serve one of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer"),
+    "report": ("report.run_report", "show what came of a run, or compare; --survivors: rollouts never trained on"),
     "view": ("report.view", "serve a page of runs, live and afterwards: curves, processes, rollouts token by token"),
 }
 """Subcommand → its module, which has ``add_arguments`` and ``run``, and its help."""
@@ -39,16 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from atropos_verl.errors import ConfigError
 
     words = list(sys.argv[1:] if argv is None else argv)
-    # All words of these two are their own, --help included.
-    if words[:1] in (["train"], ["launch"]):
+    if words and words[0] in _OWN_WORDS:
         return int(importlib.import_module(f"atropos_verl.launch.{words[0]}").main(words[1:]))
     parser = argparse.ArgumentParser(
         prog="atropos-verl", description="Train language models with verl on Atropos RL environments."
     )
     parser.add_argument("--version", action="version", version=f"atropos-verl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("train", help=_TRAIN_HELP, add_help=False)
-    commands.add_parser("launch", help=_LAUNCH_HELP, add_help=False)
+    for name, text in _OWN_WORDS.items():
+        commands.add_parser(name, help=text, add_help=False)
     module: Any = None
     for name, (module_name, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -72,10 +72,10 @@ name, words = sys.argv[1], ["run_dir=/tmp/never"]
 on_ray = backend_of((), SHIPPED, name) == "ray"
 words += ["actor_rollout_ref.model.path=/models/mine"] if on_ray else []
 words += [f"actor_rollout_ref.rollout.name={sys.argv[2]}"] if on_ray and name == "ray_one_gpu_lora" else []
-_, _, run = load_settings(words, SHIPPED, name, None)
+_, _, verl = load_settings(words, SHIPPED, name, None)
 if on_ray:
     from atropos_verl.backends.ray.run import validate_with_verl
-    validate_with_verl(OmegaConf.create(run.verl))
+    validate_with_verl(OmegaConf.create(verl))
 """
 
 

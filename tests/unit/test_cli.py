@@ -24,6 +24,7 @@ def test_version_and_help() -> None:
     assert done.stdout.startswith("usage: atropos-verl [-h] [--version] COMMAND ...\n")
     assert re.search(r"^    train +train a policy", done.stdout, re.MULTILINE)
     assert re.search(r"^    inspect +show what the trainer", done.stdout, re.MULTILINE)
+    assert main([]) == 2
 
 
 def test_help_of_a_run_says_the_program_that_was_called(
@@ -38,17 +39,6 @@ def test_help_of_a_run_says_the_program_that_was_called(
     assert shown.startswith("usage: python recipe/atropos/main_atropos.py [") and "--dry-run" not in shown
 
 
-def test_no_command_is_an_error_that_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "usage: atropos-verl" in capsys.readouterr().out
-
-
-def test_an_unknown_command_is_named() -> None:
-    done = run("lanch")
-    assert done.returncode == 2
-    assert "invalid choice: 'lanch' (choose from" in done.stderr
-
-
 @pytest.mark.parametrize("words", ["--help", "--version", "inspect --help", "train --help", "doctor --json"])
 def test_nothing_heavy_is_imported_to_help_or_to_check(words: str) -> None:
     code = (
@@ -59,14 +49,6 @@ def test_nothing_heavy_is_imported_to_help_or_to_check(words: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_inspect_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "groups.jsonl"
-    path.write_text('{"tokens": [[64, 65]], "masks": [[-100, 65]], "scores": [0.5], "overrides": [{"odd": 1}]}\n')
-    assert main(["inspect", str(path)]) == 0
-    shown = capsys.readouterr().out
-    assert "    a[[b]]\n" in shown and shown.endswith("trained tokens: 1; mean score: 0.500\n")
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

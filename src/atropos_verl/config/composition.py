@@ -186,15 +186,14 @@ def check_form(word: str, advice: str) -> str:
 
 
 _SCRIPTS = ("main_atropos.py", "launch_atropos_verl.py")
-_OF_LAUNCH = """
-  --dry-run            print every command and stop"""
+_DRY_RUN = "\n  --dry-run            print every command and stop"
 _HELP = """\
 usage: {program} [--config-name NAME] [--config-dir DIR] [--cfg] [key=value ...]
 
 {about}
 
   -h, --help           this text
-  --config-name NAME   {names}
+  --config-name NAME   one of: {names}
   --config-dir DIR     another config directory
   --cfg                print the composed configuration and stop{more}
 
@@ -204,21 +203,19 @@ examples:
 environment variables (over the file, under key=value; keys given so do not show in ps):
   ATROPOS_API_URL, ATROPOS_TIMEOUT, ATROPOS_API_TOKEN, ATROPOS_GATEWAY_KEY
 
-{keys} (value in this configuration):
+keys{of_what} (value in this configuration):
 """
 
 
 def help_text(
-    verb: str, about: str, examples: Sequence[str], keys: str, rows: Sequence[Row], values: Mapping[str, Any]
+    verb: str, about: str, examples: Sequence[str], rows: Sequence[Row], values: Mapping[str, Any], of_what: str = ""
 ) -> str:
     """The text of ``--help``: usage, examples of words for ``verb``, every key with meaning and value."""
-    is_script = Path(sys.argv[0]).name in _SCRIPTS
-    program = f"python {sys.argv[0]}" if is_script else f"atropos-verl {verb}"
+    program = f"python {sys.argv[0]}" if Path(sys.argv[0]).name in _SCRIPTS else f"atropos-verl {verb}"
     names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
     shown = "\n".join(f"  {program} {words}" for words in examples)
-    texts = {"about": about, "names": f"one of: {names}", "examples": shown, "keys": keys}
-    texts["more"] = _OF_LAUNCH if verb == "launch" else ""
-    return _HELP.format(program=program, **texts) + help_rows(rows, values)
+    texts = {"about": about, "names": names, "examples": shown, "of_what": of_what}
+    return _HELP.format(program=program, more=_DRY_RUN if verb == "launch" else "", **texts) + help_rows(rows, values)
 
 
 def train_help(values: Mapping[str, Any]) -> str:
@@ -231,4 +228,4 @@ loopback ports: trajectory API, inference gateway, one environment. With it, onl
         "atropos.api_url=http://localhost:8000 gateway.port=9004 model.path=/models/my-model",
         "env.script=path/to/my_env.py group_size=4 batch_size=32",
     )
-    return help_text("train", about, examples, "keys", describe(), values)
+    return help_text("train", about, examples, describe(), values)

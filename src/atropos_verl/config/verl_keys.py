@@ -312,4 +312,4 @@ name (--cfg shows them), and the block atropos beside it. The default file is ra
         "--config-name atropos_ray actor_rollout_ref.model.path=/models/mine trainer.n_gpus_per_node=8",
     )
     rows = [*describe(RaySettings, "atropos."), *describe(SuperviseConfig, "supervise.")]
-    return help_text("train", about, examples, "keys of the block atropos, and supervise", rows, values)
+    return help_text("train", about, examples, rows, values, " of the block atropos, and supervise")

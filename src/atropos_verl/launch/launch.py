@@ -206,4 +206,4 @@ trainer's keys: atropos-verl train --help."""
         "--config-name remote_api atropos.api_url=http://host:8000",
         "backend=ray trainer.total_training_steps=100",
     )
-    return help_text("launch", about, examples, "keys of a launch", describe_launch(), values)
+    return help_text("launch", about, examples, describe_launch(), values, " of a launch")

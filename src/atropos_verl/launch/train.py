@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
+_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Where its own server is; since 0.31 the second."""
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
@@ -340,11 +342,11 @@ def _check_trackers(names: Sequence[str]) -> None:
             os.environ.setdefault("WANDB_MODE", mode)
     if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
         return
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    own, known = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname, dict[str, Any]()
     with suppress(OSError, netrc.NetrcParseError):
-        if netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(str(host)):
-            return
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+        known = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
+    has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if not has_key and known.keys().isdisjoint([own] if own else _WANDB_HOSTS):
         text = "there is no API key for wandb: run 'wandb login', or set WANDB_API_KEY, or WANDB_MODE=offline"
         raise ConfigError(text, "trainer.logger")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from atropos_verl.cli import main as cli
 from atropos_verl.config.composition import SHIPPED, fitted_to_model, load_config, load_launch
 from atropos_verl.config.schema import RunConfig, describe
 from atropos_verl.config.verl_keys import compose_run, notes_for_model, read_run
@@ -37,6 +36,8 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
     assert config.atropos.api_url == "http://localhost:9001"
     assert config.is_attached
     assert config.max_token_len == 64 + 32
+    directory = config.resolve_run_dir()
+    assert directory.parent == Path.cwd() / "runs" and directory.name.startswith("demo-") and not directory.exists()
 
 
 @pytest.mark.parametrize(
@@ -103,14 +104,6 @@ def test_the_printed_configuration_has_no_secrets(
     assert "X-Key" in text and "HF_TOKEN" in text and "http://a:8000/api" in text
 
 
-def test_default_run_dir_is_below_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    directory = RunConfig.from_mapping({}).resolve_run_dir()
-    assert directory.parent == tmp_path / "runs"
-    assert directory.name.startswith("demo-")
-    assert not directory.exists()
-
-
 @pytest.mark.parametrize(
     ("values", "loss", "level"),
     [
@@ -128,13 +121,6 @@ def test_loss_and_importance_weights_which_are_on_where_rollouts_may_be_old(
 ) -> None:
     config = RunConfig.from_mapping(values)
     assert (config.loss_type, config.importance) == (loss, level)
-
-
-def test_the_demo() -> None:
-    config = load_config([], None, "atropos")
-    assert (config.steps, config.batch_size, config.group_size, config.optim.lr) == (40, 64, 8, 2e-4)
-    assert config.max_token_len == 64
-    assert not config.is_attached
 
 
 def test_overrides_reach_nested_keys_lists_and_open_sections() -> None:
@@ -162,22 +148,6 @@ def test_a_bad_word_is_named(word: str, message: str) -> None:
     assert message in str(caught.value)
     with pytest.raises(ConfigError, match="no_such_file"):
         load_config([], None, "no_such_file")
-
-
-@pytest.mark.parametrize("name", [path.stem for path in SHIPPED.glob("*.yaml") if "oc.env:" in path.read_text()])
-@pytest.mark.parametrize("verb", ["train", "launch"])
-def test_a_file_without_its_variables_names_one_and_its_key(
-    name: str, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for variable in ("ATROPOS_API_URL", "ATROPOS_GATEWAY_KEY"):
-        monkeypatch.delenv(variable, raising=False)
-    assert cli([verb, "--config-name", name, "--cfg"]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(
-        r"CONFIGURATION ERROR: (atropos\.\S+: environment variable ATROPOS_\w+ is not set; .*|"
-        r"\w+: a key of `atropos-verl launch`, in a file or word for train)\n",
-        error,
-    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from atropos_verl.backends.ray.run import validate_with_verl
 from atropos_verl.config.composition import SHIPPED
-from atropos_verl.config.launch_schema import note_of_unused_keys
 from atropos_verl.config.verl_keys import complete_config, compose_config, compose_run, read_run, with_environment
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.train import main
@@ -117,14 +116,6 @@ def test_the_command(word: str, code: int, texts: list[str], capsys: pytest.Capt
     assert all(text in (err if code else out) for text in texts)
 
 
-def test_verl_gets_the_directory_of_a_model_that_has_a_name_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
-    config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
-    assert config.actor_rollout_ref.model.path == str(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -143,11 +134,12 @@ def test_bounds_that_contradict_each_other_are_named_with_their_values(word: str
         read_run(composed(word))
 
 
-def test_keys_that_an_attached_run_does_not_use_are_those_that_somebody_set() -> None:
-    for words, expected in (([], ""), (["atropos.env.script=x.py"], "atropos.env.script: not used, since")):
-        run = read_run(composed("atropos.api_url=http://x", *words))
-        note = note_of_unused_keys(run.run, prefix="atropos.")
-        assert note.startswith(expected) and bool(note) == bool(expected)
+def test_verl_gets_the_directory_of_a_model_that_has_a_name_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
+    config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
+    assert config.actor_rollout_ref.model.path == str(tmp_path)
 
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipe" / "atropos"

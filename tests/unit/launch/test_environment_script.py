@@ -1,15 +1,14 @@
 """What a script says of itself, and what is missing for it: modules, data sets, files."""
 
-import os
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from starlette.applications import Starlette
 
 from atropos_verl.config.launch_schema import EnvironmentConfig
 from atropos_verl.errors import ConfigError
+from atropos_verl.http_thread import ServerThread
 from atropos_verl.launch.environment_script import (
     check_needs,
     needs_of,
@@ -71,19 +70,14 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
         (SETUP + "self.rules = [Rule()]\n        " + OPENS + "open(path)", "file /e/x.json"),
         # What it may do without, or what may be there when it is read.
         (SETUP + OPENS + "Maker(path)\n        open(path)", None),
-        (SETUP + OPENS + "make_it()\n        open(path)", None),
         (SETUP + OPENS + "if not os.path.exists(path):\n            make_it()\n        open(path)", None),
-        ("def anywhere():\n    load_dataset('gsm8k')", None),
         ("class Judge:\n    def __init__(self):\n        load_dataset('gsm8k')", None),
         (SETUP + "if self.config.big:\n            load_dataset('gsm8k')", None),
         (SETUP + "if self.config.own:\n            return\n        load_dataset('gsm8k')", None),
         (SETUP + "try:\n            load_dataset('gsm8k')\n        except Exception:\n            pass", None),
         (SETUP + "load_dataset('json', data_files='a.json')", None),
         (SETUP + "load_dataset('a/b', cache_dir='/d')\n        AutoModel.from_pretrained('a/b', cache_dir='/d')", None),
-        (SETUP + "load_dataset('json', None, None, 'a.json')", None),
-        (SETUP + "self.load_dataset('train')\n        seaborn.load_dataset('iris')", None),
         (f"from collections import load_dataset\n{SETUP}load_dataset('train')", None),
-        (SETUP + "match self.config.kind:\n            case 'a': load_dataset('a/b')", None),
         (SETUP + "with contextlib.suppress(Exception):\n            load_dataset('a/b')", None),
         (f"from nltk.corpus import words\nnltk.data.path.append('/data')\n{SETUP}words.words()", None),
         (SETUP + "load_dataset(name_made_at_run_time())", None),
@@ -121,19 +115,18 @@ def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "is_refused"),
+    ("old", "new"),
     [
-        ("", "", True),
-        ("return to_score", "return await self.score(to_score)", False),
-        ("score(self, rollout_group_data)", "postprocess_histories(self, trajectories)", False),
-        ("return", "to_score = await self.score(to_score)\n        return", False),
-        ("(choice, item)", "self.group_of(choice)", False),
-        ("BaseEnv", "OtherEnv", False),
+        ("return to_score", "return await self.score(to_score)"),
+        ("score(self, rollout_group_data)", "postprocess_histories(self, trajectories)"),
+        ("return", "to_score = await self.score(to_score)\n        return"),
+        ("(choice, item)", "self.group_of(choice)"),
+        ("BaseEnv", "OtherEnv"),
     ],
 )
-def test_tuples_that_are_sent_as_groups_are_refused(old: str, new: str, is_refused: bool) -> None:
-    source = f"{TUPLES.replace(old, new) if old else TUPLES}\nMyEnv.cli()".encode()
-    assert sends_tuples(parse_script(source, Path("env.py"))) == is_refused
+def test_only_tuples_that_are_sent_as_groups_are_refused(old: str, new: str) -> None:
+    for text, is_refused in ((TUPLES, True), (TUPLES.replace(old, new), False)):
+        assert sends_tuples(parse_script(f"{text}\nMyEnv.cli()".encode(), Path("env.py"))) == is_refused
 
 
 def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: Path) -> None:
@@ -148,19 +141,15 @@ def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: 
 def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # answers 501
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", url := f"http://127.0.0.1:{server.server_port}")
-    try:
+    app = Starlette()
+    with ServerThread(app, service="hub", advice="", host="127.0.0.1", port=0) as hub:  # answers 404
+        monkeypatch.setenv("HF_ENDPOINT", url := hub.url)
         assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == ""
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
     assert outcome(tmp_path, SETUP + "load_dataset('a/b')").startswith(
         f"needs the data set a/b (not in the cache of the Hugging Face Hub, and {url} cannot be reached: "
     )
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == "", "urllib has no SOCKS; others may reach it"
 
 
 def test_modules_are_looked_for_where_the_environment_finds_them(tmp_path: Path) -> None:
@@ -172,21 +161,6 @@ def test_modules_are_looked_for_where_the_environment_finds_them(tmp_path: Path)
     check_needs(sys.executable, ("-m", "mine"), settings, tmp_path, "env.module")
     link = str(tmp_path / "link.py")
     check_needs(sys.executable, (link,), EnvironmentConfig(script=link), tmp_path, "env.script")
-
-
-def test_what_urllib_alone_cannot_reach_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert "cannot be reached" in outcome(tmp_path, SETUP + "load_dataset('a/b')")
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == "", "urllib has no SOCKS"
-    monkeypatch.delenv("ALL_PROXY")
-    (tmp_path / "sitecustomize.py").write_text(
-        "import ssl, urllib.error, urllib.request\n"
-        "def urlopen(*_, **__):\n    raise urllib.error.URLError(ssl.SSLCertVerificationError('self-signed'))\n"
-        "urllib.request.urlopen = urlopen\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    assert outcome(tmp_path, SETUP + "load_dataset('a/b')") == "", "REQUESTS_CA_BUNDLE may name its certificate"
 
 
 SCRIPT = """
@@ -204,9 +178,7 @@ class Env(BaseEnv):
         ("config = 1", "config, [APIServerConfig(model_name='m')]", 1),
         ("servers = [base.APIServerConfig()]", "config, servers", 1),
         ("servers: object = [APIServerConfig(), APIServerConfig()]", "(config, servers)", 2),
-        ("both = (config, APIServerConfig())", "both", 0),
         ("servers = APIServerConfig(model_name='m')", "config, servers", 0),
-        ("config = 1", "config, ServerBaseline()", 0),
         # Not known: made by a call, changed after it was made, different on two ways.
         ("config = 1", "make()", None),
         ("config = 1", "config, [APIServerConfig()] * 2", None),
@@ -214,17 +186,11 @@ class Env(BaseEnv):
         ("servers = [APIServerConfig()]; servers.append(other)", "config, servers", None),
         ("servers = [APIServerConfig()]; servers += [other]", "config, servers", None),
         ("if big: return config, [APIServerConfig(), APIServerConfig()]", "config, [APIServerConfig()]", None),
-        ("text = " + " + ".join(["'a'"] * 900), "config, [APIServerConfig()]", None),  # too deep to be written again
         ("text = " + " + ".join(["'a'"] * 3000), "config, [APIServerConfig()]", None),  # too deep to be read
     ],
 )
 def test_the_servers_of_a_script_are_counted(before: str, value: str, count: int | None) -> None:
     assert server_count(SCRIPT.format(before=before, value=value).encode()) == count
-
-
-@pytest.mark.parametrize("source", [b"", b"def config_init(:", b"class Env(Other): pass", b"\0"])
-def test_the_servers_of_what_cannot_be_read_are_not_known(source: bytes) -> None:
-    assert server_count(source) is None
 
 
 def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

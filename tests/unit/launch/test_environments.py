@@ -86,8 +86,7 @@ def test_the_one_environment_of_training_keeps_its_file_names_and_registers_by_i
     """``main_atropos.py``: the demo is given the run's seed."""
     config = RunConfig.from_mapping({"run_dir": str(tmp_path), "seed": 7, "atropos": {"api_url": "http://a:8000"}})
     made = make_plan(config, one_environment(config), own_api=True, probe_url=None, trains_here=True)
-    api, environment = made.services
-    assert (api.name, environment.name) == ("trajectory_api", "environment")
+    _, environment = made.services
     assert [spec.log_path.name for spec in made.services] == ["trajectory_api.log", "environment.log"]
     assert environment.registers_as == options(environment.command)["--env.wandb_name"] == "spell_backward"
     assert options(environment.command)["--env.seed"] == "7"
@@ -349,25 +348,24 @@ def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp
     assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
 
 
+AGENT = {"agent": "here:solve", "tasks": "tasks.jsonl", "eval_tasks": "/held.jsonl", "concurrency": 4, "group_size": 2}
+
+
 def test_an_agent_is_an_environment_of_the_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    agent = {"agent": "my:solve", "tasks": "t.jsonl", "eval_tasks": "/held.jsonl", "concurrency": 4, "group_size": 2}
-    launch = LaunchConfig.from_mapping({"agents": {"mine": agent}})
-    assert list(launch.chosen) == ["mine"]
-    made = launch.chosen["mine"]
-    assert made.evaluate
+    launch = LaunchConfig.from_mapping({"agents": {"mine": AGENT}})
+    assert list(launch.chosen) == ["mine"] and launch.chosen["mine"].evaluate
     config = RunConfig.from_mapping({"run_dir": str(tmp_path), "gateway": {"advertise_url": "http://g:1"}})
-    spec = environment_spec(config, "mine", made, of_training=False)
-    words = " ".join(spec.command[1:])
-    assert words.startswith("-m atropos_verl.agents.runner serve ")
-    for expected in ("--agent my:solve", f"--tasks {tmp_path}/t.jsonl", "--eval-tasks /held.jsonl", "--concurrency 4"):
-        assert expected in words
+    spec = environment_spec(config, "mine", launch.chosen["mine"], of_training=False)
+    assert spec.command[1:4] == ("-m", "atropos_verl.agents.runner", "serve")
     assert spec.env["ATROPOS_VERL_LAUNCH_DIRECTORY"] == str(tmp_path)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     found = parser.parse_args(spec.command[3:])
-    assert (found.group_size, found.name, found.batches_ahead) == (2, "mine", config.max_batches_offpolicy)
-    for wrong in ({"agents": {"x": {}}}, {"agents": {"x": agent}, "environments": {"x": {"script": "a.py"}}}):
+    assert (found.named, found.tasks, found.eval_tasks) == ("here:solve", tmp_path / "tasks.jsonl", Path("/held.jsonl"))
+    assert (found.group_size, found.concurrency, found.name) == (2, 4, "mine")
+    assert found.batches_ahead == config.max_batches_offpolicy
+    for wrong in ({"agents": {"x": {}}}, {"agents": {"x": AGENT}, "environments": {"x": {"script": "a.py"}}}):
         with pytest.raises(ConfigError, match=r"agents\.x"):
             LaunchConfig.from_mapping(wrong)
 
@@ -379,7 +377,6 @@ def test_an_agent_is_an_environment_of_the_runner(tmp_path: Path, monkeypatch: p
         ({"agent": "spellr"}, "agent: 'spellr' is not of the form package.module:function"),
         ({"agent": None, "command": "true", "scorer": "spellr:score"}, "scorer: there is no module spellr"),
         ({"tasks": "nope.jsonl"}, "tasks: there is no .*/nope.jsonl"),
-        ({"eval_tasks": "nope.jsonl"}, "eval_tasks: there is no .*/nope.jsonl"),
     ],
 )
 def test_an_agents_module_and_files_are_looked_for_before_it_starts(
@@ -389,18 +386,16 @@ def test_an_agents_module_and_files_are_looked_for_before_it_starts(
     (tmp_path / "elsewhere").mkdir()
     for file in ("tasks.jsonl", "here.py", "elsewhere/there.py"):
         (tmp_path / file).write_text("")
-    variables = {"env": {"PYTHONPATH": f"{tmp_path}/elsewhere"}}
+    config = RunConfig.from_mapping({"run_dir": f"{tmp_path}/run"})
 
     def plan(**agent: Any) -> None:
-        values = {"agents": {"mine": agent}, "environments": {}}
-        config = RunConfig.from_mapping({"run_dir": f"{tmp_path}/run"})
-        plan_environments(config, LaunchConfig.from_mapping(values), own_api=True)
+        launch = LaunchConfig.from_mapping({"agents": {"mine": agent}, "environments": {}})
+        plan_environments(config, launch, own_api=True)
 
-    plan(agent="here:solve")
-    plan(agent="there:solve", **variables)
+    plan(agent="there:solve", env={"PYTHONPATH": f"{tmp_path}/elsewhere"})
     plan(agent="unknown:solve", python=sys.executable)  # what it finds is its own
     with pytest.raises(ConfigError, match=rf"^agents\.mine\.{message}"):
-        plan(**{"agent": "here:solve", **variables, **wrong})
+        plan(**{"agent": "here:solve", **wrong})
 
 
 def test_groups_of_one_sequence_are_warned_of_where_the_baseline_is_the_group() -> None:

@@ -110,11 +110,13 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path, monkeypatch: pytest.M
     ("names", "variables", "netrc", "fault"),
     [
         (["console", "wandb"], {}, "machine example.com login x password y", "there is no API key for wandb: run"),
+        (["wandb"], {"WANDB_BASE_URL": "https://example.com"}, "machine example.com login x password y", None),
+        (["wandb"], {}, f"machine api.wandb.ai login user password {'x' * 40}", None),
+        (["wandb"], {}, f"machine api.forge.coreweave.com login user password {'x' * 40}", None),  # where login writes
         (["wandb"], {}, "not a netrc file", "there is no API key for wandb: run 'wandb login'"),
         (["swanlab"], {}, "", "swanlab is not installed: pip install swanlab"),
         (["wandb"], {"WANDB_MODE": "offline"}, "", None),
         (["wandb"], {"WANDB_API_KEY": "x" * 40}, "", None),
-        (["wandb"], {"WANDB_BASE_URL": "https://example.com"}, "machine example.com login x password y", None),
         (["console", "file"], {}, "", None),
     ],
 )
