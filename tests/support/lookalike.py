@@ -89,7 +89,7 @@ class Lookalike(TorchDispatchMode):
         super().__init__()
         Lookalike.current = self
         self.waits: Counter[str] = Counter()
-        """``operator file:function`` → how often the processor had to wait there, or a copy was made."""
+        """``operator function`` → how often the processor had to wait there, or a copy was made."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -122,7 +122,7 @@ class Lookalike(TorchDispatchMode):
         frame: Any = sys._getframe(1)
         while frame is not None and not any(part in frame.f_code.co_filename for part in _OURS):
             frame = frame.f_back
-        where = "outside" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"
+        where = "outside" if frame is None else frame.f_code.co_name
         self.waits[f"{what} {where}"] += 1
 
 

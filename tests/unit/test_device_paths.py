@@ -9,14 +9,14 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "support" / "lookalike.py"
 MICRO_BATCH = {
-    "nonzero engines.py:_head_request": 1,
-    "unique_dim engines.py:_head_request": 1,
-    "_local_scalar_dense masking_utils.py:find_packed_sequence_indices": 1,
-    "_local_scalar_dense policy.py:_per_sequence": 1,  # with off_policy.importance=sequence only
-    "tolist policy.py:_means": 1,
-    "_local_scalar_dense worker.py:__call__": 1,
+    "nonzero _head_request": 1,
+    "unique_dim _head_request": 1,
+    "_local_scalar_dense find_packed_sequence_indices": 1,
+    "_local_scalar_dense _per_sequence": 1,  # with off_policy.importance=sequence only
+    "tolist _means": 1,
+    "_local_scalar_dense __call__": 1,
 }
-TOKEN = {"tolist scheduler.py:_sample_and_push": 1}
+TOKEN = {"tolist _sample_and_push": 1}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_a_token_of_the_engine_takes_one_wait_and_so_does_a_prefill(found: dict[
 
 
 def test_the_probe_and_the_padded_loss_run_on_one_device(found: dict[str, dict[str, int]]) -> None:
-    padded = {"nonzero policy.py:compute_advantage_weighted_sft_loss": 1, "tolist policy.py:_means": 1}
+    padded = {"nonzero compute_advantage_weighted_sft_loss": 1, "tolist _means": 1}
     assert _waits(found["padded loss"]) == padded
     assert found["probe"]
 
