@@ -49,15 +49,11 @@ from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_WAIT_TIMEOUT = 300.0
-"""Seconds that weight, memory and logprob calls wait for another such call, and for a token boundary."""
+_WAIT_TIMEOUT = 300.0  # seconds that weight, memory and logprob calls wait for another one, and for a token boundary
 _ATTEND_SECONDS = 1.0
-_TURN = 16
-"""Sequences of a client request that are queued together; then it is the others' turn."""
-_TURN_ROUNDS = 32
-"""Rounds (tokens) between two occasions at which a request without a slot takes one from a large request."""
-_ROOM_ROUNDS = 4
-"""Rounds after which one more sequence may run, after a failure."""
+_TURN = 16  # sequences of a client request that are queued together; then it is the others' turn
+_TURN_ROUNDS = 32  # rounds (tokens) after which a request without a slot takes one from a large request
+_ROOM_ROUNDS = 4  # rounds after which one more sequence may run, after a failure
 _BLAME_AFTER, _MAX_FAILED_STEPS = 5, 10
 """Failed steps in a row after which a sequence that ran alone is to blame (if a known request works), and after which
 the engine is given up."""
@@ -125,8 +121,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         self._counts = EngineStats()
         self._condition = threading.Condition()
         # Guarded by the condition:
-        self._waiting: list[RunningSequence] = []
-        """A heap."""
+        self._waiting: list[RunningSequence] = []  # a heap
         self._arrivals, self._turn = itertools.count(), 0
         self._tickets: set[Ticket] = set()
         self._aborting: set[Ticket] = set()
@@ -137,8 +132,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         self._max_running = max_running
         self._batch = ContinuousBatch(self._runner, max_running, self._counts)
         self._failed_steps = self._rounds = 0
-        self._sound = True
-        """As far as known tokens showed after the last failure."""
+        self._sound = True  # as far as known tokens showed after the last failure
         step = -(-self.vocab_size // min(_PROOF_TOKENS, self.max_context_len))
         self._proof_tokens = list(range(0, self.vocab_size, step))
         self._proof: list[float] | None = None

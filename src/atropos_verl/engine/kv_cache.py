@@ -20,14 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 SLOT_ATTENTION = "atropos_slots"
 
 _CAPACITY_STEP = 128
-BLOCK = 4
-"""Tokens of a block of the store: what a prefix ends with beyond whole blocks is computed again."""
-WORTH_STORING = 32
-"""Tokens below which a common prefix is computed again: that takes no longer than to find and copy it."""
-UNUSED = 128
-"""Steps that sequences ended in since something was last reused, above which one in eight is stored."""
-_STORE_BYTES = 256 * 2**20
-"""Most bytes of the store, or as many as the slots hold if that is more."""
+BLOCK = 4  # tokens of a block of the store: what a prefix ends with beyond whole blocks is computed again
+WORTH_STORING = 32  # tokens below which a common prefix is computed again: to find and copy it takes as long
+UNUSED = 128  # steps that sequences ended in since something was last reused, above which one in eight is stored
+_STORE_BYTES = 256 * 2**20  # of the store at most, or as many as the slots hold if that is more
 
 
 class PrefixIndex:

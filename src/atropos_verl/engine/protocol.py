@@ -17,8 +17,7 @@ from atropos_verl.types import Generation, GenerationDelta, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_END_SECONDS = 30.0
-"""For requests of an evaluation that was given up to let go of the engine."""
+_END_SECONDS = 30.0  # for requests of an evaluation that was given up to let go of the engine
 
 
 @runtime_checkable

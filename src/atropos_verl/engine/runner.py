@@ -18,8 +18,7 @@ from atropos_verl.errors import EngineError
 WORTH_SEVERAL_THREADS = 40_000_000
 """Multiply-adds per layer of a decode step below which one thread is faster (``benchmarks/bench_engine_threads.py``):
 to wake threads and wait for them costs about 0.45 ms per layer, and a second one has to save more than that."""
-_LOGITS_BYTES = 256 * 2**20
-"""Most float32 logits held at once, bytes."""
+_LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 
 
 def context_len(config: Any, wanted: int | None) -> int:

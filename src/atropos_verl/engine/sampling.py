@@ -28,8 +28,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 
-_PARTIAL_SORT_WIDTH = 1024
-"""Candidates looked at before a whole vocabulary is sorted; top-p and top-k almost never need more."""
+_PARTIAL_SORT_WIDTH = 1024  # candidates looked at before a whole vocabulary is sorted; top-p and top-k need few
 
 
 def _mix(keys: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.uint64]:

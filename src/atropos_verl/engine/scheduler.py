@@ -53,8 +53,7 @@ class ContinuousBatch:
 
     def __init__(self, runner: ModelRunner, max_running: int, counts: EngineStats) -> None:
         self._runner, self._counts = runner, counts
-        self.room = max_running
-        """Sequences that may run together now."""
+        self.room = max_running  # sequences that may run together now
         self._rows: SamplingRows | None = None  # of `running`; None after rows joined or left
         self.running: list[RunningSequence] = []
         self.participants: list[RunningSequence] = []

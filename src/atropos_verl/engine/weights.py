@@ -13,10 +13,8 @@ from atropos_verl.errors import WeightSyncError
 
 TRIM_BYTES = 2**28
 """Of the weights of a model that is worth it: pages that are taken again cost time (0.4 ms per MB, measured)."""
-_WORTH_PACKING = 2**16
-"""Elements of a matrix below which a product costs less than the call of the packed one."""
-_PACKED_FOR = 32
-"""Rows for which the layout is chosen; from 1 to 2,048 another one is at most a few per cent better."""
+_WORTH_PACKING = 2**16  # elements of a matrix below which a product costs less than the call of the packed one
+_PACKED_FOR = 32  # rows for which the layout is chosen; from 1 to 2,048 others are at most a few per cent better
 
 
 class PackedLinear(torch.nn.Linear):

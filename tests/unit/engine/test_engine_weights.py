@@ -284,7 +284,8 @@ def test_a_copy_is_packed_from_its_own_weight() -> None:
 @PACKED
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_the_engine_generates_from_the_newest_weights(family: str) -> None:
-    """Updated, staged and swapped, released and given again: no packed copy of older ones is used."""
+    """Updated, staged and swapped, released and given again: no packed copy, and no stored prefix, of older ones is
+    used."""
     models = [tiny_causal_lm(seed=seed, family=family) for seed in range(5)]
     [prompt] = prompts(40)
     with engine_of(copy.deepcopy(models[0])) as engine:

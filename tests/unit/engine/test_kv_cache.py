@@ -156,22 +156,6 @@ def whole_blocks(tokens: int) -> int:
     return tokens // BLOCK * BLOCK
 
 
-def test_the_next_turn_prefills_only_what_is_new() -> None:
-    model = tiny_causal_lm()
-    context, *turns = prompts(50, *[7] * 6)
-    prefilled = reused = 0
-    with engine_of(copy.deepcopy(model)) as engine:
-        for turn in turns:
-            context += turn
-            answer = one(engine, context, max_tokens=9, ignore_eos=True)
-            check_logprobs(model, context, answer)
-            stored = whole_blocks(len(context) - len(turn) - 1) if prefilled else 0  # the last token was never fed in
-            prefilled += len(context) - stored
-            reused += stored
-            assert counts(engine) == (prefilled, reused)
-            context += answer.token_ids
-
-
 def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -237,27 +221,6 @@ def test_a_beginning_that_several_newcomers_share_is_computed_once() -> None:
         assert counts(engine) == (105 + 5 * 5, 5 * 100)
     for end, [answer] in zip(ends, answers, strict=True):
         assert list(answer.token_ids) == greedy_oracle(model, system + end, 4)
-
-
-@pytest.mark.parametrize("change", ["update", "swap", "release"])
-def test_nothing_of_other_weights_is_used(change: str) -> None:
-    old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
-    [prompt] = prompts(64)
-    with engine_of(old) as engine:
-        one(engine, prompt, max_tokens=4)
-        if change == "swap":
-            engine.stage_weights_from_tensor(named(new))
-            engine.swap_weights()
-        else:
-            if change == "release":
-                engine.release_memory_occupation()
-                assert engine.stats().kv_bytes == 0
-                engine.resume_memory_occupation()
-            engine.update_weights_from_tensor(named(new))
-        check_greedy(engine, new, prompt, 5)
-        assert engine.stats().reused_tokens == 0
-        check_greedy(engine, new, prompt, 5)
-        assert engine.stats().reused_tokens == 60
 
 
 def test_kept_keys_and_values_outlive_one_swap_and_the_logprobs_are_those_sampled_from() -> None:

