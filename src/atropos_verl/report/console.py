@@ -315,22 +315,17 @@ class LaunchView(LiveScreen):
         self._state = state
 
     def _frame(self) -> RenderableType:
-        return _render_state(self._state, self._console.width) if self._state else Text("starting …")
-
-
-def _render_state(state: Mapping[str, Any], width: int) -> RenderableType:
-    parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
-    if recent := state.get("recent"):
-        line = _step_line(recent[-1], state)
-        # The line above has the policy version too; on a narrow screen it is the one to spare.
-        line = line if len(line) <= width else line.rsplit("  ", 1)[0]
-        parts.append(Text(line, no_wrap=True, overflow="ellipsis"))
-        curve = sparkline(state.get("rewards") or (), min(CURVE_WIDTH, max(10, width - 20)))
-        parts.append(Text(f"reward {curve}", no_wrap=True, overflow="crop"))
-    silent = state.get("seconds_since_step")
-    since = "" if silent is None else f", last step {duration(silent)} ago"
-    parts.append(Text(f"up {duration(state.get('seconds'))}{since}, {state.get('run_dir')}", style="dim"))
-    return Group(*parts)
+        if not (state := self._state):
+            return Text("starting …")
+        parts: list[RenderableType] = [_services(state), Text(_flow(state), no_wrap=True, overflow="ellipsis")]
+        if recent := state.get("recent"):
+            parts.append(Text(_step_line(recent[-1], state), no_wrap=True, overflow="ellipsis"))
+            curve = sparkline(state.get("rewards") or (), min(CURVE_WIDTH, max(10, self._console.width - 20)))
+            parts.append(Text(f"reward {curve}", no_wrap=True, overflow="crop"))
+        silent = state.get("seconds_since_step")
+        since = "" if silent is None else f", last step {duration(silent)} ago"
+        parts.append(Text(f"up {duration(state.get('seconds'))}{since}, {state.get('run_dir')}", style="dim"))
+        return Group(*parts)
 
 
 def _step_line(line: Mapping[str, Any], state: Mapping[str, Any]) -> str:
@@ -342,10 +337,8 @@ def _services(state: Mapping[str, Any]) -> Table:
     longest = max((len(str(service.get("name"))) for service in services), default=0)
     # The reason takes what the others leave; without their widths it would take theirs.
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold", expand=True)
-    table.add_column("service", no_wrap=True, min_width=min(max(longest, 7), 24))
-    table.add_column("state", no_wrap=True, min_width=10)
-    for name, least in (("pid", 7), ("up", 7), ("restarts", 8)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=least)
+    for name, least in (("service", min(max(longest, 7), 24)), ("state", 10), ("pid", 7), ("up", 7), ("restarts", 8)):
+        table.add_column(name, justify="left" if name in "service state" else "right", no_wrap=True, min_width=least)
     table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
     for service in services:
         word = str(service.get("state"))

@@ -88,10 +88,8 @@ class FoundGroup:
     """A group and where it was found."""
 
     group: ScoredGroup
-    origin: str
-    """For people: ``group 0``, ``line 3``, ``1f2e3d.json``."""
-    recorded_reason: str | None = None
-    """The run's reason for refusing it, when it comes from a quarantine file."""
+    origin: str  # for people: ``group 0``, ``line 3``, ``1f2e3d.json``
+    recorded_reason: str | None = None  # the run's for refusing it, in a quarantine file
 
 
 def read_path(path: Path) -> list[FoundGroup]:

@@ -45,12 +45,9 @@ _HEADER = re.compile(
 """Headers of turns in the templates of common models."""
 _ROLES = {"inst": "user", "/inst": "assistant", "model": "assistant"}
 _SURVIVAL_BINS = 20
-_LIVE_SECONDS = 10.0
-"""A launcher writes its state five times a second."""
+_LIVE_SECONDS = 10.0  # a launcher writes its state five times a second
 _VERSIONS_UNDER_WAY = 8
 """A request of older weights than these, before the newest that were trained on, will not come any more."""
-
-
 _TRACKED_EVERY = 10
 _TRACKED = 4
 _TRACKED_COLUMNS = ("step", "id", "environment", "reward", "tokens", "prompt", "answer")
@@ -63,17 +60,13 @@ class RolloutFilter:
     step: int | None = None
     environment: int | None = None
     state: str | None = None
-    reason: str | None = None
-    """A part of it."""
+    reason: str | None = None  # a part of it
     reward_min: float | None = None
     reward_max: float | None = None
-    length_min: int | None = None
-    """In tokens, prompt included."""
+    length_min: int | None = None  # in tokens, prompt included
     length_max: int | None = None
-    version: int | None = None
-    """A trained token is of this policy version, or of an older and another of a newer one."""
-    text: str | None = None
-    """A part of it, in capitals or not."""
+    version: int | None = None  # between the oldest and the newest of its trained tokens
+    text: str | None = None  # a part of it, in capitals or not
     session: str | None = None
 
     def where(self) -> tuple[str, list[Any]]:
