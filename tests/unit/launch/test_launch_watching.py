@@ -21,7 +21,7 @@ from atropos_verl.launch.plan import LaunchPlan
 from atropos_verl.launch.probes import LogFacts, Poller, StepWatch, common_errors, diagnose, last_refusals
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import Supervisor, WatchedService
-from atropos_verl.report.console import LaunchView, _render_state
+from atropos_verl.report.console import LaunchView
 
 
 def watched(tmp_path: Path, clock: Clock, *, code: str, restarts: int = 3) -> WatchedService:
@@ -490,7 +490,9 @@ def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
 def test_the_table_fits_a_narrow_terminal() -> None:
     long = {**state()["services"][0], "state": "failed", "detail": "words was not ready " + 200 * "x"}
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(_render_state(state(services=[long, state()["services"][1]]), width=80))
+    view = LaunchView(console)
+    view.update(state(services=[long, state()["services"][1]]))
+    console.print(view._frame())
     rows = console.export_text().splitlines()
     assert rows[0].split() == ["service", "state", "pid", "up", "restarts"]
     assert rows[1].split()[:5] == ["words", "failed", "12", "5.0s", "1"]
