@@ -31,7 +31,7 @@ GROUPS, SIZE, LOOKS = 16, 8, 20
 
 
 def make_group(rng: np.random.Generator, number: int) -> ScoredGroup:
-    rows = [rng.integers(64, 250, int(rng.integers(64, 257))) for _ in range(SIZE)]
+    rows = [rng.integers(32, 94, int(rng.integers(64, 257))) for _ in range(SIZE)]
     masks = [np.where(np.arange(len(row)) < 32, NOT_TRAINED, row) for row in rows]
     logprobs = [np.where(mask == NOT_TRAINED, 1.0, -rng.random(len(mask))) for mask in masks]
     return ScoredGroup(
