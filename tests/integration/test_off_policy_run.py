@@ -207,9 +207,9 @@ class Deaths:
         self.forwards = self.updates = 0
         self.in_updates = DEATHS // 3
         self.in_steps = DEATHS - self.in_updates
-        self._forward, self._check = ModelRunner._forward, WeightStore._check
+        self._forward, self._target = ModelRunner._forward, WeightStore._target
         monkeypatch.setattr(ModelRunner, "_forward", lambda *arguments: self._step(*arguments))
-        monkeypatch.setattr(WeightStore, "_check", lambda *arguments: self._tensor(*arguments))
+        monkeypatch.setattr(WeightStore, "_target", lambda *arguments: self._tensor(*arguments))
 
     def _step(self, *arguments: Any) -> Any:
         self.forwards += 1
@@ -225,7 +225,7 @@ class Deaths:
             self.updates += 1
             if self.updates % 2 and self.updates < 2 * self.in_updates:  # the second time it succeeds
                 raise MemoryError("no room for the new weights")
-        return self._check(store, name, *arguments)
+        return self._target(store, name, *arguments)
 
 
 @pytest.mark.parametrize(
