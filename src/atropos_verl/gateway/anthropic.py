@@ -14,7 +14,6 @@ from atropos_verl.types import FinishReason
 _HARMLESS = ("stream", "cache_control", "inference_geo", "speed", "diagnostics", "betas", "context_management")
 _SIGNATURE = "unsigned"
 """Of thinking blocks: clients demand one, and send it back."""
-_EMPTY_TEXT = {"type": "text", "text": ""}
 _CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 
 
@@ -126,8 +125,8 @@ class _Call(EventAnswer):
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
     def open(self, kind: str) -> Iterator[bytes]:
-        thinks = kind == "reasoning"
-        yield self._begin({"type": "thinking", "thinking": "", "signature": ""} if thinks else _EMPTY_TEXT.copy())
+        thought = {"type": "thinking", "thinking": "", "signature": ""}
+        yield self._begin(thought if kind == "reasoning" else {"type": "text", "text": ""})
 
     def more(self, text: str) -> Iterator[bytes]:
         name = self._blocks[-1]["type"]

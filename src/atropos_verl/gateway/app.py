@@ -156,19 +156,16 @@ def create_app(
         service.more_figures = sessions.figures
         routes += _session_routes(sessions, advertise_url)
 
-    async def routing_error(request: Request, error: Exception) -> Response:
-        """404 and 405 are in our log, too: Atropos clients swallow them."""
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
-        service.warn(f"route {request.url.path[:200]}", "a client calls %s", what, again=True)
-        return _error_response(ApiError(status, what))
-
     async def refused(request: Request, error: Exception) -> Response:
+        """Atropos clients swallow 404 and 405."""
+        if isinstance(error, HTTPException):
+            what = f"{request.method} {request.url.path[:200]}: no such endpoint ({_ROUTES_HINT})"
+            error = ApiError(error.status_code, what)
         return _error_response(_told(service, request.url.path, error))
 
     who: dict[str, Any] = {"key": api_key, "hosts": allowed_hosts, "sessions": sessions}
     entrance = Middleware(_Entrance, service=service, evaluates=evaluated is not None, **who)
-    errors = {HTTPException: routing_error, ApiError: refused}
+    errors = {HTTPException: refused, ApiError: refused}
     return Starlette(routes=routes, middleware=[entrance], exception_handlers=errors)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -38,6 +38,26 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning_content: str | None = None
     extra: dict[str, Any] = {}
     """Other fields of the message, for templates that know them (``name``, …)."""
+
+
+class _Function(msgspec.Struct):
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    parameters: dict[str, Any] | None = None
+    arguments: Any = None
+
+
+class _WireCall(msgspec.Struct):
+    function: _Function
+    id: Any = None
+
+
+class _WireMessage(msgspec.Struct):
+    role: str
+    content: str | list[Any] | None = None
+    tool_calls: list[_WireCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +100,10 @@ def _read_tools(fields: Fields, function_of: Callable[[dict[str, Any]], Any]) ->
     """The ``tools`` in the chat API's form; ``function_of`` finds the function in an item."""
     functions: dict[str, Any] = {}
     for index, tool in enumerate(fields.read("tools", list[dict[str, Any]](), list[dict[str, Any]])):
-        function = function_of(tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not name:
-            kind = str(tool.get("type", "function"))[:40]
-            text = f"item {index} ({kind}) must be a function with a 'name'; no other kind of tool is served"
-            raise fields.error("tools", text, "unsupported_field")
+        where = f"item {index} ({str(tool.get('type', 'function'))[:40]}) must be a function, no other tool is served: "
+        name = fields.convert("tools", function := function_of(tool), _Function, where).name
         if name in functions:
             raise fields.error("tools", f"item {index}: there are two tools of the name {name!r}")
-        if not isinstance(function.get("parameters") or {}, dict):
-            raise fields.error("tools", f"item {index}: 'parameters' must be a JSON schema, an object")
         functions[name] = function
     return tuple({"type": "function", "function": function} for function in functions.values())
 
@@ -135,21 +149,14 @@ def joined(parts: Any) -> Any:
     return parts
 
 
-def _calls(fields: Fields, name: str, index: int, calls: Any) -> Iterator[ToolCall]:
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise fields.error(name, f"item {index}: 'tool_calls' must be a list of objects")
-    for call in calls:
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            text = f"item {index}: a call needs a 'function' with a 'name'; other kinds of calls are not served"
-            raise fields.error(name, text)
-        arguments = function.get("arguments") or {}
-        if not isinstance(arguments, str):
-            try:
-                arguments = msgspec.json.encode(arguments).decode()
-            except RecursionError:
-                raise fields.error(name, f"item {index}: the arguments of a call have too many levels") from None
-        yield ToolCall(id=str(call.get("id") or ""), name=function["name"], arguments=arguments)
+def _call(fields: Fields, name: str, index: int, call: "_WireCall") -> ToolCall:
+    arguments = call.function.arguments or {}
+    if not isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.encode(arguments).decode()
+        except RecursionError:
+            raise fields.error(name, f"item {index}: the arguments of a call have too many levels") from None
+    return ToolCall(id=str(call.id or ""), name=call.function.name, arguments=arguments)
 
 
 def _texts(fields: Fields, name: str, index: int, parts: Iterable[Any]) -> Iterator[str]:
@@ -228,25 +235,17 @@ class ChatTemplate:
         """
         result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
         for index, message in items:
-            given = message.items() if isinstance(message, dict) else ()
-            known = {key: value for key, value in given if value is not None}
-            role, content, answered = known.pop("role", None), known.pop("content", ""), known.pop("tool_call_id", None)
-            thought = known.pop("reasoning_content", known.pop("reasoning", None))
-            if not isinstance(role, str):
-                raise fields.error(name, f"item {index} must be an object with a string 'role'")
-            if not isinstance(answered, str | None) or not isinstance(thought, str | None):
-                raise fields.error(name, f"item {index}: 'tool_call_id' and 'reasoning_content' must be strings")
-            calls = tuple(_calls(fields, name, index, known.pop("tool_calls", [])))
+            said: _WireMessage = fields.convert(name, message, _WireMessage, f"item {index}: ")
+            more = {key: value for key, value in message.items() if value is not None and not hasattr(said, key)}
+            calls = tuple(_call(fields, name, index, call) for call in said.tool_calls or ())
             names |= {call.id: call.name for call in calls}
-            if role == "tool" and (tool := names.get(str(answered))):
-                known.setdefault("name", tool)
-            if role == "developer" and role not in self.source:
-                role = "system"
-            if isinstance(content, list):
-                content = "\n".join(_texts(fields, name, index, content))
-            elif not isinstance(content, str):
-                raise fields.error(name, f"item {index}: 'content' must be a string or a list of text parts")
-            result.append(Message(role, content, calls, answered, thought, known))
+            if said.role == "tool" and (tool := names.get(str(said.tool_call_id))):
+                more.setdefault("name", tool)
+            role = "system" if said.role == "developer" and "developer" not in self.source else said.role
+            content = said.content or ""
+            text = content if isinstance(content, str) else "\n".join(_texts(fields, name, index, content))
+            thought = said.reasoning if said.reasoning_content is None else said.reasoning_content
+            result.append(Message(role, text, calls, said.tool_call_id, thought, more))
         if len(result) > _MAX_MESSAGES:  # templates may look through all of them for each
             raise fields.error(name, f"{len(result)} messages; send {_MAX_MESSAGES} at most")
         return tuple(result)

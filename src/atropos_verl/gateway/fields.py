@@ -131,12 +131,12 @@ class Fields:
         value = self.raw(name)
         return default if value is None else self.convert(name, value, kind or type(default))
 
-    def convert(self, name: str, value: Any, kind: Any) -> Any:
+    def convert(self, name: str, value: Any, kind: Any, where: str = "") -> Any:
         """``value`` as ``kind``, a type of msgspec. Not one by one: other threads wait meanwhile."""
         try:  # some clients send 16.0 for 16
             return msgspec.convert(int(value) if isinstance(value, float) and value.is_integer() else value, kind)
         except (msgspec.ValidationError, OverflowError) as error:
-            raise self.error(name, f"{error}; it is {reprlib.repr(value)[:80]}") from None
+            raise self.error(name, f"{where}{error}; it is {reprlib.repr(value)[:80]}") from None
 
     def child(self, name: str) -> Self:
         """The object under ``name`` (empty when absent), with its own record of what was read."""

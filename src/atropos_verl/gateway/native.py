@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from atropos_verl.gateway.fields import ApiError, Fields, Sampling, TokenIds, parse_sampling
+from atropos_verl.gateway.fields import ApiError, Fields, TokenIds, parse_sampling
 from atropos_verl.gateway.service import Answer, GatewayService, finite_logprobs, policy_fields
 from atropos_verl.types import Generation, GenerationRequest
 
@@ -137,7 +137,19 @@ def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
         return list(zip(logprobs, token_ids, texts, strict=True))
 
     def form(request: GenerationRequest, generation: Generation) -> dict[str, Any]:
-        meta, text = _sglang_meta(service, sampling, request, generation)
+        text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
+        is_cut = generation.finish_reason == "length"
+        why = {"length": len(generation.token_ids)} if is_cut else {"matched": matched}
+        meta: dict[str, Any] = {
+            "id": request.request_id,
+            "finish_reason": {"type": generation.finish_reason, **why},
+            "prompt_tokens": len(request.prompt_token_ids),
+            "completion_tokens": len(generation.token_ids),
+            "cached_tokens": 0,
+            "weight_version": str(generation.policy_versions[-1]),
+            "policy_version": generation.policy_versions[0],
+            "policy_versions": list(generation.policy_versions),
+        }
         if with_logprobs:
             meta["output_token_logprobs"] = rows(generation.token_ids, finite_logprobs(generation.logprobs))
             entries = _prompt_logprobs(request, generation) if scores_prompt else []
@@ -152,26 +164,6 @@ def _generate_sglang(service: GatewayService, fields: Fields) -> Answer:
         return msgspec.json.encode(answers if batched or sampling.template.n > 1 else answers[0])
 
     return answer
-
-
-def _sglang_meta(
-    service: GatewayService, sampling: Sampling, request: GenerationRequest, generation: Generation
-) -> tuple[dict[str, Any], str]:
-    """``meta_info`` without logprobs; and the text."""
-    text, matched = service.codec.completion_text(generation.token_ids, generation.finish_reason, sampling)
-    is_cut = generation.finish_reason == "length"
-    why = {"length": len(generation.token_ids)} if is_cut else {"matched": matched}
-    meta = {
-        "id": request.request_id,
-        "finish_reason": {"type": generation.finish_reason, **why},
-        "prompt_tokens": len(request.prompt_token_ids),
-        "completion_tokens": len(generation.token_ids),
-        "cached_tokens": 0,
-        "weight_version": str(generation.policy_versions[-1]),
-        "policy_version": generation.policy_versions[0],
-        "policy_versions": list(generation.policy_versions),
-    }
-    return meta, text
 
 
 # trl ----------------------------------------------------------------------------------------------------------------

@@ -113,14 +113,6 @@ def test_sglang_says_what_matched(client: httpx.Client, engine: FakeEngine) -> N
     assert kept["text"] == "yes"
 
 
-def test_trl_answer(client: httpx.Client, engine: FakeEngine) -> None:
-    settings = {"repetition_penalty": 1.0, "temperature": 0.9, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
-    answer = post(client, "/generate/", prompts=["a", "x"], n=2, max_tokens=2, **settings)
-    assert answer["completion_ids"] == [[65, 66], [66, 67], [88, 89], [89, 90]]  # a = 64, x = 87
-    assert answer["prompt_ids"] == [[64], [87]]
-    assert answer["logprobs"][0] == [-0.125, -0.25]
-
-
 @pytest.mark.parametrize(
     ("param", "body"),
     [

@@ -16,7 +16,7 @@ from support.tiny_model import build_tiny_tokenizer
 from atropos_verl.config.schema import GatewayConfig
 from atropos_verl.errors import ServiceError
 from atropos_verl.gateway.app import GatewayServer, create_app
-from atropos_verl.http_thread import listen
+from atropos_verl.http_thread import bracketed, listen, reachable
 
 TOKENIZER = build_tiny_tokenizer()
 
@@ -64,23 +64,15 @@ def test_who_connects_before_the_start_waits_and_is_answered() -> None:
     ("host", "called"),
     [
         ("127.0.0.2", "127.0.0.2"),
-        (socket.gethostbyname(socket.gethostname()), socket.gethostbyname(socket.gethostname())),
+        ("a.example", "a.example"),
         ("0.0.0.0", "127.0.0.1"),
         ("::1", "[::1]"),
         ("::", "[::1]"),
     ],
 )
 def test_every_bind_address_has_a_url_that_can_be_called(host: str, called: str) -> None:
-    if ":" in host:
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError:
-            pytest.skip("this machine has no IPv6")
-    options = GatewayConfig(host=host).for_app()
-    with GatewayServer(make_app(**options), host=host) as server:
-        assert server.url.rpartition(":")[0] == f"http://{called}"
-        assert httpx.get(f"{server.url}/health", trust_env=False).status_code == 200
-        assert bool(options["allowed_hosts"]) == host.startswith(("127.", "localhost", "::1", "[::1"))
+    assert bracketed(reachable(host)) == called
+    assert bool(GatewayConfig(host=host).for_app()["allowed_hosts"]) == host.startswith(("127.", "::1"))
 
 
 @pytest.mark.parametrize("in_time", [True, False])
