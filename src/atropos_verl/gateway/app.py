@@ -296,7 +296,7 @@ class _Endpoint:
                     raise ApiError(413, text)
                 if service.counts["unread_bytes"] > _MAX_UNREAD_BYTES:
                     raise ApiError(503, "too many large requests at once; send it again later", code="overloaded")
-            await self._serve_while_connected(scope, body, receive, reply)
+            await self._serve(scope, body, receive, reply)
         except ClientDisconnect:
             reply.status = _CLIENT_GONE
         except ApiError as error:
@@ -310,8 +310,8 @@ class _Endpoint:
         self.service.counts["unread_bytes"] -= len(body)
         body.clear()
 
-    async def _serve_while_connected(self, scope: Scope, body: bytearray, receive: Receive, reply: _Reply) -> None:
-        """Raises ``ClientDisconnect``, or ``ApiError`` 504."""
+    async def _serve(self, scope: Scope, body: bytearray, receive: Receive, reply: _Reply) -> None:
+        """Raises ``ClientDisconnect``."""
         task, gone = asyncio.current_task(), asyncio.create_task(disconnected(receive))
 
         def leave(_: object) -> None:
@@ -319,41 +319,34 @@ class _Endpoint:
                 task.cancel()
 
         gone.add_done_callback(leave)
+        service, was_received, limit = self.service, False, asyncio.timeout(self.request_timeout)
         try:
-            async with asyncio.timeout(self.request_timeout):
-                await self._serve(scope, body, reply, gone)
-        except TimeoutError:
-            message = f"not finished within {self.request_timeout} s, the request_timeout of this gateway"
-            raise ApiError(504, message, code="timeout") from None
+            async with limit:
+                if self.sessions is not None and (session := scope["session"]) is not None:
+                    service = self.sessions.begin(service, session, (self.path, body), Headers(scope=scope))
+                # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
+                readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
+                answer = (await asyncio.get_running_loop().run_in_executor(readers, self._read, service, body))()
+                self._forget(body)
+                last = b""
+                if isinstance(answer, AsyncGenerator):
+                    async with aclosing(answer):
+                        async for event in answer:
+                            await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
+                else:
+                    last = await answer
+                was_received = not gone.done()
+                await reply.write(last)
         except asyncio.CancelledError:
             if gone.done():
                 raise ClientDisconnect from None
             raise  # the server is being stopped
+        except Exception as error:  # noqa: BLE001 - the client is told of it, and the log
+            text = f"not finished within {self.request_timeout} s, the request_timeout of this gateway"
+            late = ApiError(504, text, code="timeout") if limit.expired() else None
+            await reply.fail(_told(self.service, self.path, late or error))
         finally:
             gone.cancel()
-
-    async def _serve(self, scope: Scope, body: bytearray, reply: _Reply, gone: asyncio.Task[None]) -> None:
-        service, was_received = self.service, False
-        try:
-            if self.sessions is not None and (session := scope["session"]) is not None:
-                service = self.sessions.begin(service, session, (self.path, body), Headers(scope=scope))
-            # In a thread, long ones in threads of their own: a client's long request must not hold up the others.
-            readers = _LONG_READERS if len(body) > _LONG_BODY_BYTES else None
-            loop = asyncio.get_running_loop()
-            answer = (await loop.run_in_executor(readers, self._read, service, body))()
-            self._forget(body)
-            last = b""
-            if isinstance(answer, AsyncGenerator):
-                async with aclosing(answer):
-                    async for event in answer:
-                        await reply.write(event, more=True, media_type="text/event-stream; charset=utf-8")
-            else:
-                last = await answer
-            was_received = not gone.done()
-            await reply.write(last)
-        except Exception as error:  # noqa: BLE001 - the client is told of it, and the log
-            await reply.fail(_told(self.service, self.path, error))
-        finally:
             if isinstance(service, SessionService):
                 service.ended(was_received=was_received)
 
