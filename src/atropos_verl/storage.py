@@ -53,8 +53,7 @@ _HOLES_TRIED: Final = 500
 _NETWORK_TYPES: Final = (
     "9p afs beegfs ceph cifs fuse.ceph fuse.glusterfs fuse.sshfs glusterfs gpfs lustre nfs nfs4 smb3 smbfs"
 )
-_PLACE: Final = struct.Struct("<QQQ")
-"""Row of a large value: offset, length, checksum."""
+_PLACE: Final = struct.Struct("<QQQ")  # row of a large value: offset, length, checksum
 _SYNC_ERRORS: Final = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 _NO_DAMAGE: Final = (
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN,
@@ -141,11 +140,9 @@ def network_file_system(path: Path) -> str | None:
 class _Mark(NamedTuple):
     """What a database must hold."""
 
-    number: int = 0
-    """Commits since the store was made."""
+    number: int = 0  # commits since the store was made
     rows: int = 0
-    checksums: int = 0
-    """XOR of those of all rows."""
+    checksums: int = 0  # XOR of those of all rows
 
 
 class _Found(NamedTuple):
@@ -154,8 +151,7 @@ class _Found(NamedTuple):
     path: Path
     exists: bool
     mark: _Mark
-    damage: str | None
-    """None: it is whole."""
+    damage: str | None  # None: it is whole
 
 
 class RecordStore:
@@ -183,8 +179,7 @@ class RecordStore:
         self.path = path
         self.damaged: list[tuple[str, Key]] = []
         """Large values that ``read`` found damaged: table and key."""
-        self.lost_rows = False
-        """Neither database was whole, now or at an earlier opening."""
+        self.lost_rows = False  # neither database was whole, now or at an earlier opening
         self._paths = (path, path.with_name(f"{path.stem}-copy{path.suffix}"))
         self._tables = tables
         self._owner, self._fsync, self._large = owner, fsync, large

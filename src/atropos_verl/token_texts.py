@@ -18,8 +18,7 @@ _PLAIN, _COMPOSED = "a B\n c", "e\u0301\ufb01\u3000"
 second."""
 _SPACES = [character.encode() for character in map(chr, range(0x3001)) if character.isspace()]
 
-_WIDTH = 16
-"""Bytes in which most tokens fit."""
+_WIDTH = 16  # bytes in which most tokens fit
 _FILL, _NO_TEXT = b"\xff", b"\xfe"
 """Neither is in any UTF-8."""
 

@@ -66,12 +66,9 @@ _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHO
 class ApiStatus(NamedTuple):
     """Answer of ``/status``."""
 
-    current_step: int
-    """Batches the API has formed, plus the ``starting_step`` of the registration."""
-    queue_size: int
-    """Groups that are in no batch yet."""
-    self_queue_size: int = 0
-    """Those of the environment that asked (``/status-env``)."""
+    current_step: int  # batches the API has formed, plus the ``starting_step`` of the registration
+    queue_size: int  # groups that are in no batch yet
+    self_queue_size: int = 0  # those of the environment that asked (``/status-env``)
 
 
 class ApiInfo(NamedTuple):
@@ -122,8 +119,7 @@ class AtroposClient:
             transport: replaces the network, for tests.
         """
         host = _check_url(api_url)
-        self.api_url = _without_password(api_url)
-        """As configured, a password left out."""
+        self.api_url = _without_password(api_url)  # as configured, a password left out
         self.timeout, self.max_wait_time = timeout, max_wait_time
         self.retry_attempts, self.retry_delay = retry_attempts, retry_delay
         self.lease_seconds = lease_seconds
@@ -475,10 +471,8 @@ class _ExchangeError(Exception):
     def __init__(self, error: AtroposAPIError, *, sent: bool, transient: bool) -> None:
         super().__init__(error.reason)
         self.error = error
-        self.sent = sent
-        """Bytes of the request may have reached the API."""
-        self.transient = transient
-        """The same request may succeed later."""
+        self.sent = sent  # bytes of the request may have reached the API
+        self.transient = transient  # the same request may succeed later
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,8 +484,7 @@ class _Call:
     # For messages: the path without the prefix of the API's URL, and that URL as the user configured it.
     endpoint: str
     base_url: str
-    timeout: float
-    """Seconds for the whole call, all tries together."""
+    timeout: float  # seconds for the whole call, all tries together
     content: bytes | None
     headers: Mapping[str, str]
 

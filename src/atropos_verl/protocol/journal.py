@@ -35,8 +35,7 @@ class DamagedBatchError(CheckpointError):
 class JournalEntry:
     """One journalled batch."""
 
-    sequence: int
-    """Counts the batches of a run directory from 1, in the order they were fetched."""
+    sequence: int  # counts the batches of a run directory from 1, in the order they were fetched
     path: Path
     meta: Mapping[str, Any] = field(default_factory=dict)
     step: int | None = None

@@ -28,11 +28,9 @@ _OVER = {409: ("lost", logging.WARNING), 404: ("forgotten", logging.INFO)}
 class HeldBatch:
     """A batch that is on disk, and reserved at an API that knows leases."""
 
-    body: bytes
-    """Not decoded."""
+    body: bytes  # not decoded
     entry: JournalEntry
-    waited: float = 0.0
-    """Seconds until it came; 0 from the journal."""
+    waited: float = 0.0  # seconds until it came; 0 from the journal
 
 
 class LeasedBatches:

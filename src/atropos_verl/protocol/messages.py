@@ -16,8 +16,7 @@ class BatchPolicy(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     batch_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
     """Sequences (not groups) per batch."""
-    batch_fill: str = "auto"
-    """``auto`` | ``exact`` | ``at_most`` | ``at_least``."""
+    batch_fill: str = "auto"  # ``auto`` | ``exact`` | ``at_most`` | ``at_least``
     batch_fill_wait: _Seconds = 5.0
     """Seconds that a batch's worth of sequences may wait for an exact fit (``auto``)."""
     batch_tail_wait: _Seconds | None = None
@@ -32,11 +31,9 @@ class TrainerRegistration(BatchPolicy, kw_only=True, omit_defaults=True):
     max_token_len: _Int
     """Exclusive: an environment drops a group when any of its sequences has this many tokens or more."""
     checkpoint_dir: str
-    save_checkpoint_interval: _Int
-    """Steps; 0 or less: none are saved."""
+    save_checkpoint_interval: _Int  # steps; 0 or less: none are saved
     starting_step: _Int
-    num_steps: _Int
-    """Of the whole run; environments end by themselves beyond it."""
+    num_steps: _Int  # of the whole run; environments end by themselves beyond it
     min_allocation_wait: _Seconds = 300.0
     """Seconds that a batch waits for an environment's minimum share before it goes without."""
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
@@ -52,8 +49,7 @@ class EnvRegistration(msgspec.Struct, kw_only=True):
 
     max_token_length: _Int
     group_size: _Int
-    desired_name: str | None = None
-    """atroposlib sends null when no wandb name is set."""
+    desired_name: str | None = None  # atroposlib sends null when no wandb name is set
     weight: _Float | None = 1.0
     """Share of the rollouts, relative to the other environments; None: 1 (upstream takes no null here); below 0: 0."""
     min_batch_allocation: _Float | None = None

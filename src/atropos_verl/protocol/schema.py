@@ -42,8 +42,7 @@ _MASS_TOLERANCE = 0.01
 """Of a teacher's probabilities, which an engine in bf16 may have summed up to a little more than 1."""
 MAX_MAGNITUDE = 1e30
 """Scores and advantages beyond this overflow float32, in which the loss is computed."""
-_SHOWN = 80
-"""Characters of a value in a reason."""
+_SHOWN = 80  # characters of a value in a reason
 
 _MAX_TOKEN = 2**31 - 1
 _Empty: TypeAlias = Annotated[dict[str, Any], msgspec.Meta(max_length=0)]
@@ -87,8 +86,7 @@ class ScoredData(msgspec.Struct, kw_only=True):
 
 
 FIELD_NAMES = frozenset(ScoredData.__struct_fields__)
-EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")
-"""Fields with a float per token."""
+EXTRAS = ("advantages", "ref_logprobs", "inference_logprobs")  # fields with a float per token
 TEACHER = ("distill_token_ids", "distill_logprobs")
 """Fields with a row of ids, and of their logprobs, per token."""
 _OURS = ("rollout_ids", "weights")
@@ -111,25 +109,21 @@ _NUMBERS = {
     **dict.fromkeys(("tokens", "masks", "env_id", "rollout_ids"), int),
     **dict.fromkeys(("scores", "weights", *EXTRAS), float),
 }
-_WARNED: set[str] = set()
-"""Unknown names that were logged."""
+_WARNED: set[str] = set()  # unknown names that were logged
 
 
 @dataclass(eq=False)
 class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an error of this program
     """Says why a group is refused."""
 
-    reason: str
-    """A short code for the counters."""
+    reason: str  # a short code for the counters
     message: str
     field: str = ""
     sequence: int | None = None
     index: int | None = None
     value: Any = None
-    group: int | None = None
-    """Index in a posted list."""
-    env_id: int | None = None
-    """The sender, when that could be read."""
+    group: int | None = None  # index in a posted list
+    env_id: int | None = None  # the sender, when that could be read
 
     def __str__(self) -> str:
         return self.message
@@ -147,25 +141,19 @@ class Refusal(Exception):  # noqa: N818 - a verdict on the sender's data, not an
 class CheckedGroup:
     """A group that may be stored."""
 
-    raw: bytes
-    """As received."""
+    raw: bytes  # as received
     suffix: bytes
     """Replaces the closing brace of ``raw``, unless empty, so that every key is there, absent ones as null. (Upstream's
     server adds them, and trainers written for it read them.)"""
     env_id: int | None
-    size: int
-    """Rollouts: sequences, or fewer where several are rows of one."""
+    size: int  # rollouts: sequences, or fewer where several are rows of one
     tokens: int
     digest: bytes
     """XXH3-128 of its JSON with every key, so that either wire gives the group one name (``wire.decode_group``)."""
-    fields: ScoredData | None
-    """None once nobody needs them any more."""
-    unknown: tuple[str, ...] = ()
-    """Names of fields that this version does not know."""
-    packed: bytes | None = None
-    """Its binary form (``wire.pack_group``), where it was made already."""
-    glimpse: dict[str, Any] = field(default_factory=dict)
-    """What the server's live page shows."""
+    fields: ScoredData | None  # None once nobody needs them any more
+    unknown: tuple[str, ...] = ()  # names of fields that this version does not know
+    packed: bytes | None = None  # its binary form (``wire.pack_group``), where it was made already
+    glimpse: dict[str, Any] = field(default_factory=dict)  # what the server's live page shows
 
     @property
     def decoded(self) -> ScoredData:

@@ -19,8 +19,7 @@ from atropos_verl.provenance.ledger import IDS, Ledger, Piece, SpanRecord, train
 from atropos_verl.provenance.repair import Repair, Repairer
 from atropos_verl.types import MIN_LOGPROB, UNKNOWN_VERSION, FloatArray, IntArray, SequenceMatch
 
-_MOST_COMPARED = 512
-"""Newest records that a sequence is compared with, to say where it differs."""
+_MOST_COMPARED = 512  # newest records that a sequence is compared with, to say where it differs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +59,7 @@ def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer
     return [matches[index] for index in range(len(queries))]
 
 
-_Picks = dict[int, list[SpanRecord]]
-"""Start of a piece → the records that it may be, oldest first."""
+_Picks = dict[int, list[SpanRecord]]  # start of a piece → the records that it may be, oldest first
 
 
 class _Chooser:
@@ -130,8 +128,7 @@ def _match(query: SequenceQuery, repair: Repair, picks: _Picks, certain: list[in
     known = np.zeros(len(query.token_ids), dtype=np.bool_)
     temperatures: set[float] = set()
     ambiguous: set[int] = set()
-    lost: Counter[int] = Counter()
-    """Tokens of each span that no record holds."""
+    lost: Counter[int] = Counter()  # tokens of each span that no record holds
     for number, piece in [(number, piece) for number, span in enumerate(repair.pieces) for piece in span]:
         if piece.start not in picks:
             lost[number] += piece.stop - piece.start

@@ -33,8 +33,7 @@ from atropos_verl.types import Generation
 
 logger = logging.getLogger(__name__)
 
-Runs = tuple[tuple[int, int], ...]
-"""(policy version, tokens it wrote), in order."""
+Runs = tuple[tuple[int, int], ...]  # (policy version, tokens it wrote), in order
 IDS = np.dtype("<i4")
 LOGPROBS = np.dtype("<f4")
 OVERHEAD_BYTES = 700

@@ -25,10 +25,8 @@ from atropos_verl.types import IntArray, RepairedTokens
 
 _CATCH_UP = 256
 """Records that are looked through in one go, between which the gateway may record others."""
-_CACHED = 512
-"""Texts of prompts and completions."""
-_MOST_CHAINS = 64
-"""Ways to read one span as a chain of completions; beyond, it counts as ambiguous."""
+_CACHED = 512  # texts of prompts and completions
+_MOST_CHAINS = 64  # ways to read one span as a chain of completions; beyond, it counts as ambiguous
 
 
 @dataclass(slots=True)

@@ -18,8 +18,7 @@ from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import GenerationRequest
 
 _POLL_SECONDS = 0.02
-_PROBE_TOKENS = 1
-"""Requests for so few tokens are health checks: they pass."""
+_PROBE_TOKENS = 1  # requests for so few tokens are health checks: they pass
 _LEAST_LINGER, _MOST_LINGER = 0.25, 5.0
 """Seconds after which a completion that has not shown up in the queue is not expected any more."""
 _NARROWER, _WIDER = 1 / 4, 1 / 50
@@ -48,15 +47,13 @@ class StalenessThrottle:
         self._lock = threading.RLock()
         self._queued = 0
         self._fetched = 0
-        self._margin = 0.0
-        """Sequences that may not be under way, though the bound alone would let them."""
+        self._margin = 0.0  # sequences that may not be under way, though the bound alone would let them
         self._generating = 0
         self._finished: deque[tuple[float, int]] = deque()
         self._delays: deque[float] = deque(maxlen=_DELAYS)
         self.active = False
         """Nothing is held while False: before and after training, when evaluations ask and no batch is taken."""
-        self.held = 0
-        """Requests that had to wait so far."""
+        self.held = 0  # requests that had to wait so far
 
     def queue_is(self, sequences: int) -> None:
         """Note the sequences that the API has queued now: those that are new there are under way no more."""

@@ -14,12 +14,10 @@ from typing import NamedTuple
 
 from atropos_verl.protocol.messages import BatchPolicy
 
-_SIZES_REMEMBERED = 64
-"""Groups of each environment whose sizes tell what may still come."""
+_SIZES_REMEMBERED = 64  # groups of each environment whose sizes tell what may still come
 BATCH_FILLS = ("auto", "exact", "at_most", "at_least")
 _by_age = attrgetter("seq")
-MAX_PASSED_OVER = 4
-"""Batches that may hold younger groups before a group is forced into the next one."""
+MAX_PASSED_OVER = 4  # batches that may hold younger groups before a group is forced into the next one
 
 
 @dataclass(slots=True)
@@ -35,8 +33,7 @@ class StoredGroup:
     digest: bytes
     raw: bytes
     suffix: bytes = b""
-    packed: bytes | None = None
-    """Its binary form; None until somebody wants it."""
+    packed: bytes | None = None  # its binary form; None until somebody wants it
     passed_over: int = 0
 
     def json_parts(self) -> list[bytes | memoryview]:
@@ -50,16 +47,11 @@ class QueueView:
 
     classes: Mapping[tuple[int | None, int], Iterable[StoredGroup]]
     """(env_id, size) → groups; the iterables are read from the front, and only as far as needed."""
-    total: int
-    """Sequences waiting."""
-    last_arrival: float
-    """Seconds since the epoch; when the newest group came."""
-    sizes_seen: frozenset[int] = frozenset()
-    """Group sizes that may still come."""
-    minimums: Mapping[int, int] = field(default_factory=dict)
-    """env_id → least sequences in the batch."""
-    anyone_sending: bool = True
-    """Some environment is alive, or one is expected."""
+    total: int  # sequences waiting
+    last_arrival: float  # seconds since the epoch; when the newest group came
+    sizes_seen: frozenset[int] = frozenset()  # group sizes that may still come
+    minimums: Mapping[int, int] = field(default_factory=dict)  # env_id → least sequences in the batch
+    anyone_sending: bool = True  # some environment is alive, or one is expected
 
     def in_order(self) -> Iterator[StoredGroup]:
         return heapq.merge(*self.classes.values(), key=_by_age)
@@ -69,8 +61,7 @@ class _Pool(NamedTuple):
     """The groups that can matter of an environment with a minimum, or of everybody else."""
 
     groups: list[StoredGroup]
-    makes: int
-    """The sums from the minimum on that some of the groups make, as a bit set."""
+    makes: int  # the sums from the minimum on that some of the groups make, as a bit set
 
 
 def choose_batch(view: QueueView, policy: BatchPolicy, now: float) -> list[StoredGroup] | None:
@@ -263,8 +254,7 @@ class GroupQueue:
         self.classes: dict[tuple[int | None, int], deque[StoredGroup]] = {}
         self.groups = 0
         self.sequences = 0
-        self.in_classes = 0
-        """Sequences in ``classes``: without those that are only counted (``count``)."""
+        self.in_classes = 0  # sequences in ``classes``: without those that are only counted (``count``)
         self.by_env: Counter[int | None] = Counter()
         """Sequences waiting, by environment (None: posted without one)."""
         self.last_arrival = 0.0

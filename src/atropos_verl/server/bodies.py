@@ -35,8 +35,7 @@ _MAX_KEY = 255
 _SHOWN = 80
 _MIN_COMPRESSED = 1000  # bytes; upstream's bound
 _NO_WEIGHT = ("q=", "q=0.")  # 0 in Accept-Encoding, without its zeros
-_CHUNK = 512 * 2**10
-"""Bytes sent at once, so that small groups do not cost a write each."""
+_CHUNK = 512 * 2**10  # bytes sent at once, so that small groups do not cost a write each
 PATIENCE = 0.25
 """Seconds. atroposlib takes a few milliseconds, more where its processor is busy."""
 _STATUSES = 2

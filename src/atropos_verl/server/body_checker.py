@@ -27,18 +27,15 @@ from atropos_verl.server.store import RequestError
 
 SLOW = 64 << 10
 """Bytes from which the second, slow reader and late packing are left to the other process: 10 ms."""
-_MANY_PARTS = 16_384
-"""Lists, objects and strings from which a body is left to it as well: 10 to 20 ms."""
+_MANY_PARTS = 16_384  # lists, objects and strings from which a body is left to it as well: 10 to 20 ms
 _MAX_BRACKETS = 1 << 22
 """Lists and objects of a body: each takes 60 bytes and more of memory, of 3 that were sent."""
-_MEMORY_BYTES = 8 << 30
-"""What the process may take: 16 times the longest body."""
+_MEMORY_BYTES = 8 << 30  # what the process may take: 16 times the longest body
 _OUT_OF_MEMORY = (3, -signal.SIGSEGV, -signal.SIGABRT)
 """Exit codes: its own, and those of libraries that do not expect it."""
 _SECONDS = 60.0
 _MAX_GROUPS = 1000
-_ENV_ID = re.compile(rb'"env_id"\s*:\s*"?(\d{1,9})\b')
-"""Inside a string its quotes would be escaped."""
+_ENV_ID = re.compile(rb'"env_id"\s*:\s*"?(\d{1,9})\b')  # inside a string its quotes would be escaped
 _TRIES = 2
 _SHOWN_TEXT, _SHOWN_ROWS = 400, 16
 
@@ -92,8 +89,7 @@ class BodyChecker:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
-        self._guard = threading.Lock()
-        """Held while the process is started or ended, in whatever thread."""
+        self._guard = threading.Lock()  # held while the process is started or ended, in whatever thread
         self._closed = False
         self._pipe: Pipe | None = None
         self.process: subprocess.Popen[bytes] | None = None

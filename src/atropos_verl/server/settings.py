@@ -19,8 +19,7 @@ class ServerSettings:
     """Directory of the store. None: memory only, a restart forgets everything."""
     fsync: bool = False
     """Wait for the disk before each 200: a power cut loses nothing either. Without: safe against process death."""
-    token: str | None = None
-    """Bearer token that every data route demands."""
+    token: str | None = None  # bearer token that every data route demands
     allow_get_reset: bool = True
     """Upstream's clients reset by ``GET /reset_data``; False leaves only the POST."""
     cors_origins: Sequence[str] = ()
@@ -30,18 +29,15 @@ class ServerSettings:
 
     max_body_bytes: int = 256 * 2**20
     max_inflated_bytes: int = 512 * 2**20
-    max_bytes_at_once: int = 2**30
-    """Bytes of all requests that are being read or checked."""
-    max_queue_groups: int = 200_000
-    """Groups waiting (handed-out ones not counted)."""
+    max_bytes_at_once: int = 2**30  # bytes of all requests that are being read or checked
+    max_queue_groups: int = 200_000  # groups waiting (handed-out ones not counted)
     max_queue_bytes: int = 8 * 2**30
     """Bytes of JSON held, handed-out batches that wait for their ack included."""
     strict: bool = False
     """Check lengths of per-token extras in groups that name no environment, too (upstream's own tests post such)."""
     soft_limit: float = 0.8
     """Share of either bound from which ``/status-env`` tells environments to pause."""
-    body_timeout: float = 60.0
-    """Seconds of silence in a request's body before it is given up (408)."""
+    body_timeout: float = 60.0  # seconds of silence in a request's body before it is given up (408)
 
     env_timeout: float = 120.0
     """Seconds without a word from an environment before it counts as gone. They poll every 0.1 to 1 s."""

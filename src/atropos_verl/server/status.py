@@ -10,8 +10,7 @@ from prometheus_client.registry import Collector
 
 from atropos_verl.server.store import Counters, Environment, Store
 
-_MIN_ENV_WEIGHT = 0.01
-"""Upstream's: no environment is starved completely."""
+_MIN_ENV_WEIGHT = 0.01  # upstream's: no environment is starved completely
 _SHOWN_ENVIRONMENTS = 500
 _TOTALS = {
     "groups": "Groups accepted",

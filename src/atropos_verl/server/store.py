@@ -157,8 +157,7 @@ class Store:
         where 0.1.0 wrote it, ``StorageError`` where it cannot be used."""
         self.settings = settings
         self.now = now or steady_clock()
-        self.wants_packed = False
-        """The trainer takes the packed wire: groups are packed when they come."""
+        self.wants_packed = False  # the trainer takes the packed wire: groups are packed when they come
         self.trainer_heard = self._registered_at = self._refused_seconds = 0.0
         self._opened_at = -math.inf
         self._minimum_missed: float | None = None
@@ -169,8 +168,7 @@ class Store:
         self._settled: dict[str, str | None] = {}
         """Lease ids of ended deliveries, and why the batch comes back (None: it arrived), until that is stored."""
         self._records: RecordStore | None = None
-        self._arrivals: Path | None = None
-        """None: they are not recorded (any more)."""
+        self._arrivals: Path | None = None  # None: they are not recorded (any more)
         self._numbers = itertools.count(1)
         """Rows of leases, keys and batches are read again in the order of their numbers."""
         self.totals: Counter[str] = Counter()
@@ -204,8 +202,7 @@ class Store:
         """Every group that is not acked: waiting, handed out, returned."""
         self.queue = GroupQueue()
         self.outstanding: dict[str, Batch] = {}
-        self.returned: list[Batch] = []
-        """Came back: the next to be handed out, the lowest step first."""
+        self.returned: list[Batch] = []  # came back: the next to be handed out, the lowest step first
         self.leases: OrderedDict[str, str] = OrderedDict()
         """Ended leases → ``closed`` (acked or delivered) or ``superseded`` (handed out again under another lease)."""
         self.keys: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
