@@ -152,7 +152,7 @@ def main() -> None:
         logged.persist(directory)
         futures: list[Any] = []
         times["record_logged"].append(
-            seconds(lambda m=made, x=logged, f=futures: f.extend(x.record(p, g) for p, g in m))
+            seconds(lambda m=made, x=logged, f=futures: f.extend(x.record(p, g)[0] for p, g in m))
         )
         times["stored"].append(times["record_logged"][-1] + seconds(lambda f=futures: [w.result() for w in f]))
         on_disk = sum(path.stat().st_size for path in directory.iterdir())

@@ -77,7 +77,7 @@ class LightTrainer:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"step": self.step, "trained": self.trained}))
         temporary.replace(self.path)
-        self.batches.discard_through(self.step)
+        self.batches.journal.discard_through(self.step)
 
 
 def post_until(stop: threading.Event, url: str, number: int, posted: list[int]) -> None:

@@ -265,7 +265,7 @@ class GatewayService(Collector):
             return None
         if request.constraint is not None:
             made = [replace(generation, logprobs=(NO_LOGPROB,) * len(generation.token_ids)) for generation in made]
-        future, records = self.ledger.record_numbered(request.prompt_token_ids, made, request.temperature)
+        future, records = self.ledger.record(request.prompt_token_ids, made, request.temperature)
         if records:
             self._tell_end(request, begun, records, None)
         return future

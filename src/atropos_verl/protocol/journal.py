@@ -95,7 +95,7 @@ class BatchJournal:
         """Note that the API has given the batch up, unless it has come again under another lease since ``entry`` was
         read. Returns the entry as it is now."""
         with self._lock:
-            now = self._read_entry(entry.path)
+            now = entry_at(entry.path)
             return self.change(now, acked=True) if now.lease_id == entry.lease_id else now
 
     def change(self, entry: JournalEntry, **changes: Any) -> JournalEntry:
@@ -103,18 +103,13 @@ class BatchJournal:
         with self._lock:
             if not entry.path.exists():
                 raise CheckpointError(f"no journalled batch {entry.path}")
-            changed = replace(self._read_entry(entry.path), **changes)
+            changed = replace(entry_at(entry.path), **changes)
             self._write_meta(changed)
             return changed
 
     def find(self, lease_ids: Collection[str]) -> JournalEntry | None:
         """The batch that came under one of ``lease_ids``."""
         return next(iter(self._select(lambda entry: entry.lease_id in lease_ids)), None)
-
-    def current(self, entry: JournalEntry) -> JournalEntry:
-        """``entry`` as it is on disk now."""
-        with self._lock:
-            return self._read_entry(entry.path)
 
     def owed(self) -> list[JournalEntry]:
         """Batches whose lease was not acked yet, trained on or not, in the order fetched."""
@@ -179,7 +174,7 @@ class BatchJournal:
         """The batch as it was recorded. Raises ``DamagedBatchError`` where the file is not that any more."""
         with _named("read the journalled batch"):
             body = entry.path.read_bytes()
-        noted = self.current(entry)
+        noted = entry_at(entry.path)
         if noted.size is not None and noted.size != len(body):
             raise DamagedBatchError(f"{entry.path} has {len(body)} bytes, but {noted.size} were written")
         if noted.checksum is not None and noted.checksum != xxhash.xxh3_64_hexdigest(body):
@@ -234,15 +229,8 @@ class BatchJournal:
 
     def _scan(self, directory: Path | None = None) -> list[JournalEntry]:
         paths = (directory or self.directory).glob("batch_*.json")
-        found = [self._read_entry(path) for path in paths if _BATCH.fullmatch(path.name)]
+        found = [entry_at(path) for path in paths if _BATCH.fullmatch(path.name)]
         return sorted(found, key=lambda entry: entry.sequence)
-
-    def _read_entry(self, path: Path) -> JournalEntry:
-        note = _load_meta(path)
-        sequence = int(path.stem.removeprefix("batch_"))
-        lease_id, acked = note.get("lease_id"), note.get("acked") is True
-        made_of = (note.get("bytes"), note.get("checksum"))
-        return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked, *made_of)
 
     def _write_meta(self, entry: JournalEntry) -> None:
         note: dict[str, Any] = {"sequence": entry.sequence, "bytes": entry.size, "checksum": entry.checksum}
@@ -255,6 +243,14 @@ class BatchJournal:
         advice = f" ({len(content)} bytes); free some space, or choose another run_dir"
         with _named("write the journalled batch", advice):
             write_atomic(path, content, durable=durable)
+
+
+def entry_at(path: Path) -> JournalEntry:
+    """The batch at ``path`` as it is on disk now."""
+    note, sequence = _load_meta(path), int(path.stem.removeprefix("batch_"))
+    lease_id, acked = note.get("lease_id"), note.get("acked") is True
+    made_of = (note.get("bytes"), note.get("checksum"))
+    return JournalEntry(sequence, path, note.get("meta") or {}, note.get("step"), lease_id, acked, *made_of)
 
 
 @contextlib.contextmanager

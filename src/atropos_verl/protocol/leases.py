@@ -15,7 +15,7 @@ from typing import Any
 
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError
 from atropos_verl.protocol.client import AtroposClient, FetchedBatch
-from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry
+from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry, entry_at
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,8 @@ class HeldBatch:
 
 
 class LeasedBatches:
-    """The batches of one run. A step: ``fetch``, optimiser step, ``trained``, ``ack``; checkpoint, ``discard_through``.
+    """The batches of one run. A step: ``fetch``, optimiser step, ``trained``, ``ack``; checkpoint, the journal's
+    ``discard_through``.
 
     A run that may have died before calls ``resume`` first, before it registers. Leases are renewed from a thread of
     its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is trained on).
@@ -89,7 +90,7 @@ class LeasedBatches:
         ``outcomes``, ``owed`` (not told yet) or ``none`` (no lease).
         """
         with self._lock:
-            entry = self.journal.current(entry)
+            entry = entry_at(entry.path)
             if entry.lease_id is None or entry.acked:
                 return "none" if entry.lease_id is None else "already"
             try:
@@ -104,7 +105,7 @@ class LeasedBatches:
     def release(self, entry: JournalEntry) -> None:
         """Give an untrained batch back: the API hands it out again, the journal forgets it. Without a lease, nothing
         is done. A failure is logged: the lease ends by itself."""
-        if self._give_back(entry := self.journal.current(entry)) is not None:
+        if self._give_back(entry := entry_at(entry.path)) is not None:
             self.journal.drop(entry)
 
     def _give_back(self, entry: JournalEntry) -> bool | None:
@@ -142,10 +143,6 @@ class LeasedBatches:
                 self.journal.note_acked(entry)
         return [HeldBatch(bodies[entry.sequence], entry) for entry in self.journal.pending(after_step)]
 
-    def discard_through(self, step: int) -> int:
-        """A durable checkpoint holds the effect of steps up to ``step``: forget their batches. Returns how many."""
-        return self.journal.discard_through(step)
-
     def close(self) -> None:
         """Stop renewing. Idempotent; to be called before the client is closed."""
         self._keeper.close()
@@ -167,7 +164,7 @@ class LeasedBatches:
     def _settle_debts(self) -> None:
         with self._lock:
             for sequence, entry in list(self._owed.items()):
-                now = self.journal.current(entry)  # its batch may have come again, and been acked, meanwhile
+                now = entry_at(entry.path)  # its batch may have come again, and been acked, meanwhile
                 if now.is_owed:
                     self._verdict(now)
                     self.journal.note_acked(now)

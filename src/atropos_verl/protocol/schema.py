@@ -94,17 +94,8 @@ _OURS = ("rollout_ids", "weights")
 FREE_FIELDS = tuple(sorted(FIELD_NAMES - {"tokens", "masks", "scores", "env_id", *EXTRAS, *_OURS}))
 """Fields that are no numbers per sequence or per token: those that are packed as JSON."""
 
-_IDS = ("a list", "a list", "an integer token id")
-_EXPECTED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("tokens", "masks"), _IDS),
-    **dict.fromkeys(("scores", "weights"), ("a list", "a number")),
-    **dict.fromkeys(EXTRAS, ("a list", "a list", "a number")),
-    TEACHER[0]: ("a list", *_IDS),
-    TEACHER[1]: ("a list", "a list", "a list", "a number"),
-    "env_id": ("an integer or null",),
-    "rollout_ids": ("a list", "an integer"),
-}
-"""Types of a field, of its entries, and of theirs."""
+_WORDS = {"array": "a list", "int": "an integer", "float": "a number"}
+"""msgspec's names of types."""
 _NUMBERS = {
     **dict.fromkeys(("tokens", "masks", "env_id", "rollout_ids"), int),
     **dict.fromkeys(("scores", "weights", *EXTRAS), float),
@@ -342,9 +333,11 @@ def to_fields(found: Mapping[str, Any]) -> ScoredData:
     field = path.partition("[")[0].rstrip("`")
     numbers = [int(number) for number in re.findall(r"\[(\d+)\]", path)]
     value = reduce(getitem, numbers, found[field])
-    problem = f"expected {_EXPECTED[field][len(numbers)]}"
-    if "out of range" in message:
-        problem = "too large for a 64-bit float"
+    problem = "too large for a 64-bit float"
+    if "out of range" not in message:
+        kinds = re.findall(r"\w+", message.partition(",")[0].partition("`")[2])
+        problem = f"expected {next((_WORDS[kind] for kind in kinds if kind in _WORDS), 'a list')}"
+        problem += " of at least 0" if ">= 0" in message else ""
     place = field + "".join([f"[{number}]" for number in numbers])
     sequence, index = [*numbers, None, None][:2]
     raise Refusal("type", f"{place} = {_show(value)}: {problem}", field, sequence, index, value)

@@ -199,12 +199,6 @@ class Ledger:
 
     def record(
         self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
-    ) -> Future[None] | None:
-        """``record_numbered`` without the numbers."""
-        return self.record_numbered(prompt_token_ids, generations, temperature)[0]
-
-    def record_numbered(
-        self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
     ) -> tuple[Future[None] | None, list[tuple[int, int, int]]]:
         """Record the completions of one request. Call it before the client can see them.
 

@@ -241,7 +241,7 @@ def test_the_end_of_an_answer_is_sent_after_its_record_is_safe(stream: bool) -> 
     recorded: list[tuple[int, ...]] = []
 
     class SlowLedger(Ledger):
-        def record_numbered(self, prompt_token_ids: Any, generations: Any, temperature: float = 1.0) -> Any:
+        def record(self, prompt_token_ids: Any, generations: Any, temperature: float = 1.0) -> Any:
             recorded.extend(generation.token_ids for generation in generations)
             return stored, []
 

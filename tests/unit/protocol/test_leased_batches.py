@@ -130,7 +130,7 @@ def test_steps_are_acked_once_each_and_nothing_comes_again(server: TrajectorySer
             assert run.batches.ack(held.entry) == "acked"
             assert run.batches.ack(held.entry) == "already"
         assert rest_of(run) == []
-        assert run.batches.discard_through(2) == 2
+        assert run.batches.journal.discard_through(2) == 2
     assert store_of(server).totals["acks"] == 2
 
 
@@ -145,7 +145,7 @@ def test_killed_anywhere_every_batch_is_trained_once(
         held = first.batches.fetch()
         first.batches.trained(held.entry, 1)
         first.batches.ack(held.entry)
-        first.batches.discard_through(1)
+        first.batches.journal.discard_through(1)
         if point == "unjournalled":
             assert first.client.poll_batch() is not None
         else:
@@ -169,7 +169,7 @@ def test_killed_anywhere_every_batch_is_trained_once(
             move_on(server, LEASE + 1)
         trained += rest_of(second)
         assert trained == ([3] if point == "covered" else [2, 3])
-        second.batches.discard_through(99)
+        second.batches.journal.discard_through(99)
         assert list((tmp_path / "run" / "journal").iterdir()) == []
 
 

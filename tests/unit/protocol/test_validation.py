@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
     ),
     "messages no list": (changed(messages="hello"), "type", ("messages",), "messages is not a list"),
     "extras": (changed(advantages={"a": 1}), "type", ("advantages",), 'advantages = {"a": 1}: expected a list'),
-    "env_id text": (changed(env_id="one"), "type", ("env_id",), 'env_id = "one": expected an integer or null'),
+    "env_id text": (changed(env_id="one"), "type", ("env_id",), 'env_id = "one": expected an integer'),
     "a list": (b"[1, 2]", "type", (), "group: expected an object, got [1, 2]"),
     "cut off": (b'{"tokens": [[1', "malformed_json", (), "not JSON"),
     "empty body": (b"", "malformed_json", (), "not JSON"),

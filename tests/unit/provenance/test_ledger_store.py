@@ -72,7 +72,7 @@ def killed(directory: Path) -> None:
         ledger = Ledger()
         ledger.persist(directory)
         for number in range(50):
-            recorded = ledger.record(PROMPT, [wrote([number, 8], 3)])
+            recorded, _ = ledger.record(PROMPT, [wrote([number, 8], 3)])
             assert recorded is not None
             recorded.result()
             os.write(told, bytes([number]))
@@ -187,7 +187,7 @@ def test_what_is_forgotten_is_deleted_on_disk(tmp_path: Path) -> None:
     with process(tmp_path, None, bound) as ledger:
         for number in range(1500):
             prompt = [number // 8, *range(100)]
-            recorded = ledger.record(prompt, [wrote([number, *range(40)], number)])
+            recorded, _ = ledger.record(prompt, [wrote([number, *range(40)], number)])
             if number % 500 == 499:
                 assert recorded is not None and not recorded.cancel()
                 recorded.result()
@@ -247,7 +247,7 @@ def test_a_write_that_fails_answers_whoever_waits_for_it(tmp_path: Path, monkeyp
         assert ledger._store is not None
         ledger._store.close()
         monkeypatch.setattr("atropos_verl.provenance.ledger._remove", refuse)
-        recorded = ledger.record(PROMPT, [wrote([1, 2], 3)])
+        recorded, _ = ledger.record(PROMPT, [wrote([1, 2], 3)])
         assert recorded is not None and recorded.result(10.0) is None
         assert one(ledger, PROMPT, [1, 2]).unmatched_spans == 0
 
@@ -268,7 +268,7 @@ def _fill_up(directory: Path) -> int:
     logging.getLogger("atropos_verl").addHandler(handler)
     with process(directory, None) as ledger:
         for number in range(200):
-            recorded = ledger.record(PROMPT, [wrote([number, 2], 3)])
+            recorded, _ = ledger.record(PROMPT, [wrote([number, 2], 3)])
             if recorded is not None:
                 recorded.result()
         known = all(one(ledger, PROMPT, [number, 2]).unmatched_spans == 0 for number in range(200))

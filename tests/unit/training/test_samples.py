@@ -220,7 +220,7 @@ def test_overlong_error_and_the_exact_bound() -> None:
         ({"inference_logprobs": [[1.0, 1.0, 0.5], []]}, "inference_logprobs[0][2] = 0.5: a logprob is at most 0"),
         ({"masks": [[-100, -100, 6], MASKS[1]]}, "masks[0][2] = 6: must be -100 (not trained) or the token id 7"),
         ({"masks": [[0, 0, 1], [0, 0, 1, 1]]}, "masks[0][0] = 0: must be -100 (not trained) or the token id 5; a 0/1"),
-        ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer token id"),
+        ({"tokens": [[5, 6.0, 7], TOKENS[1]]}, "tokens[0][1] = 6.0: expected an integer"),
         ({"group_overrides": {"temperature": NAN}}, "group_overrides.temperature = nan: must be finite"),
         ({"overrides": [{}, {"temperature": True}]}, "overrides[1].temperature = True: must be a number"),
         ({"overrides": [{"set_advantage_to_zero": 1}, {}]}, "overrides[0].set_advantage_to_zero = 1: must be true or"),
@@ -354,7 +354,7 @@ def test_reference_logprobs_are_in_the_samples() -> None:
         ),
         ({"ids": [IDS[0], [[], [6], [8], [2, 9]]]}, "distill_token_ids[1][3] = [2, 9]: outside the vocabulary [0, 9)"),
         ({"ids": [IDS[0], [[], [6], [8], [2, 2]]]}, "distill_token_ids[1][3] = [2, 2]: an id is there twice"),
-        ({"ids": [IDS[0], [[], [6], [8], [2, -1]]]}, "distill_token_ids[1][3][1] = -1: expected an integer token id"),
+        ({"ids": [IDS[0], [[], [6], [8], [2, -1]]]}, "[1][3][1] = -1: expected an integer of at least 0"),
         ({"ids": [IDS[0], [[], [6], 8, [2, 0]]]}, "distill_token_ids[1][2] = 8: expected a list"),
         (
             {"logprobs": [LOGPROBS[0], [[], [-0.1], [-0.2], [-1, 0.5]]]},

@@ -429,7 +429,7 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
         with new_checkpoint(root, self.step, keep, spare=self._evaluating) as directory:
             self.worker.save_checkpoint(directory / "actor", self.step)
             self.state.save(directory, self.config)
-        self.source.batches.discard_through(self.step)
+        self.source.journal.discard_through(self.step)
         self._saved_at = self.step
         return root / directory.name
 
@@ -547,7 +547,7 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
     def _is_checkpoint_due(self, last: int | None = None) -> bool:
         config = self.config
         if config.save_freq <= 0:
-            self.source.batches.discard_through(self.step)  # no checkpoint will ever cover it
+            self.source.journal.discard_through(self.step)  # no checkpoint will ever cover it
             return False
         is_evaluated = config.eval.keep_best and config.evaluates_at(self.step)
         return self.step % config.save_freq == 0 or self.step == last or is_evaluated

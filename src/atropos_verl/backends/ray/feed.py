@@ -135,7 +135,7 @@ class TrajectoryFeed:
             self.source.done(slot.counts["stale"])
             for data in slot.batches:
                 self.source.ack(data)
-        self.source.batches.discard_through(covered_step)
+        self.source.journal.discard_through(covered_step)
 
     def figures_of(self, keys: Sequence[str], figures: Mapping[str, Sequence[FloatArray]]) -> None:
         """What a step computed for rows, from the first trained token on: ``advantages``, ``trainer_logprobs``."""

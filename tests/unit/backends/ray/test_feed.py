@@ -47,6 +47,7 @@ class Batches:
         self.journal = BatchJournal(directory)
         self.bodies = list(bodies)
         self.calls: list[tuple[str, Any]] = []
+        self.journal.discard_through = lambda step: self.calls.append(("discard", step))  # type: ignore[method-assign]
         self.failure: Exception | None = None
         self.asked = threading.Event()
 
@@ -72,10 +73,6 @@ class Batches:
 
     def release(self, entry: JournalEntry) -> None:
         self.calls.append(("release", entry.sequence))
-
-    def discard_through(self, step: int) -> int:
-        self.calls.append(("discard", step))
-        return 0
 
     def named(self, name: str) -> list[Any]:
         return [value for kind, value in self.calls if kind == name]
@@ -111,7 +108,7 @@ class World:
         provenance.resumed_at = settings.pop("resumed_at", None)
         config = RunConfig.from_mapping({"batch_size": 8, "group_size": 4, "atropos": {"api_url": "http://unused"}})
         self.source = BatchSource(config, tmp_path)
-        self.source.batches = self.batches  # type: ignore[assignment]
+        self.source.batches, self.source.journal = self.batches, self.batches.journal  # type: ignore[assignment]
         self.throttle = StalenessThrottle(Ledger(), 8, 1)
         self.source.attach(provenance, self.throttle, RunTotals())
         if provenance.resumed_at is not None:
