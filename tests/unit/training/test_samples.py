@@ -354,7 +354,10 @@ def test_reference_logprobs_are_in_the_samples() -> None:
         ),
         ({"ids": [IDS[0], [[], [6], [8], [2, 9]]]}, "distill_token_ids[1][3] = [2, 9]: outside the vocabulary [0, 9)"),
         ({"ids": [IDS[0], [[], [6], [8], [2, 2]]]}, "distill_token_ids[1][3] = [2, 2]: an id is there twice"),
-        ({"ids": [IDS[0], [[], [6], [8], [2, -1]]]}, "[1][3][1] = -1: expected an integer of at least 0"),
+        (
+            {"ids": [IDS[0], [[], [6], [8], [2, -1]]]},
+            "distill_token_ids[1][3][1] = -1: expected an integer of at least 0",
+        ),
         ({"ids": [IDS[0], [[], [6], 8, [2, 0]]]}, "distill_token_ids[1][2] = 8: expected a list"),
         (
             {"logprobs": [LOGPROBS[0], [[], [-0.1], [-0.2], [-1, 0.5]]]},
