@@ -98,14 +98,6 @@ def test_a_certificate_file_makes_it_trusted(certificate: tuple[Path, Path]) -> 
         assert client.status().queue_size == 0
 
 
-def test_a_certificate_of_another_host(tmp_path: Path) -> None:
-    made = make_certificate(tmp_path, "api.example.invalid")
-    with FaultServer(tls=made) as server:
-        reason = reason_of_failure(quick(server.url, verify=str(made[0])))
-    assert "TLS handshake failed: certificate of '127.0.0.1' not accepted" in reason
-    assert "mismatch" in reason
-
-
 def test_https_to_a_server_that_speaks_http(fault_server: FaultServer) -> None:
     reason = reason_of_failure(quick(fault_server.url.replace("http:", "https:")))
     assert "TLS handshake failed" in reason
@@ -182,13 +174,6 @@ def test_something_else_answers(fault_server: FaultServer, behaviour: object, de
     assert reason.startswith(f"The server at {fault_server.url} answers, but is not an Atropos trajectory API: ")
     assert detail in reason
     assert fault_server.count("/status") == 1
-
-
-def test_status_alone_does_not_make_an_atropos_api(fault_server: FaultServer) -> None:
-    fault_server.script("/status", answer(STATUS))
-    fault_server.script("/info", answer({"name": "another service"}))
-    reason = reason_of_failure(quick(fault_server.url), AtroposProtocolError)
-    assert "GET /info gave no integer 'batch_size'" in reason
 
 
 def test_an_answer_to_batch_that_is_no_batch(fault_server: FaultServer) -> None:
@@ -297,14 +282,6 @@ def test_no_proxy_stands_between_this_machine_and_itself(
         with quick("http://api.example.invalid") as client, pytest.raises(AtroposConnectionError):
             client.status()  # by the proxy, which is dead
     assert fault_server.count("/status") == 1
-
-
-def test_a_proxy_is_used_for_other_hosts(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_proxy(monkeypatch, fault_server.url)
-    fault_server.script("http://api.example.invalid/status", answer(STATUS))
-    with quick("http://api.example.invalid") as client:
-        assert client.status().queue_size == 0
-    assert fault_server.count("http://api.example.invalid/status") == 1
 
 
 def test_a_proxy_of_an_unknown_kind_is_named_and_not_asked_for_on_this_machine(

@@ -16,7 +16,6 @@ from support.http_faults import (
     drip_body,
     error,
     late_server,
-    refused_url,
     reset_before_answer,
     reset_mid_body,
     silent,
@@ -165,15 +164,6 @@ def test_all_tries_together_end_within_the_timeout(fault_server: FaultServer, fa
     assert fault_server.count("/status") <= 3
 
 
-def test_a_refused_connection_ends_within_the_timeout_however_many_tries_are_allowed() -> None:
-    with (
-        refused_url() as url,
-        AtroposClient(url, timeout=0.5, retry_attempts=10_000, retry_delay=0.01) as client,
-        pytest.raises(AtroposConnectionError),
-    ):
-        client.check()
-
-
 def test_the_interval_grows_by_half_and_stays_after_the_quick_tries() -> None:
     # 0.2, 0.2*1.5, 0.2*2.25, 0.2*3.375, and no further
     assert [retry_interval(i, attempts=4, delay=0.2) for i in range(6)] == pytest.approx(
@@ -244,18 +234,6 @@ def test_should_stop_ends_the_wait(fault_server: FaultServer, client: AtroposCli
         client.get_batch(should_stop=should_stop)
     assert fault_server.count("/batch") == 2
     assert asked[0] == 1  # never before the first try
-
-
-def test_should_stop_is_asked_while_the_connection_is_refused() -> None:
-    def should_stop() -> None:
-        raise ServiceError("the API died", "trajectory_api", 1)
-
-    with (
-        refused_url() as url,
-        AtroposClient(url, retry_delay=0.01) as client,
-        pytest.raises(ServiceError, match="the API died"),
-    ):
-        client.get_batch(should_stop=should_stop)
 
 
 def test_a_batch_that_keeps_arriving_is_not_cut_off(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:

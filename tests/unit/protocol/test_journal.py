@@ -123,16 +123,6 @@ def test_what_a_killed_process_left_half_written_is_removed_and_said(
     assert BatchJournal(tmp_path).read(entries[1]) == BODIES[1]
 
 
-def test_two_damaged_notes_mean_not_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal, entries = record_all(tmp_path)
-    journal.change(entries[0], step=1)
-    for suffix in ("", ".copy"):
-        (tmp_path / f"batch_000001{suffix}.meta.json").write_bytes(b"\xff{")
-    with caplog.at_level(logging.WARNING, logger="atropos_verl"):
-        assert [entry.sequence for entry in BatchJournal(tmp_path).pending(5)] == [1, 2, 3]
-    assert "counts as not trained on" in caplog.text
-
-
 def test_notes_of_the_version_before_have_no_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "batch_000001.json").write_bytes(b"body")
     note = {"sequence": 1, "bytes": 4, "step": 3, "meta": {"a": 1}, "lease_id": "x", "acked": True}
@@ -220,12 +210,6 @@ def test_holding_a_journal_touches_nothing(tmp_path: Path) -> None:
     assert missing.pending(0) == []
     assert missing.discard_through(9) == 0
     assert not (tmp_path / "none").exists()
-
-
-def test_a_directory_that_cannot_be_created_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot create the batch journal .*file/journal: Not a directory"):
-        BatchJournal(tmp_path / "file" / "journal").record(b"{}")
 
 
 _JOURNAL = """

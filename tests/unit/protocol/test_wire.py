@@ -160,13 +160,6 @@ def test_nan_and_infinity_literals_take_nothing_else_along() -> None:
     assert groups[0].messages == groups[3].messages == good["messages"]
 
 
-def test_other_fields_may_stand_around_the_batch() -> None:
-    group_with_nan = b'{"tokens": [[NaN]], "masks": [], "scores": []}'
-    body = b'{"env": {"batch": [1]}, "x": ["batch", NaN], "batch" : [ ' + group_with_nan + b' ], "y": 1}'
-    (group,) = decode_batch(body)
-    assert group.defect == "tokens[0][0] = NaN: expected an integer"
-
-
 def test_lone_surrogates_and_broken_utf8() -> None:
     lone = only(messages="\ud800").messages
     assert isinstance(lone, str) and lone.encode("utf-8", "surrogatepass") == b"\xed\xa0\x80"

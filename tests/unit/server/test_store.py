@@ -53,33 +53,6 @@ def test_a_lease_that_ends_returns_the_batch_to_its_old_place_and_step() -> None
     assert store.held_bytes == 0
 
 
-def test_a_late_ack_counts_while_nobody_else_has_the_batch() -> None:
-    store, clock = store_with()
-    post(store, 0), post(store, 1)
-    batch = take(store, 10.0)
-    clock.pass_(11.0)
-    assert status.status(store)["queue_size"] == 0
-    assert store.ack(batch.lease_id) == "late"
-    assert store.next_batch(10.0) is None
-    assert store.ack(batch.lease_id) == "already"
-    with pytest.raises(RequestError, match="no lease"):
-        store.ack("0" * 32)
-
-
-def test_a_lease_can_be_renewed_and_released() -> None:
-    store, clock = store_with()
-    post(store, 0), post(store, 1)
-    batch = take(store, 10.0)
-    clock.pass_(9.0)
-    assert store.renew(batch.lease_id, 100.0) == clock.time + 100.0
-    clock.pass_(99.0)
-    assert store.next_batch(10.0) is None
-    store.release(batch.lease_id)
-    assert status.status(store)["queue_size"] == 2
-    with pytest.raises(RequestError, match="lease"):
-        store.renew(batch.lease_id, 10.0)
-
-
 def test_the_same_group_of_one_environment_within_the_window_is_stored_once() -> None:
     store, clock = store_with(dedupe_window=60.0)
     one, two = join(store), join(store)
