@@ -669,19 +669,13 @@ def sampling_temperature(group: ScoredGroup, index: int, default: float) -> floa
     """Temperature that sequence ``index`` was sampled with: overrides > generation_params > group_overrides > default.
     0 (greedy, anything below 1e-5) becomes 1, of which engines report the logprobs of greedy tokens. The group must be
     free of defects."""
-    found = next((value for _, value in _stated(group, index, "temperature")), default)
+    found = overridden(group, index, "temperature", default)
     return float(found) if found >= GREEDY_BELOW else 1.0
 
 
-def is_overridden(group: ScoredGroup, i: int, name: str) -> bool:
-    """A true or false override of sequence ``i``: its own, else its group's. The group must be free of defects."""
-    return bool(next((value for _, value in _stated(group, i, name)), False))
-
-
-def distill_weight(group: ScoredGroup, i: int, default: float) -> float:
-    """Factor of the KL to the teacher: ``distill_weight`` of the sequence's overrides, else its group's, else
-    ``default``. The group must be free of defects."""
-    return float(next((value for _, value in _stated(group, i, "distill_weight")), default))
+def overridden(group: ScoredGroup, i: int, name: str, default: Any) -> Any:
+    """An override of sequence ``i``: its own, else its group's, else ``default``. The group must be free of defects."""
+    return next((value for _, value in _stated(group, i, name)), default)
 
 
 def _stated(group: ScoredGroup, i: int, name: str) -> Iterator[tuple[str, Any]]:

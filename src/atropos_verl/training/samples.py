@@ -17,9 +17,8 @@ from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.http_thread import printable
 from atropos_verl.protocol.schema import (
     check_supported,
-    distill_weight,
     find_defect,
-    is_overridden,
+    overridden,
     sampling_temperature,
     without_fields,
 )
@@ -146,7 +145,7 @@ def _collect(
                 "raise data.max_token_len, lower the environment's limit, or set data.overlong to drop or truncate"
             )
         own = None if group.advantages is None else group.advantages[i]
-        zero, sft = (is_overridden(group, i, name) for name in ("set_advantage_to_zero", "sft"))
+        zero, sft = (overridden(group, i, name, False) for name in ("set_advantage_to_zero", "sft"))
         if own is None and sft:
             own = np.ones(len(tokens))
         values = (rows[i] if own is None else own)[:limit]
@@ -176,7 +175,7 @@ def _sample(
         advantages=np.where(loss_mask, advantages, 0.0),
         rollout_logprobs=rollout_logprobs,
         reference=_reference(group, i, loss_mask, weight * settings.ref_weight),
-        teacher=_teacher(group, i, loss_mask, weight * distill_weight(group, i, settings.distill_weight)),
+        teacher=_teacher(group, i, loss_mask, weight * overridden(group, i, "distill_weight", settings.distill_weight)),
         temperature=sampling_temperature(group, i, settings.default_temperature),
         score=float(group.scores[i]),
         group_id=group.group_id,
