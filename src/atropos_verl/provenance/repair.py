@@ -94,6 +94,14 @@ class Repairer:
             lambda ids: texts.cores(np.frombuffer(ids, IDS))
         )
 
+        self._ends: Callable[[bytes], tuple[int, bytes]] = lru_cache(_CACHED)(self._read_ends)
+
+    def _read_ends(self, ids: bytes) -> tuple[int, bytes]:
+        """Bytes before the core of a completion, and what is behind it."""
+        text = self._text(ids)
+        first, last = self.texts.core(text)
+        return first, text[last:]
+
     def repair(
         self,
         token_ids: IntArray,
@@ -114,7 +122,7 @@ class Repairer:
             return result
         self._catch_up()
         posted = _Posted(ids, text, starts, loss_mask)
-        made = _Assembly(self.texts, self._text, posted, wants_origin=wants_origin)
+        made = _Assembly(self.texts, self._ends, posted, wants_origin=wants_origin)
         pieces: list[list[Piece]] = []
         for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):
             chains = self._chains(posted, made.cursor, start, stop) if is_lost else []
@@ -232,10 +240,9 @@ class _Assembly:
     """A sequence that is put together from posted and from sampled tokens."""
 
     def __init__(
-        self, texts: TokenTexts, text: Callable[[bytes], bytes], posted: _Posted, *, wants_origin: bool
+        self, texts: TokenTexts, ends: Callable[[bytes], tuple[int, bytes]], posted: _Posted, *, wants_origin: bool
     ) -> None:
-        self._texts = texts
-        self._text = text  # of a record's ids
+        self._texts, self._ends = texts, ends
         self._posted = posted
         self._ids = b""
         self._trained: list[tuple[int, int]] = []
@@ -255,14 +262,13 @@ class _Assembly:
             self._append(np.frombuffer(written[len(self._ids) :], IDS))
         else:
             prompt = np.frombuffer(written, IDS)
-            self._append_from(prompt, self._text(written), self._texts.read(prompt)[1])
+            self._append_from(prompt, self._texts.text(prompt), self._texts.read(prompt)[1])
         pieces = [self._completion(link, start, stop) for link in chain]
         return [piece for piece in pieces if piece.start < piece.stop]
 
     def _completion(self, link: _Link, start: int, stop: int) -> Piece:
         posted, written = self._posted, link.records[0].ids
-        ids, text = np.frombuffer(written, IDS), self._text(written)
-        first, last = self._texts.core(text)
+        ids, (first, behind) = np.frombuffer(written, IDS), self._ends(written)
         head, tail, places = 0, len(ids), None
         is_headless = link.prompt_end < posted.starts[start - 1]  # the environment left its head untrained
         if is_headless or self._places is not None:
@@ -277,8 +283,8 @@ class _Assembly:
             if posted.text.startswith(end, after):
                 self.cursor = after + len(end)
                 tail -= not posted.mask[_token_at(posted.starts, after)]
-        elif posted.text.startswith(text[last:], link.stop):
-            self.cursor += len(text) - last
+        elif posted.text.startswith(behind, link.stop):
+            self.cursor += len(behind)
         begin = self._length
         self._append(ids, places)
         self._trained.append((begin + head, begin + tail))
