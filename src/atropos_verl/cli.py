@@ -73,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _simulator() -> Any:
     """Imports the simulator, which is in a checkout and not in a wheel. Exits with 2 where it is not there."""
-    tools = Path(__file__).resolve().parents[2] / "tools"
-    if (tools / "simulate").is_dir():
-        sys.path.append(str(tools))
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
     try:
         return importlib.import_module("simulate.main")
     except ModuleNotFoundError as error:

@@ -7,7 +7,6 @@ One run takes most faults, one after the other; ``ATROPOS_VERL_FREEZE_SECONDS`` 
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -223,18 +222,6 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
         run.must_end(1)
         said = run.stdout + run.stderr
         assert any(words in said for words in ("No space left on device", "is full", "is the disk full?")), said
-
-
-@pytest.mark.parametrize("key", ["gateway.port", "api.port"])
-def test_a_taken_port_that_the_user_fixed_is_an_error_at_once(tmp_path: Path, key: str) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with LaunchRun([f"{key}={port}"], run_dir=tmp_path / "run") as run:
-            run.must_end(2)
-            assert f"{key}: cannot listen on 127.0.0.1:{port}: Address already in use" in run.stderr
-            assert not (tmp_path / "run").exists()
 
 
 def test_two_environments_hold_their_shares(tmp_path: Path) -> None:

@@ -100,7 +100,6 @@ def _sizes(directory: Path) -> dict[str, int]:
 
 
 def convert(file: str, directory: str) -> None:
-    """The GGUF file as a model directory."""
     source, target = Path(file), Path(directory)
     where = f"into {target.parent}, once; this takes about 20 s"
     sys.stderr.write(f"converting {_FILE} (Apache-2.0, HuggingFaceTB) {where}\n")

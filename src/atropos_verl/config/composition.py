@@ -123,6 +123,8 @@ def composition_errors(config_name: str = "") -> Iterator[None]:
         text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
         if word := getattr(error, "override", None):
             text = f"{word.lstrip('+')!r} cannot be read: {lines[0]}"
+        if "is not in struct" in text:
+            text = "unknown key (--cfg shows all keys; + before it adds one of verl's own)"
         if found := re.search(r"Environment variable '(.+)' not found", text):
             text = f"environment variable {found[1]} is not set; set it, or give the key another value"
         raise ConfigError(text, str(getattr(inner, "full_key", None) or "")) from None
@@ -166,7 +168,6 @@ def _compose(overrides: Sequence[str], config_dir: Path | None, config_name: str
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Every value of a composed configuration."""
     from omegaconf import OmegaConf
 
     values: dict[str, Any] = OmegaConf.to_container(config, resolve=True)
@@ -174,7 +175,6 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """As ``--cfg`` prints them."""
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
 

@@ -116,8 +116,6 @@ class TrainerProcessConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Processes of a run."""
-
     backend: Literal["local", "ray"] = Field(
         "local", description="local: verl's engine in the trainer process, or torchrun; ray: verl's trainer on Ray"
     )
@@ -203,5 +201,4 @@ def check_keys(config: RunConfig, launch: LaunchConfig, *, own_api: bool) -> lis
 
 
 def _changed(section: BaseModel) -> dict[str, Any]:
-    """The fields of ``section`` that do not have their default."""
     return section.model_dump(exclude_defaults=True)

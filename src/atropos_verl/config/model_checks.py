@@ -134,7 +134,6 @@ def _of_text(settings: Mapping[str, Any], name: str) -> Any:
 
 
 def weight_bytes(model_path: Path) -> int:
-    """Sums the bytes of the weight files."""
     return sum(path.stat().st_size for path in (*model_path.glob("*.safetensors"), *model_path.glob("*.bin")))
 
 

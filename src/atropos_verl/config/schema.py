@@ -413,17 +413,14 @@ class RunConfig(CommonConfig):
 
     @property
     def max_token_len(self) -> int:
-        """Longest sequence that is trained, in tokens, inclusive."""
         return self.data.max_token_len or self.data.max_prompt_length + self.max_response_length
 
     @property
     def is_overlapped(self) -> bool:
-        """True when rollouts go on while the trainer trains."""
         return self.mode == "overlap"
 
     @property
     def max_batches_offpolicy(self) -> int:
-        """Batches that an environment may queue ahead of the trainer."""
         return self.env.max_batches_offpolicy or (2 if self.is_overlapped else 1)
 
     @property
@@ -505,7 +502,6 @@ def check_bounds(bounds: Sequence[Bound]) -> None:
 
 
 def did_you_mean(key: str, known: Sequence[str]) -> str:
-    """The nearest name that exists, as the end of a message."""
     near = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

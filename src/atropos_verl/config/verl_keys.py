@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from atropos_verl.config.schema import (
     apply_environment,
     check_bounds,
     describe,
-    did_you_mean,
     hide_secrets,
 )
 from atropos_verl.errors import ConfigError
@@ -120,9 +119,7 @@ def public(config: Any) -> dict[str, Any]:
 @composition_errors()
 def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str) -> Any:
     """Compose a file over verl's ``ppo_trainer``, without torch. Raises ``ConfigError`` that names key or word."""
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     words = [word for word in overrides if not word.startswith("backend=")]
     ray_names = {**{name: f"atropos.{name}" for name, *_ in describe(RaySettings)}, **_LOCAL_NAMES}
@@ -135,10 +132,7 @@ def compose_config(overrides: Sequence[str], config_dir: Path, config_name: str)
     search_path = f"hydra.searchpath=[file://{Path(spec.origin).parent / 'trainer' / 'config'}]"
     # The files need not spell out every key of these blocks; the schema refuses what it does not know.
     own = [f"++{word}" if word.startswith(("atropos.", "supervise.")) else word for word in words]
-    try:
-        config = compose_with_hydra(config_dir, config_name, [search_path, *own])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise (_unknown_key(error, words, config_dir, config_name) or error) from error.__cause__
+    config = compose_with_hydra(config_dir, config_name, [search_path, *own])
     OmegaConf.set_struct(config, False)  # what is chosen from here on is added
     return config
 
@@ -174,10 +168,8 @@ def read_run(config: Any) -> RayRun:
     if settings.algorithm.advantage_path and (
         str(algorithm.adv_estimator) not in ("grpo", "rloo", "plain") or algorithm.use_kl_in_reward
     ):
-        raise ConfigError(
-            "verl would compute the advantages; set algorithm.adv_estimator=grpo and algorithm.use_kl_in_reward=false",
-            "atropos.algorithm.advantage_path",
-        )
+        text = "verl would compute them; set algorithm.adv_estimator=grpo and algorithm.use_kl_in_reward=false"
+        raise ConfigError(text, "atropos.algorithm.advantage_path")
     run = _as_run_config(config, settings)
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     name, budget = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu", None
@@ -265,11 +257,8 @@ def _check_verl_keys(config: Any) -> None:
     if not trainer.total_training_steps:
         raise ConfigError("set the number of steps; there is no dataset to count", "trainer.total_training_steps")
     if algorithm.filter_groups.enable:
-        raise ConfigError(
-            "verl filters prompts that it dispatched; here environments choose them. Let the environment leave groups "
-            "of equal scores out (ensure_scores_are_not_same)",
-            "algorithm.filter_groups.enable",
-        )
+        text = "verl filters prompts that it dispatched; let environments leave groups out (ensure_scores_are_not_same)"
+        raise ConfigError(text, "algorithm.filter_groups.enable")
     if algorithm.adv_estimator == "gae" and not config.critic.enable:
         raise ConfigError("algorithm.adv_estimator=gae needs a critic; set it to true", "critic.enable")
     if config.reward.reward_model.enable:
@@ -283,23 +272,6 @@ def _check_verl_keys(config: Any) -> None:
         raise ConfigError(text, "data.val_files")
     if config.reward.num_workers < 1:
         raise ConfigError("validation by verl needs at least one reward worker", "reward.num_workers")
-
-
-def _unknown_key(error: Exception, words: Sequence[str], config_dir: Path, config_name: str) -> ConfigError | None:
-    """The error for a key that does not exist, with the nearest one that does; None: it is another error."""
-    for key in map(key_of, words):
-        if f"'{key}'" in str(error):
-            hint = did_you_mean(key, list(_known_keys(compose_config([], config_dir, config_name))))
-            return ConfigError(f"unknown key{hint} (--cfg shows all keys; +{key}=… adds one of verl's own)", key)
-    return None
-
-
-def _known_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    for name in node:
-        yield f"{prefix}{name}"
-        child = node._get_node(name)
-        if hasattr(child, "keys") and not child._is_none():
-            yield from _known_keys(child, f"{prefix}{name}.")
 
 
 def ray_help(values: Mapping[str, Any]) -> str:

@@ -98,7 +98,6 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def merged(defaults: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, nested mappings too; ``over`` wins."""
     both = {name for name, value in over.items() if isinstance(value, dict) and isinstance(defaults.get(name), dict)}
     return {**defaults, **over, **{name: merged(defaults[name], over[name]) for name in both}}
 

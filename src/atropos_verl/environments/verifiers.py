@@ -60,7 +60,6 @@ async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterat
 
 
 def _check(config: Any) -> None:
-    """Raises ``ConfigError`` for what cannot be carried."""
     roles = {name: role for name, role in config if isinstance(role, vf.AgentConfig)}
     policy = [name for name, role in roles.items() if role.client is None]
     if len(policy) != 1:

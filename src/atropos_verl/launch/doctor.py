@@ -78,7 +78,6 @@ def _check_plan(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]
 
 
 def _examine(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any]) -> list[Finding]:
-    """Checks of this machine. ``verl``: its own settings, on Ray."""
     device, ranks = str(config.trainer.device), launch.trainer_process.nproc
     if on_ray := launch.backend == "ray":
         device, ranks = str(_value(verl, "trainer.device") or "cuda"), _number(verl, "trainer.n_gpus_per_node")
@@ -122,7 +121,6 @@ def _examine_memory(
 
 
 def _text(findings: Sequence[Finding]) -> str:
-    """A line per finding, the remedies, and the verdict."""
     lines, width = [], max(len(found.name) for found in findings)
     for section, group in itertools.groupby(findings, key=lambda found: found.section):
         lines += [section, *(f"{found.status:<9} {found.name:<{width}}  {found.found}" for found in group)]
@@ -156,21 +154,17 @@ def check_packages(requirements: Iterable[Requirement], *, backend: str = "local
             fits = each.specifier.contains(found, prereleases=True)
         except (metadata.PackageNotFoundError, InvalidVersion):
             found, fits = "not installed", False
-        if fits and each.name.lower() in _SHOWN:
-            findings.append(finding("software", each.name, found))
-        elif not fits:
-            text, todo = (
-                f"{found}, {each.specifier or 'any version'} is needed",
-                f"pip install '{each.name}{each.specifier}'",
-            )
+        if not fits:
+            found = f"{found}, {each.specifier or 'any version'} is needed"
+            todo = f"pip install '{each.name}{each.specifier}'"
             is_for_ray = each.name.lower() == "transferqueue" and backend == "local"
-            kind = {"warning": f"only backend=ray needs it; {todo}"} if is_for_ray else {"missing": todo}
-            findings.append(finding("software", each.name, text, **kind))
-    if not findings:
-        text = "its package metadata is not installed: no versions known"
-        todo = "install it: make install, or pip install -e . in a checkout"
-        return [finding("software", "atropos-verl", text, warning=todo)]
-    return findings
+            warning = f"only backend=ray needs it; {todo}" if is_for_ray else ""
+            findings.append(finding("software", each.name, found, warning=warning, missing="" if is_for_ray else todo))
+        elif each.name.lower() in _SHOWN:
+            findings.append(finding("software", each.name, found))
+    todo = "install it: make install, or pip install -e . in a checkout"
+    unknown = finding("software", "atropos-verl", "its metadata is not installed: no versions known", warning=todo)
+    return findings or [unknown]
 
 
 _SHARED_MEMORY = 1 << 30
@@ -301,7 +295,6 @@ def check_placement(settings: Mapping[str, Any], *, gpus: int, cores: int) -> li
 
 
 def _value(settings: Any, key: str) -> Any:
-    """None: it is not there."""
     for name in key.split("."):
         settings = settings.get(name) if isinstance(settings, Mapping) else None
     return settings
@@ -312,7 +305,6 @@ def _number(settings: Mapping[str, Any], key: str, default: int = 1) -> int:
 
 
 def check_api(url: str, token: str | None, *, timeout: float = 3.0) -> Finding:
-    """Asks the trajectory API for its status, with the run's token."""
     from atropos_verl.protocol.client import AtroposClient
 
     name = "trajectory API"

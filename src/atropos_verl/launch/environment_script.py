@@ -71,7 +71,6 @@ def source_of(program: Sequence[str], settings: EnvironmentConfig) -> bytes:
 
 
 def notes_of(config: RunConfig, settings: EnvironmentConfig, program: Sequence[str]) -> list[str]:
-    """What is likely to keep an environment from working, before it is started."""
     source, notes = source_of(program, settings), []
     if source and b".cli(" not in source and b"env_manager" not in source:
         notes.append(f"{program[-1]} calls no .cli(): Atropos environments end with MyEnv.cli(), or start nothing")
@@ -221,7 +220,6 @@ def needs_of(tree: ast.Module, args: Sequence[str], place: Path) -> list[tuple[s
 
 
 def _names_set(node: ast.AST) -> list[str]:
-    """The variables and attributes that a statement sets."""
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return [name for target in targets if (name := getattr(target, "id", getattr(target, "attr", None)))]
 
@@ -254,13 +252,10 @@ def there(module):
         return False
     if spec is None or not name or not spec.submodule_search_locations:
         return spec is not None
-    file = Path(list(spec.submodule_search_locations)[0], *module.split(".")[1:])
-    if file.is_dir():
-        if any(file.glob(name + "*")):
-            return True
-        file = file / "__init__.py"
-    file = file.with_suffix(".py")
-    return file.is_file() and re.search(rf"\b({name}|import \*)(?!\w)", file.read_text(errors="replace")) is not None
+    place = Path(list(spec.submodule_search_locations)[0], *module.split(".")[1:])
+    files = [file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
+    text = "".join(file.read_text(errors="replace") for file in files)
+    return any(place.glob(name + "*")) or re.search(rf"\b({name}|import \*)(?!\w)", text) is not None
 @functools.cache
 def unreachable(url):
     try:
@@ -316,7 +311,6 @@ def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig
 
 
 def _lacking(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path) -> list[str]:
-    """Clauses that begin with a verb."""
     source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
     script = script_of(program, settings) or Path(program[-1])
     tree = parse_script(source, script)

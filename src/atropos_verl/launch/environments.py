@@ -237,7 +237,15 @@ def last_words(
     url = wanted.pop(_URL_OPTION, None)
     own = {name.removeprefix(_SERVER_PREFIX): value for name, value in wanted.items()}
     given = option_value(args, _FILE_OPTION)
-    content = {} if given is None else _read(cwd / Path(given).expanduser(), f"{section}.args")
+    content: Any = {}
+    if given is not None:
+        path = cwd / Path(given).expanduser()
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path} (--config): {error}", f"{section}.args") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} (--config) is not a mapping", f"{section}.args")
     args, _ = _split(args, _FILE_OPTION)
     listed = content.get("openai") or {}
     entries = listed if isinstance(listed, list) else [listed]
@@ -268,7 +276,6 @@ def _split(args: Sequence[str], option: str) -> tuple[list[str], dict[str, str]]
 
 
 def with_token(url: str, token: str | None) -> str:
-    """``url`` with the token as the password that aiohttp sends."""
     if not token:
         return url
     parts = urlsplit(url)
@@ -306,16 +313,6 @@ def direct(config: RunConfig) -> dict[str, str]:
     ]
     value = ",".join(dict.fromkeys(filter(None, hosts)))
     return {"NO_PROXY": value, "no_proxy": value}
-
-
-def _read(path: Path, key: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {path} (--config): {error}", key) from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} (--config) is not a mapping", key)
-    return dict(content)
 
 
 def allocate(config: RunConfig, launch: LaunchConfig, *, embedded: bool) -> tuple[dict[str, float | None], list[str]]:

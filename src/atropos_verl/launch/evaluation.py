@@ -14,7 +14,6 @@ from pydantic import TypeAdapter
 
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.errors import ConfigError
 from atropos_verl.launch.environments import environment_spec, evaluation_directory
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, stop_all
 from atropos_verl.storage import write_atomic
@@ -28,13 +27,10 @@ _DURING = "during"
 
 @dataclass(frozen=True, slots=True)
 class PlannedEvaluation:
-    """The evaluation of one environment."""
-
     environment: str
     weight: float
     spec: ServiceSpec
     result: Path
-    """The file that the environment writes its metrics to."""
 
 
 def plan_evaluations(
@@ -56,14 +52,6 @@ def plan_evaluations(
 
 EVALUATIONS = TypeAdapter(dict[str, list[PlannedEvaluation]])
 """The content of ``evaluations.json``."""
-
-
-def read_evaluations(path: Path) -> dict[str, list[PlannedEvaluation]]:
-    """The plan in ``evaluations.json``. Raises ``ConfigError`` when it cannot be read."""
-    try:
-        return EVALUATIONS.validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", "eval.commands_file") from error
 
 
 class EvaluationProcesses:
@@ -134,7 +122,6 @@ class EvaluationProcesses:
         return {"mean_reward": sum(weight * (scores[name] or 0.0) for name, weight in weights.items()) / total, **each}
 
     def stop(self) -> None:
-        """End those that still run."""
         stop_all([process for started in self._running.values() for _, process in started])
         self._running.clear()
 
@@ -164,8 +151,6 @@ class EvaluationProcesses:
 
 
 class EvaluationWatch:
-    """Follows the evaluations of a trainer, which may be another process."""
-
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "eval" / "progress.json"
         self._told: set[str] = set()
@@ -176,7 +161,6 @@ class EvaluationWatch:
         """The label of the evaluation that the trainer waits for; None: of none."""
 
     def poll(self) -> list[str]:
-        """The news since the last call, as lines for the user."""
         try:
             if (stamp := self._path.stat().st_mtime_ns) == self._stamp:
                 return []

@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
-    """Run the launch command; returns the exit code."""
     from atropos_verl.report.console import output_may_close
 
     parser = command_parser()

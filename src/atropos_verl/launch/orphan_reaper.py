@@ -32,7 +32,6 @@ def carriers(token: str) -> list[int]:
 
 
 def signal_service(pgid: int | None, token: str, signum: int) -> None:
-    """Send ``signum`` to the group and to the carriers of ``token``."""
     if pgid is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # PermissionError: only zombies left (macOS)
             os.killpg(pgid, signum)

@@ -40,8 +40,6 @@ DISK_FULL_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchPlan:
-    """A whole launch."""
-
     run_dir: Path
     config: RunConfig
     """Of the trainer. ``run_dir``, ``atropos.api_url``, ``gateway.port``, ``gateway.advertise_url`` (the gateway as
@@ -50,7 +48,6 @@ class LaunchPlan:
     probe_url: str | None
     """The gateway as the supervisor reaches it; None: this launch has nothing to do with a gateway."""
     services: tuple[ServiceSpec, ...]
-    """In the order of starting."""
     evaluations: dict[str, list[PlannedEvaluation]]
     """Label (before, during, after) → the processes of that held-out evaluation."""
     warnings: tuple[str, ...] = ()
@@ -143,7 +140,6 @@ def make_plan(
 
 
 def one_environment(config: RunConfig) -> LaunchConfig:
-    """The launch of ``main_atropos.py``: the environment of the section ``env``."""
     program = {name: getattr(config.env, name) for name in (*ProgramConfig.model_fields, "startup_timeout")}
     if config.env.script is None and config.env.module is None:
         program["args"] = ("--env.seed", str(config.seed), *config.env.args)
@@ -237,20 +233,18 @@ def url_of(host: str, port: int) -> str:
 
 def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) -> None:
     """Until ``stack`` ends no other run or launch writes into ``run_dir``. Raises ``ConfigError``, with who does."""
-    launch_lock = run_dir / "launch" / "lock"
+    launch_lock, who = run_dir / "launch" / "lock", "a launch" if is_launch else "a training run"
+    is_its_trainer = not is_launch and os.environ.get(_LAUNCH_OF) == str(run_dir)
     try:
-        if is_launch:
-            stack.enter_context(locked(launch_lock, "a launch"))
-            os.environ[_LAUNCH_OF] = str(run_dir)
-            with locked(run_dir / "lock", "a launch"):
-                pass  # its trainer takes it
-        elif os.environ.get(_LAUNCH_OF) == str(run_dir):
-            stack.enter_context(locked(run_dir / "lock", "a training run"))
+        if is_launch or (launch_lock.exists() and not is_its_trainer):
+            stack.enter_context(locked(launch_lock, who))
+        lock = stack.enter_context(ExitStack())
+        lock.enter_context(locked(run_dir / "lock", who))
+        if is_its_trainer:
             return
-        else:
-            if launch_lock.exists():
-                stack.enter_context(locked(launch_lock, "a training run"))
-            stack.enter_context(locked(run_dir / "lock", "a training run"))
+        if is_launch:
+            os.environ[_LAUNCH_OF] = str(run_dir)
+            lock.close()  # its trainer takes it
         temporary = own_temporary(run_dir)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +257,6 @@ def take_run_dir(stack: ExitStack, run_dir: Path, *, is_launch: bool = False) ->
 
 
 def unwritable(run_dir: Path, error: OSError) -> ConfigError:
-    """Says why."""
     text = f"cannot write to {run_dir}: {error.strerror or error}"
     return ConfigError(f"{run_dir} is a file" if run_dir.is_file() else text, "run_dir")
 

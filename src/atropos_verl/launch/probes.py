@@ -140,7 +140,6 @@ class Poller:
                 logger.exception("a look at a service of the run failed")
 
     def ask_api(self) -> bool:
-        """Ask for the API's status now; whether it answered."""
         url, token = self._config.atropos.api_url, self._config.atropos.token
         status = request_json(f"{url}/status", token=token)
         if not isinstance(status, dict) or "current_step" not in status:
@@ -240,7 +239,6 @@ class StepWatch:
 
     @property
     def step(self) -> int:
-        """The newest step, 0 before the first."""
         return int(self.recent[-1]["step"]) if self.recent else 0
 
     def poll(self) -> list[dict[str, Any]]:
@@ -260,12 +258,9 @@ class StepWatch:
 
 @dataclass(frozen=True, slots=True)
 class LogFacts:
-    """What the logs of a run say since its last batch."""
-
     errors: Mapping[str, Counter[str]] = field(default_factory=dict)
     """Environment → how often each of its error lines came."""
     gateway: Sequence[str] = ()
-    """The last refusals of the gateway, with their reasons."""
     api: Sequence[str] = ()
     endings: Mapping[str, str] = field(default_factory=dict)
     """Environment → the last line of its log."""

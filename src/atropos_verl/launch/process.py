@@ -43,7 +43,6 @@ class ServiceSpec:
     name: str
     command: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    """Added to this process's environment."""
     cwd: Path
     log_path: Path
     """stdout and stderr are appended to it; its directory is made. A supervisor numbers ``NAME.1.log``."""
@@ -51,11 +50,8 @@ class ServiceSpec:
     """Written before each start, readable by the owner only: for keys, which must not show in the process list."""
     kind: Literal["api", "trainer", "environment", "evaluation"] = "evaluation"
     restarts: int = 0
-    """The most restarts in a row."""
     startup_timeout: float = 60.0
-    """Seconds."""
     restart_words: tuple[str, ...] = ()
-    """Added to its command from the second start on."""
     registers_as: str = ""
     """The name under which an environment registers at the trajectory API."""
     secrets: tuple[str, ...] = ()
@@ -177,7 +173,6 @@ class ManagedProcess:
             orphan_reaper.signal_service(self._process.pid, self._token, signum)
 
     def _has_ended(self) -> bool:
-        """The leader has, and no descendant is left."""
         if self._process is None or self._process.returncode is not None:
             return True
         if not self._leader_has_ended() or orphan_reaper.carriers(self._token):

@@ -64,7 +64,6 @@ class WatchedService:
         self.deaths = 0
         self.returncode: int | None = None
         self.started_at = 0.0
-        """``clock()`` of the last start, seconds."""
         self.process: ManagedProcess | None = None
         self.log_path: Path | None = None
         self._policy = policy
@@ -82,12 +81,10 @@ class WatchedService:
 
     @property
     def is_alive(self) -> bool:
-        """A process of it exists."""
         return self.state in ("starting", "running")
 
     @property
     def has_future(self) -> bool:
-        """It lives, or will be started (again)."""
         return self.is_alive or self.state in ("waiting", "restarting")
 
     @property
@@ -125,7 +122,6 @@ class WatchedService:
         return True
 
     def death(self) -> str:
-        """Says how its last life ended."""
         if self.returncode == 0 and self.spec.kind == "environment" and not self._was_ready:
             return "ended with code 0 without having registered (does it end with MyEnv.cli()?)"
         return "" if self.returncode is None else describe_exit(self.returncode)
@@ -157,11 +153,9 @@ class WatchedService:
         return "" if self.process is None else self.process.log_tail(lines)
 
     def error(self, message: str) -> ServiceError:
-        """``message`` with the last lines of its log."""
         return ServiceError(message, self.name, self.returncode, self.log_tail())
 
     def describe(self) -> dict[str, Any]:
-        """For the state file."""
         process = self.process
         return {
             "name": self.name,
@@ -493,7 +487,6 @@ class Supervisor:
         return time.monotonic() - max(seen.generated_at, started, seen.batch_at, last_step, self._evaluated_at)
 
     def _counts(self) -> dict[str, int]:
-        """What has been counted until now, by API and gateway."""
         api = self._poller.api or {}
         rows = sum(int(item.get("refused") or 0) for item in environments_of(api) or ())
         return {
@@ -578,7 +571,6 @@ class Supervisor:
 
 
 def _stop(services: Sequence[WatchedService], grace: float = GRACE_SECONDS) -> None:
-    """End their processes, the last first."""
     stop_all([watched.process for watched in services[::-1] if watched.process is not None], grace)
 
 

@@ -27,7 +27,7 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
-from atropos_verl.launch.evaluation import EvaluationProcesses, read_evaluations
+from atropos_verl.launch.evaluation import EVALUATIONS, EvaluationProcesses
 from atropos_verl.launch.launch import backend_of, command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, unwritable, url_of
@@ -151,12 +151,15 @@ class TrainingServices:
         if plan is not None:
             self._supervisor = Supervisor(plan, progress.note)
         if self.config.is_attached:
-            if settings.commands_file is not None:
-                evaluations = read_evaluations(Path(settings.commands_file))
+            if (file := settings.commands_file) is not None:
+                try:
+                    evaluations = EVALUATIONS.validate_json(Path(file).read_bytes())
+                except (OSError, ValueError) as error:
+                    raise ConfigError(f"cannot read {file}: {error}", "eval.commands_file") from error
             if self._supervisor is not None:  # else a launch has handed the key over
-                file = self.run_dir / KEY_FILE
-                write_atomic(file, f"{self.config.gateway.api_key}\n", private=True)
-                progress.note(f"environments are to send the gateway's key, in {file} (or set gateway.api_key)")
+                place = self.run_dir / KEY_FILE
+                write_atomic(place, f"{self.config.gateway.api_key}\n", private=True)
+                progress.note(f"environments are to send the gateway's key, in {place} (or set gateway.api_key)")
                 self._supervisor.start()
             if note := note_of_unused_keys(self.config, self._prefix):
                 progress.note(note)
@@ -273,7 +276,6 @@ def _train_locally(config: RunConfig) -> int:
 
 
 def _serve_rank(config: RunConfig) -> int:
-    """A rank of torchrun other than the first."""
     from atropos_verl.backends.local.run import serve_rank
 
     # What all ranks say is in rank 0's log already; on the terminal only what goes wrong here.

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_named(word: str, key: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("word", "key", "text"),
     [
-        ("trainer.savefreq=3", "trainer.savefreq", "did you mean trainer.save_freq"),
+        ("trainer.savefreq=3", "trainer.savefreq", "unknown key"),
         ("optim.lr=1", "optim.lr", "actor_rollout_ref.actor.optim.lr"),
     ],
 )

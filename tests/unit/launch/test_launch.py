@@ -108,6 +108,7 @@ def test_a_wrong_word_is_refused_by_name(word: str, message: str) -> None:
         ),
         (["gateway.advertise_url=http://b:9004/v1"], "leave the /v1 out"),
         (["environments.demo.script=nowhere.py"], "environments.demo.script: there is no "),
+        (["api.port=1", "api.host=192.0.2.1"], "api.port: cannot listen on 192.0.2.1:1: "),
         (["environments.demo.python=/nowhere/python"], "environments.demo.python: /nowhere/python does not exist"),
         (
             ["env.script=mine.py"],
@@ -318,7 +319,7 @@ def test_both_commands_take_the_backend_of_the_file(
         ("steps=3", "steps: a key of the local backend; with backend=ray it is trainer.total_training_steps"),
         ("trainer_process.nproc=2", "trainer_process.nproc: Ray places the workers"),
         ("environments.demo.weigth=2", "environments.demo.weigth: unknown key"),
-        ("trainer.total_trainig_steps=2", "did you mean trainer.total_training_steps?"),
+        ("trainer.total_trainig_steps=2", "trainer.total_trainig_steps: unknown key (--cfg shows all keys"),
         ("backend=slurm", "backend: 'slurm' is neither local nor ray"),
     ],
 )

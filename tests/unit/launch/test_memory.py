@@ -151,16 +151,8 @@ def test_the_doctor_shows_it(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 )
 @pytest.mark.parametrize("options", ["", "--token-budget 1024", "--checkpointing", "--bf16"])
 def test_the_prediction_is_within_15_percent_of_what_training_takes(options: str) -> None:
-    script = Path(__file__).parents[3] / "benchmarks" / "bench_memory.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--steps",
-        "2",
-        "--model",
-        os.environ["ATROPOS_VERL_MEMORY"],
-        *options.split(),
-    ]
+    script, model = Path(__file__).parents[3] / "benchmarks" / "bench_memory.py", os.environ["ATROPOS_VERL_MEMORY"]
+    command = [sys.executable, str(script), "--steps", "2", "--model", model, *options.split()]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = json.loads(answer.stdout)["predicted"]
