@@ -1,10 +1,9 @@
-"""``atropos-verl report RUN_DIR …``: shows the results of a run, or compares several, as tables."""
+"""``atropos-verl report RUN_DIR …``: shows the results of runs as tables."""
 
 import argparse
 import functools
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,25 +83,21 @@ def _is_number(value: Any) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory; several: compared")
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory")
     parser.add_argument("--survivors", action="store_true", help="begun rollouts against those that were trained on")
 
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
     """Shows the runs. Raises ``ConfigError`` when one cannot be read."""
     console = console or Console()
-    runs = [load_run(directory) for directory in options.run_dirs]
-    if len(runs) == 1:
-        _show_one(runs[0], console)
-    else:
-        _compare(runs, console)
-    if options.survivors:
-        for data in runs:
+    for data in [load_run(directory) for directory in options.run_dirs]:
+        _show(data, console)
+        if options.survivors:
             show_survivors(TraceReader(data.run_dir), console)
     return 0
 
 
-def _show_one(data: RunData, console: Console) -> None:
+def _show(data: RunData, console: Console) -> None:
     state = "finished" if data.is_finished else "not finished: figures so far"
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     say(f"{data.run_dir} ({state})")
@@ -141,22 +136,3 @@ def _plain_table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
-
-
-def _compare(runs: Sequence[RunData], console: Console) -> None:
-    names = ("steps", "reward first", "last", "held-out before", "after", "s/step", "tok/s", "tokens", "time")
-    table = _plain_table("run", *names)
-    for data in runs:
-        get = data.summary.get
-        step_seconds = [value for _, value in data.series("timing/step")]
-        speed = [value for _, value in data.series("perf/trained_tokens_per_second")]
-        table.add_row(
-            data.run_dir.name + ("" if data.is_finished else " (not finished)"),
-            count(get("steps")),
-            *(decimal(get(key)) for key in ("reward_first", "reward_last", "held_out_before", "held_out_after")),
-            seconds(statistics.median(step_seconds)) if step_seconds else "-",
-            count(statistics.median(speed)) if speed else "-",
-            count(get("tokens_trained")),
-            duration(get("seconds")),
-        )
-    console.print(table)
