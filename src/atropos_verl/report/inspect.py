@@ -39,8 +39,7 @@ _BESIDE_BATCH = re.compile(r"batch_\d+\.[\w.]+\.json")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="FILE|DIR", help=_SOURCE_HELP)
-    of_run = "(default: the run's, or the demo model's where it fits)"
-    add("--tokenizer", metavar="PATH", help=f"directory or tokenizer.json {of_run}")
+    add("--tokenizer", metavar="PATH", help="directory or tokenizer.json (default: the run's; without one: ids)")
     add("--estimator", choices=ESTIMATORS, default="grpo", help="group baseline (default: %(default)s)")
     add("--normalization", choices=NORMALIZATIONS, default="none", help="of advantages (default: %(default)s)")
     add("--clipping", nargs=2, metavar=("LOW", "HIGH"), type=float, help="of advantages")
@@ -79,7 +78,7 @@ def _inspect(options: argparse.Namespace, console: Console) -> None:
         clipping=options.clipping and tuple(options.clipping),
         ignore_fields=tuple(options.ignore_field),
     )
-    decoder = _demo_decoder(found) if tokenizer is None else load_decoder(tokenizer)
+    decoder = NO_DECODER if tokenizer is None else load_decoder(tokenizer)
     _show(console, found, settings, decoder, options.policy_version, options.limit or len(found))
 
 
@@ -163,15 +162,6 @@ def _lines(content: bytes, prefix: str) -> list[FoundGroup]:
     if all(item.group.defect is not None for item in found) and b'"tokens"' not in content:
         raise DataError(f"neither JSON nor JSON lines ({found[0].origin}: {found[0].group.defect})")
     return found
-
-
-def _demo_decoder(found: list[FoundGroup]) -> Decoder:
-    from atropos_verl.assets import demo_model_path
-
-    demo = load_decoder(str(demo_model_path()))
-    # Byte-level ids of another model would also fit: then the text is nonsense, and --tokenizer is the remedy.
-    fits = all(demo.knows(row.tolist()) for item in found for row in item.group.token_ids)
-    return demo if fits else NO_DECODER
 
 
 def _show(

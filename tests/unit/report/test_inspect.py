@@ -38,7 +38,10 @@ GROUP: dict[str, Any] = {
 }
 
 
-def inspect(source: object, *words: str, terminal: bool = False) -> tuple[int, str]:
+def inspect(source: object, *words: str, terminal: bool = False, named: bool = True) -> tuple[int, str]:
+    """``named``: with the tokenizer of the demo model, unless ``words`` name another."""
+    if named and "--tokenizer" not in words:
+        words = (*words, "--tokenizer", str(demo_model_path()))
     parser = argparse.ArgumentParser()
     inspection_command.add_arguments(parser)
     raw = io.BytesIO()
@@ -127,7 +130,7 @@ def test_a_limit_hides_sound_groups_and_no_refusal(tmp_path: Path) -> None:
 def test_ids_are_shown_where_the_tokenizer_does_not_fit(tmp_path: Path) -> None:
     group = {"tokens": [[5, 70000, 8]], "masks": [[-100, 70000, 8]], "scores": [1.0]}
     path = write(tmp_path / "group.json", group)
-    assert "    5[[70000 8]]\n" in inspect(path)[1]
+    assert "    5[[70000 8]]\n" in inspect(path, named=False)[1]
     # Named, the tokenizer's model says which ids there are: 261.
     code, text = inspect(path, "--tokenizer", str(demo_model_path()))
     assert code == 0
@@ -284,16 +287,16 @@ def test_a_run_directory_says_which_model_it_trains(tmp_path: Path, backend: str
     section = {"path": str(model), "tokenizer_path": None}
     content = {"model": section} if backend == "local" else {"actor_rollout_ref": {"model": section}}
     write(run / ("config.json" if backend == "local" else "config.yaml"), content)
-    code, text = inspect(run)
+    code, text = inspect(run, named=False)
     assert code == 2  # said on standard error
     (run / "quarantine").mkdir()
     path = write(run / "quarantine" / "1.json", GROUP)
     for source in (run, path):
-        code, text = inspect(source)
+        code, text = inspect(source, named=False)
         assert code == 0 and "refused: tokens[0][2] = 198: outside the vocabulary" in text
-    assert "refused" not in inspect(path, "--vocab-size", "261")[1].partition("groups:")[0]
+    assert "refused" not in inspect(path, "--vocab-size", "261", named=False)[1].partition("groups:")[0]
     shutil.rmtree(model)
-    assert "groups: 1 used" in inspect(run)[1]
+    assert "groups: 1 used" in inspect(run, named=False)[1]
 
 
 def test_a_run_without_a_batch_says_so(tmp_path: Path) -> None:
