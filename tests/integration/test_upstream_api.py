@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.malformed import good_group, poison_groups
+from support.malformed import good_group
 from support.trajectory_server import UpstreamApi
 from support.trajectory_server import registration as registration_fields
 
@@ -141,7 +141,8 @@ def test_reset_forgets_everything(client: AtroposClient) -> None:
 
 def test_one_nan_score_costs_the_api_its_whole_batch(client: AtroposClient) -> None:
     started(client)
-    client.post_scored_data_list([poison_groups()[0]])
+    poisoned = {**json.loads(group(0)), "scores": [float("nan")] * GROUP_SIZE}  # which upstream accepts
+    client.post_scored_data_list([json.dumps(poisoned).encode()])
     client.post_scored_data_list([group(1)])
     with pytest.raises(AtroposHTTPStatusError, match=r"HTTP 500.*the batch may be lost"):
         client.get_batch()

@@ -77,20 +77,6 @@ def malformed_cases(
     return cases
 
 
-def poison_groups(seed: int = 0) -> list[bytes]:
-    """Groups with NaN or Infinity, as JSON of Python's dialect. Upstream accepts them, and then fails to encode the
-    whole batch that holds one: post them only where that is the point."""
-    rng = random.Random(seed)
-    poisoned = []
-    for field in ("scores", "advantages", "inference_logprobs"):
-        for value in (float("nan"), float("inf"), float("-inf")):
-            group = good_group(rng)
-            row = group[field] if field == "scores" else group[field][0]
-            row[-1] = value
-            poisoned.append(json.dumps(group).encode())
-    return poisoned
-
-
 def _set_token(value: Callable[[random.Random, int], int]) -> Spoil:
     def spoil(group: Group, rng: random.Random, vocab_size: int) -> None:
         i = rng.randrange(len(group["tokens"]))
