@@ -63,11 +63,14 @@ TWO = f"{ADD}\n{FIND}"
 
 
 Messages = Sequence[dict[str, Any]]
+OPENAI = openai.OpenAI(base_url="http://unused", api_key="unused", max_retries=0)
+ANTHROPIC = anthropic.Anthropic(base_url="http://unused", api_key="unused", max_retries=0)
+"""Made once: certificates take 20 ms."""
 
 
 def chat(session: dict[str, Any], messages: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
     """The answers to ``messages``, as an agent would put them in its history."""
-    client = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
+    client = OPENAI.with_options(base_url=session["base_url"], api_key=session["api_key"])
     body: Any = {"model": "m", "messages": list(messages), **options}
     if not stream:
         return [c.message.model_dump() for c in client.chat.completions.create(**body).choices]
@@ -116,7 +119,7 @@ def _items(messages: Messages) -> Iterator[dict[str, Any]]:
 
 
 def responses(session: dict[str, Any], messages: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
-    client = openai.OpenAI(base_url=session["base_url"], api_key=session["api_key"], max_retries=0)
+    client = OPENAI.with_options(base_url=session["base_url"], api_key=session["api_key"])
     tools = [{"type": "function", **tool["function"]} for tool in options.pop("tools", [])]
     body: Any = {"model": "m", "input": [*_items(messages)], "tools": tools}
     if "max_tokens" in options:
@@ -151,7 +154,7 @@ def _blocks(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def messages(session: dict[str, Any], history: Messages, *, stream: bool, **options: Any) -> list[dict[str, Any]]:
     base = session["base_url"].removesuffix("/v1")
-    client = anthropic.Anthropic(base_url=base, api_key=session["api_key"], max_retries=0)
+    client = ANTHROPIC.with_options(base_url=base, api_key=session["api_key"])
     functions = [tool["function"] for tool in options.pop("tools", [])]
     tools = [{"name": function["name"], "input_schema": function["parameters"]} for function in functions]
     roles = {"tool": "user", "developer": "system"}
