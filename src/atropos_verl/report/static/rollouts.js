@@ -3,7 +3,7 @@
 import {address, json} from "./api.js";
 import {brief, duration, el, facts, number, said, table, visible} from "./dom.js";
 
-const STATES = ["trained", "under_way", "stale", "quarantined", "filtered", "overlong"];
+const STATES = ["trained", "stale", "quarantined", "filtered", "overlong"];
 const FIELDS = [["text", "text", "search", "long"], ["step", "step", "number"], ["environment", "environment", "number"], ["version", "policy version", "number"], ["reward_min", "reward from", "number"], ["reward_max", "reward to", "number"],
   ["length_min", "tokens from", "number"], ["length_max", "tokens to", "number"], ["reason", "reason", "search", "long"], ["session", "session", "search"]];
 const NAMES = [...FIELDS.map(field => field[0]), "state"];
