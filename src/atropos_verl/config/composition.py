@@ -1,7 +1,5 @@
-"""Command line → settings: Hydra composes the YAML files and the ``key=value`` words, the schema validates.
-
-Precedence, weakest first: schema defaults, the YAML file, environment variables, the command line.
-"""
+"""Command line → settings: Hydra composes the YAML files and the ``key=value`` words, the schema validates. Precedence,
+weakest first: schema defaults, the YAML file, environment variables, the command line."""
 
 import re
 import secrets
@@ -65,8 +63,7 @@ def load_launch(
 
 
 def fitted_to_model(values: Mapping[str, Any]) -> RunConfig:
-    """``RunConfig.from_mapping``, in which keys that suit the demo model only and are absent, or null, get a default by
-    the model (``defaults_for``); ``notes`` names them."""
+    """``RunConfig.from_mapping``; keys for the demo only, absent or null, get the model's. ``notes`` names them."""
     values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     chosen = defaults_for((values.get("model") or {}).get("path"))
     notes = []

@@ -92,8 +92,7 @@ def defaults_for(path: str | None) -> dict[str, Any]:
 
 
 def check_gpu(config: RunConfig) -> None:
-    """Raises ``ConfigError`` without the GPU that ``trainer.device=cuda`` of the local backend asks for. torch is not
-    imported: NVIDIA's driver is asked."""
+    """Raises ``ConfigError`` without the GPU that ``trainer.device=cuda`` asks for; asks NVIDIA's driver, not torch."""
     if config.trainer.device != "cuda":
         return
     count = ctypes.c_int()

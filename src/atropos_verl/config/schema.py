@@ -1,7 +1,5 @@
-"""Every setting of a run: typed, frozen, validated at construction, explained under each field.
-
-Imports neither torch nor verl, so that a typo is reported before anything slow starts.
-"""
+"""Every setting of a run: typed, frozen, validated at construction, explained under each field. Imports neither torch
+nor verl, so that a typo is reported before anything slow starts."""
 
 import difflib
 import json
@@ -507,8 +505,7 @@ def did_you_mean(key: str, known: Sequence[str]) -> str:
 
 
 def _as_config_error(error: ValidationError, model: type[BaseModel], prefix: str) -> ConfigError:
-    """pydantic's error about a ``model``, with every wrong key by its dotted name (below ``prefix``, which ends in a
-    dot)."""
+    """pydantic's error about a ``model``, with every wrong key by its dotted name below ``prefix``."""
     found = list[tuple[str, str]]()
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))

@@ -94,7 +94,11 @@ class RayRun:
 def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config_name: str | None = None) -> Any:
     """The whole configuration with environment variables, the run directory and the model's path filled in."""
     config = compose_config(overrides, config_dir or SHIPPED, config_name or RAY_DEFAULT)
-    with_environment(config, overrides)
+    keys, block = set(map(key_of, overrides)), plain(config.atropos)
+    of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
+    sections = {"atropos": block, "gateway": block.get("gateway")}
+    values = apply_environment(sections, command_line_keys=keys | of_gateway)
+    config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
     complete_config(config)
     if config.run_dir is None:
         config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
@@ -180,15 +184,6 @@ def read_run(config: Any) -> RayRun:
     refused = ("data.max_prompt_length", prompt, context, rollout.max_model_len, "such a prompt would be refused")
     check_bounds([longest, refused])
     return RayRun(config, settings, run)
-
-
-def with_environment(config: Any, overrides: Sequence[str]) -> None:
-    """Put ``ATROPOS_API_URL`` and its like over the file's values, under the command line's."""
-    keys, block = set(map(key_of, overrides)), plain(config.atropos)
-    of_gateway = {key.removeprefix("atropos.") for key in keys if key.startswith("atropos.gateway.")}
-    sections = {"atropos": block, "gateway": block.get("gateway")}
-    values = apply_environment(sections, command_line_keys=keys | of_gateway)
-    config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
 
 
 def _as_run_config(config: Any, settings: RaySettings) -> RunConfig:

@@ -1,9 +1,8 @@
 """``harbor:DATASET``: tasks of Harbor 0.26 (a directory of them, or a registered data set), run by its own ``Trial``.
 
-Settings are those of Harbor's ``TrialConfig`` (``agent.name``, ``environment.type``, ``verifier.env``, …), of its
-``DatasetConfig`` below ``dataset``, and ``rewards``: a weight for each reward that is trained (``{"reward": 1}``). The
-agent finds the session by ``OPENAI_BASE_URL``; by ``ANTHROPIC_BASE_URL`` with ``agent.model_name=anthropic/policy``.
-"""
+Settings are those of its ``TrialConfig``, of ``DatasetConfig`` below ``dataset``, and ``rewards``: a weight for each
+that is trained. The agent finds the session by ``OPENAI_BASE_URL`` (``ANTHROPIC_BASE_URL``:
+``agent.model_name=anthropic/…``)."""
 
 import contextlib
 import tempfile

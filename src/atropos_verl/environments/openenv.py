@@ -1,12 +1,9 @@
 """``openenv:URL`` or ``openenv:PACKAGE``: environments of OpenEnv 0.10, by its ``GenericEnvClient``.
 
-The server makes the observations, ends the episode and gives the rewards, whose sum is the rollout's. OpenEnv has no
-agent of its own for them: the policy sees each observation as JSON, the schema of actions with the first, and answers
-with an action (JSON; where an action has one required field, the text may be its value).
-
-Settings: ``resets`` (one task for each: arguments of ``reset``) or ``seeds`` (1000: a task for each seed below it),
-``max_turns`` (10), ``system_prompt``, ``sampling``, ``use_docker`` (of a package).
-"""
+OpenEnv has no agent of its own for them: the policy sees each observation as JSON, the schema of actions with the
+first, and answers with an action (JSON; where an action has one required field, the text may be its value). Settings:
+``resets`` (arguments of ``reset``, a task for each) or ``seeds`` (1000: a task for each seed below it), ``max_turns``
+(10), ``system_prompt``, ``sampling``, ``use_docker`` (of a package)."""
 
 import contextlib
 import json

@@ -1,8 +1,5 @@
-"""``atropos-verl environments``: an environment of another ecosystem as an Atropos environment.
-
-An adapter opens it in its own interpreter and plays each task against a session of the gateway: prompts, tools, limits,
-judges and rewards stay the ecosystem's, tokens and versions are those of the session. The rest is the runner of agents.
-"""
+"""``atropos-verl environments``: an environment of another ecosystem as an Atropos environment. An adapter opens it in
+its own interpreter and plays each task against a session of the gateway; the rest is the runner of agents."""
 
 import argparse
 import contextlib

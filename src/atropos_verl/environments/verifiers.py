@@ -1,8 +1,5 @@
-"""``verifiers:TASKSET``: tasksets of verifiers 0.4 (``verifiers.v1``), played by its own ``Env.run_slot``.
-
-Settings are those below ``--env.`` of ``vf-eval`` (``agent.max_turns=4``, ``taskset.task.judge.base_url=…``), and its
-``sampling`` and ``select``. The model's address is the session's; judges keep their own.
-"""
+"""``verifiers:TASKSET``: tasksets of verifiers 0.4 (``verifiers.v1``), played by its own ``Env.run_slot``. Settings are
+those below ``--env.`` of ``vf-eval``, and its ``sampling`` and ``select``. Judges keep their own addresses."""
 
 import contextlib
 import os

@@ -148,8 +148,7 @@ def _own_classes(tree: ast.Module) -> list[tuple[ast.ClassDef, dict[str, ast.Fun
 
 
 def _reached(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, bool]]:
-    """What is run, up to the first ``return``, and whether it is in every case: not under a condition, in a loop, or
-    where a failure is caught."""
+    """What is run up to the first ``return``, and whether in every case: in no branch, loop, or caught error."""
     for node in body:
         if isinstance(node, ast.With | ast.AsyncWith) and "suppress(" not in ast.unparse(node).partition("\n")[0]:
             yield from ((item.context_expr, True) for item in node.items)
@@ -301,8 +300,7 @@ print(json.dumps({"lacking": [name for name in asked["modules"] if not there(nam
 
 
 def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path, key: str) -> None:
-    """Raises ``ConfigError`` for what an environment cannot start without: modules, data sets, models, corpora, files.
-    What cannot be found out is passed over."""
+    """Raises ``ConfigError`` for what an environment cannot start without. What cannot be found out is passed over."""
     lacking = []
     with contextlib.suppress(SyntaxError, OSError, ValueError, RecursionError, subprocess.TimeoutExpired):
         lacking = _lacking(python, program, settings, run_dir)

@@ -1,7 +1,4 @@
-"""Environments → commands: each one's command line adapted to the run, its share of the batch, its copies, its keys.
-
-How keys are handed over: docs/internals.md.
-"""
+"""Environments → commands: each one's command line adapted to the run, its share of the batch, its copies, its keys."""
 
 import json
 import os
@@ -402,8 +399,7 @@ def write_tokenizer(config: RunConfig) -> None:
 
 
 def _older_tokenizer(config: RunConfig) -> tuple[Path, dict[str, Any] | None]:
-    """The tokenizer's directory, and ``tokenizer_config.json`` as transformers 4 reads it; None: it reads what is
-    there, or nothing can be done."""
+    """The tokenizer's directory, and its settings as transformers 4 reads them; None: those that are there will do."""
     directory = Path(config.model.tokenizer_path or config.resolve_model_path()).expanduser()
     settings, _ = read_json(directory / _TOKENIZER_SETTINGS)
     older = dict(settings)

@@ -63,8 +63,7 @@ class LaunchPlan:
         return self.config.gateway.advertise_url or ""
 
     def describe(self) -> dict[str, Any]:
-        """The content of ``plan.json``, keys and tokens left out while words are words: quoted, a key may look
-        different."""
+        """The content of ``plan.json``; keys are left out of single words: quoted, one may look different."""
         hide = self._without_secrets
         return {
             "run_dir": str(self.run_dir),

@@ -58,8 +58,7 @@ _DROPS = {
 }
 """What atroposlib logs when it drops a group instead of sending it → what that means, what to do."""
 _HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-"""For all threads: each client reads the system's certificates, for 20 ms. A connection that is kept may be of a
-service that has died."""
+"""For all threads: a client reads the system's certificates, for 20 ms. None is kept: its service may have died."""
 
 
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
@@ -194,8 +193,7 @@ class Poller:
 
 
 def _counters(text: str) -> Mapping[str, float]:
-    """Prometheus text → name without our prefix → value, labels summed up; ``served_total``: answers of 200,
-    ``refused_total``: of errors."""
+    """Prometheus text → values by name without our prefix, ``served_total`` and ``refused_total`` by status."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found = defaultdict[str, float](float)
@@ -227,8 +225,7 @@ def connected_entries(status: Mapping[str, Any] | None, name: str) -> list[Mappi
 
 
 class StepWatch:
-    """The steps that a run has in ``metrics.jsonl``. Of a resumed run, which takes some again, only what goes beyond
-    the last step is news."""
+    """The steps of a run. Of a resumed one, which takes some again, only what goes beyond the last step is news."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.recent: deque[dict[str, Any]] = deque(maxlen=_KEPT_STEPS)

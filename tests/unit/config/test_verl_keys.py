@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from atropos_verl.backends.ray.run import validate_with_verl
 from atropos_verl.config.composition import SHIPPED
-from atropos_verl.config.verl_keys import complete_config, compose_config, compose_run, read_run, with_environment
+from atropos_verl.config.verl_keys import complete_config, compose_config, compose_run, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.train import main
 
@@ -80,9 +80,7 @@ def test_the_block_may_have_keys_that_no_file_spells_out_and_variables_are_betwe
     monkeypatch.setenv("ATROPOS_API_URL", "http://from.environment:1")
     monkeypatch.setenv("ATROPOS_TIMEOUT", "9")
     words = ["atropos.timeout=7", "atropos.lease_seconds=17", "atropos.env.max_batches_offpolicy=3"]
-    config = composed(*words)
-    with_environment(config, words)
-    run = read_run(config)
+    run = read_run(compose_run([*words, "run_dir=/tmp/never"]))
     assert (run.settings.api_url, run.settings.timeout, run.run.is_attached) == ("http://from.environment:1", 7, True)
     assert run.settings.lease_seconds == run.run.atropos.lease_seconds == 17
     assert run.run.env.max_batches_offpolicy == 3
