@@ -45,12 +45,10 @@ keep_optimiser_settings()
 
 ATTENTION = {"sdpa": "atropos_packed_sdpa", "flex_attention": "atropos_packed_flex"}
 """``model.attn_implementation``: what a model that takes packed rows has in its place."""
-_PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])
-"""Sequences, two of which share a prefix."""
+_PROBE = (list(range(1, 9)), [*range(1, 6), 9, 10], [11, 12, 13])  # sequences, two of which share a prefix
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the largest logit. A model that looks across a border is off by the size of its logits."""
-BRANCH_BLOCK = 512
-"""Tokens of a long branch that attend to what is above them in one call."""
+BRANCH_BLOCK = 512  # tokens of a long branch that attend to what is above them in one call
 MASK_ELEMENTS = 2**18
 """The backward keeps the mask of each call in each layer; larger ones are made again instead, with their attention."""
 BACKWARD_TRIMS = 4
@@ -66,18 +64,13 @@ class _HeadRequest(NamedTuple):
 
     rows: torch.Tensor
     """[N] flat indices into [B * L] (of a packed row: into [1 * tokens]) of positions that predict a trained token."""
-    labels: torch.Tensor
-    """[N] the tokens they predict."""
-    temperature: torch.Tensor
-    """[N]."""
-    targets: torch.Tensor
-    """[M] where verl wants them: flat indices into [B * T_b]; token t + 1's logprob is at t."""
+    labels: torch.Tensor  # [N] the tokens they predict
+    temperature: torch.Tensor  # [N]
+    targets: torch.Tensor  # [M] where verl wants them: flat indices into [B * T_b]; token t + 1's logprob is at t
     repeats: torch.Tensor | None
     """[M] which of the N each one is: a token of a shared prefix has several places. None: N = M, in order."""
-    entropy: bool
-    """The entropy of their distributions is wanted too; without a gradient only."""
-    teacher: tuple[torch.Tensor, ...] | None = None
-    """``_teacher_request``; with a gradient only."""
+    entropy: bool  # the entropy of their distributions is wanted too; without a gradient only
+    teacher: tuple[torch.Tensor, ...] | None = None  # ``_teacher_request``; with a gradient only
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp"], device="cuda", vendor="nvidia")

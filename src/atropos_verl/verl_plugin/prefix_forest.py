@@ -38,13 +38,10 @@ class AttentionCall:
 class PrefixForest:
     """One packed row."""
 
-    first: IntArray
-    """[U] where (among the N tokens) each distinct token occurs first."""
-    place: IntArray
-    """[N] where in the row each token is."""
+    first: IntArray  # [U] where (among the N tokens) each distinct token occurs first
+    place: IntArray  # [N] where in the row each token is
     calls: list[AttentionCall]
-    ends: IntArray
-    """[U] each token is seen by itself and all that follow it in the row, up to this one."""
+    ends: IntArray  # [U] each token is seen by itself and all that follow it in the row, up to this one
     _blocks: Any = None
 
     def to(self, device: torch.device) -> Self:
@@ -150,8 +147,7 @@ def build_forest(sequences: Sequence[IntArray]) -> PrefixForest:
 
 
 def _attention_calls(ends: IntArray) -> list[AttentionCall]:
-    borders = np.append(np.flatnonzero(np.diff(ends)) + 1, len(ends))
-    """Where one run of tokens without a branch ends."""
+    borders = np.append(np.flatnonzero(np.diff(ends)) + 1, len(ends))  # where one run of tokens without a branch ends
     calls: list[AttentionCall] = []
     above: list[int] = []
     start = 0

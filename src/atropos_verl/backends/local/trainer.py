@@ -106,8 +106,7 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
         self._log: StepLog | None = None
         self._self_play: SelfPlay | None = None
         self._held_out: HeldOut
-        self._evaluating: int | None = None
-        """The step whose policy is being evaluated while training goes on."""
+        self._evaluating: int | None = None  # the step whose policy is being evaluated while training goes on
         self._held_out_figures: dict[str, float | int | None] = {}
         """Of evaluations that have ended since the last line of ``metrics.jsonl``."""
 

@@ -46,14 +46,12 @@ logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_COLLECTIVE_TIMEOUT = timedelta(hours=24)
-"""Other ranks wait in a broadcast while rank 0 waits for rollouts."""
+_COLLECTIVE_TIMEOUT = timedelta(hours=24)  # other ranks wait in a broadcast while rank 0 waits for rollouts
 _ONE_INTERRUPT_SECONDS = 1.0
 """Signals this close together are one: torchrun passes on to its workers the Ctrl-C that they got from the terminal."""
 
 _STOPPING = "stopping: the trainer ends its step and writes its checkpoint (interrupt again to end at once)\n"
-_MEETING_SECONDS, _MEETING_LOOK_SECONDS = 1800.0, 60.0
-"""For all ranks to start, and between two warnings meanwhile."""
+_MEETING_SECONDS, _MEETING_LOOK_SECONDS = 1800.0, 60.0  # for all ranks to start, and between two warnings meanwhile
 
 
 @contextlib.contextmanager
@@ -131,8 +129,7 @@ class PolicyWorker:
 
     _is_inside = False
     """A call of every rank is under way, or did not come to its end: then the other ranks have ended, or wait in it."""
-    logprobs: Sequence[FloatArray] = ()
-    """[T] of each sample of the last ``train``, before its first update."""
+    logprobs: Sequence[FloatArray] = ()  # [T] of each sample of the last ``train``, before its first update
     _tensors: Generator[tuple[str, torch.Tensor], None, None] | None = None
     """Of the last weight sync; closed, they come to their end."""
 

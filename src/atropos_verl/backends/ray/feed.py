@@ -36,10 +36,8 @@ from atropos_verl.types import (
 
 logger = logging.getLogger(__name__)
 
-ADVANTAGES = "atropos_advantages"
-"""Field: float64 [R], the advantages before normalising, from ``training.advantages``."""
-PARTITION = "train"
-"""TransferQueue's, for training."""
+ADVANTAGES = "atropos_advantages"  # field: float64 [R], the advantages before normalising, from ``training.advantages``
+PARTITION = "train"  # TransferQueue's, for training
 
 
 @dataclass
@@ -50,8 +48,7 @@ class Slot:
     global_steps: int
     batches: list[RolloutData] = field(default_factory=list)
     """The last one is trained on; those before it held nothing to train on."""
-    scores: list[tuple[int | None, float]] = field(default_factory=list)
-    """Environment and score of every rollout."""
+    scores: list[tuple[int | None, float]] = field(default_factory=list)  # environment and score of every rollout
     counts: Counter[str] = field(default_factory=Counter)
     rows: dict[str, tuple[TrainingSample, tuple[int, int, int]]] = field(default_factory=dict)
     """Key of a row → its sample, and where it came from: batch, index of the group in it, position."""
@@ -102,8 +99,7 @@ class TrajectoryFeed:
         """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
         self.failure: BaseException | None = None
         self.slots: dict[str, Slot] = {}
-        self._lock = threading.Lock()
-        """Of ``slots``."""
+        self._lock = threading.Lock()  # of ``slots``
         self._wanted: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trajectory-feed", daemon=True)

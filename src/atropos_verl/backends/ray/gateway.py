@@ -31,8 +31,7 @@ _ABORTED = ("aborted", "abort")
 _TURNED_AWAY_WAIT = (0.02, 1.0)
 """Seconds before asking again after a replica returned nothing: the first wait, and the longest."""
 _REQUEST_TIMEOUT = 1200.0  # in all, the time it is held included
-_MOST_FAILURES = 8
-"""A request at which replicas fail or die is given up after so many."""
+_MOST_FAILURES = 8  # a request at which replicas fail or die is given up after so many
 _DEAD_ENGINE = "EngineDeadError"  # vLLM's word for an engine whose server lives on
 _NO_SERVER = "No available servers in load balancer"
 _NO_SERVER_RETRY = 0.25
@@ -83,8 +82,7 @@ class ReplicaEngine:
         self._client, self._kind, self._tokenizer, self._limits = client, kind, tokenizer, limits
         self.max_context_len, self.eos_token_ids = limits.max_context_len, limits.eos_token_ids
         self._pieces: dict[int, str] = {}
-        self.policy_version = -1
-        """Newest trainer step seen in an answer or set after a weight update; -1 before."""
+        self.policy_version = -1  # newest trainer step seen in an answer or set after a weight update; -1 before
 
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """See ``GenerationEngine``. Aborts are invisible: no ``Generation`` ends with "abort"."""

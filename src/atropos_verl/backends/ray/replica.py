@@ -27,8 +27,7 @@ from atropos_verl.types import Generation, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-_PAUSE_TIMEOUT = 120.0
-"""Seconds until the running engine step must have ended."""
+_PAUSE_TIMEOUT = 120.0  # seconds until the running engine step must have ended
 _ABORT_INTERVAL = 0.05
 
 _SAME_NAME = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "prompt_logprobs", "constraint")
@@ -296,8 +295,7 @@ def to_request(
 class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
     """Connects a training worker (or a ``CheckpointEngineWorker``) with its replica, which runs on one device."""
 
-    is_leader_rank = True
-    """verl asks for it: the one rank of a replica talks to its server."""
+    is_leader_rank = True  # verl asks for it: the one rank of a replica talks to its server
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -365,8 +363,7 @@ class LoraMerger:
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self._parameters = dict(parameters)
-        self.base: dict[str, torch.Tensor] = {}
-        """The weights that an adapter has changed so far, without it."""
+        self.base: dict[str, torch.Tensor] = {}  # the weights that an adapter has changed so far, without it
 
     def set_base(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Take base weights from the trainer (``load_format=dummy``); ``.base_layer`` is removed from the names."""

@@ -64,10 +64,8 @@ class Replicas:
     """The replicas of verl's managers (requests go through the load balancer of the last one), and the training workers
     that send them weights. ``serving``: the managers whose servers are awake. ``note``: is told who died."""
 
-    replaced = 0
-    """Servers that were started in the place of another, in all."""
-    has_newcomers = False
-    """A server waits for weights and ``admit``."""
+    replaced = 0  # servers that were started in the place of another, in all
+    has_newcomers = False  # a server waits for weights and ``admit``
 
     def __init__(
         self, workers: Any, managers: Sequence[Any], serving: Callable[[], Sequence[Any]], note: Any = logger.warning

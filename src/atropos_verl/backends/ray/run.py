@@ -45,8 +45,7 @@ MAILBOX = "atropos_mailbox"
 """Name of the mailbox's actor. Ray keeps the names of each run apart."""
 _WAIT_INTERVAL = 0.1
 _POLL_SECONDS = 0.2
-_STOP_SECONDS = 300.0
-"""After Ctrl-C: the step on its way, and a checkpoint, are given this long."""
+_STOP_SECONDS = 300.0  # after Ctrl-C: the step on its way, and a checkpoint, are given this long
 
 
 def set_environment(device: str) -> dict[str, str]:

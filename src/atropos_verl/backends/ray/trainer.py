@@ -46,8 +46,7 @@ logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 600.0
 _STOP_LOOK_SECONDS = 0.5
 _REPLICA_LOOK_SECONDS = 1.0
-_MOST_DEATHS = 5
-"""Of replicas, in one call of ours to all of them."""
+_MOST_DEATHS = 5  # of replicas, in one call of ours to all of them
 
 
 class StopRequestedError(Exception):
@@ -57,10 +56,8 @@ class StopRequestedError(Exception):
 class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
     """Base of the three modes. ``attach`` gives it feed and gateway after ``init`` and before ``fit``."""
 
-    drains = False
-    """Requests in flight end before the engine sleeps, for engines that cannot hold them."""
-    _is_exact = False
-    """A canary proves after every sync that the replicas compute the trainer's logprobs, in float32."""
+    drains = False  # requests in flight end before the engine sleeps, for engines that cannot hold them
+    _is_exact = False  # a canary proves after every sync that the replicas compute the trainer's logprobs, in float32
 
     def __init__(self, config: Any, note: Callable[[str], None]) -> None:
         """``note`` is told what the user should know."""

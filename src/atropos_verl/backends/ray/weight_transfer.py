@@ -22,8 +22,7 @@ from atropos_verl.errors import WeightSyncError
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 300.0
-"""Seconds a receiver waits for the next bucket."""
+_TIMEOUT = 300.0  # seconds a receiver waits for the next bucket
 
 
 @dataclass(slots=True)

@@ -33,8 +33,7 @@ from atropos_verl.verl_plugin.shims import init_cpu_process_group, own_copies
 class _PreparedWorker:
     """Mixin: prepares verl's process group and the threads on a CPU, and registers the user's loss for an actor."""
 
-    generates_meanwhile = False
-    """The engines generate while this worker trains."""
+    generates_meanwhile = False  # the engines generate while this worker trains
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         init_cpu_process_group()
