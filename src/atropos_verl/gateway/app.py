@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -130,7 +131,7 @@ def create_app(
         return _json_response({"object": "list", "data": [card]})
 
     async def metrics(_: Request) -> Response:
-        return Response(service.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(service), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     gets = {"/health": health, "/v1/models": models, "/metrics": metrics}
     posts: dict[str, Handler] = {

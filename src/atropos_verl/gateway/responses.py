@@ -146,7 +146,8 @@ class _Call(EventAnswer):
     def more(self, text: str) -> Iterator[bytes]:
         [part] = self._items[-1]["content"]
         part["text"] += text
-        yield self._part_event(f"response.{part['type']}.delta", delta=text, **_logprobs(part))
+        more: dict[str, Any] = {"logprobs": []} if "logprobs" in part else {}
+        yield self._part_event(f"response.{part['type']}.delta", delta=text, **more)
 
     def _begin(self, prefix: str, kind: str, **data: Any) -> bytes:
         name = f"{prefix}_{self.id.removeprefix('resp_')}_{len(self._items)}"
@@ -160,7 +161,8 @@ class _Call(EventAnswer):
     def close(self, kind: str) -> Iterator[bytes]:
         item = self._items[-1]
         item["status"], part = "completed", item["content"][0]
-        yield self._part_event(f"response.{part['type']}.done", text=part["text"], **_logprobs(part))
+        more: dict[str, Any] = {"logprobs": []} if "logprobs" in part else {}
+        yield self._part_event(f"response.{part['type']}.done", text=part["text"], **more)
         yield self._part_event("response.content_part.done", part=part)
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
@@ -185,8 +187,3 @@ class _Call(EventAnswer):
             "policy_version": self.service.engine.policy_version,
         }
         yield self._event(f"response.{self.envelope['status']}", response=self.envelope)
-
-
-def _logprobs(part: dict[str, Any]) -> dict[str, Any]:
-    """What events of a text have."""
-    return {"logprobs": []} if part["type"] == "output_text" else {}

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 import msgspec
-from prometheus_client import Metric, generate_latest
+from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -77,10 +77,6 @@ class GatewayService(Collector):
     _refusals: SameLines = field(default_factory=SameLines)
     more_figures: Callable[[], Iterable[tuple[str, str, float]]] = tuple
     """Name, text and value of figures that others count."""
-
-    def exposition(self) -> bytes:
-        """The figures of ``collect`` alone, in the Prometheus text format."""
-        return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
         text = "Requests answered, by endpoint and HTTP status (499: client went away)."

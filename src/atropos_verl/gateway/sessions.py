@@ -592,7 +592,14 @@ class SessionService(GatewayService):
             else:
                 async with asyncio.timeout(None) as exchange.unread:
                     exchange.wait_for_readers()
-                    results, last = await self._new(requests, streamed=streamed)
+                    seen: list[list[GenerationDelta]] = [[] for _ in range(requests[0].n if streamed else 0)]
+                    if streamed:  # the last deltas are sent once they are stored
+                        async with aclosing(super().stream(requests[0])) as deltas:
+                            async for delta in deltas:
+                                seen[delta.index].append(delta)
+                                exchange.add([delta] if delta.finish_reason is None else [])
+                    results = [joined(seen)] if streamed else await super().generate(requests)
+                    last = [row[-1] for row in seen]
                 exchange.unread = None
                 async with session.lock:
                     await self._record_turns(zip(requests, results, strict=True))
@@ -606,20 +613,6 @@ class SessionService(GatewayService):
             exchange.unread = None
             session.check_open()  # if its end is why, this is what those are told who wait
             raise
-
-    async def _new(
-        self, requests: Sequence[GenerationRequest], *, streamed: bool
-    ) -> tuple[list[list[Generation]], list[GenerationDelta]]:
-        """Completions, and the deltas that are to be sent once they are stored."""
-        if not streamed:
-            return await super().generate(requests), []
-        [request] = requests
-        seen: list[list[GenerationDelta]] = [[] for _ in range(request.n)]
-        async with aclosing(super().stream(request)) as deltas:
-            async for delta in deltas:
-                seen[delta.index].append(delta)
-                self._exchange.add([delta] if delta.finish_reason is None else [])
-        return [joined(seen)], [row[-1] for row in seen]
 
     def _fetch(self, first: int, last: int) -> "Future[list[tuple[Key, bytes]]]":
         return self._store.records.fetch("turns", self._session.base + first, self._session.base + last)

@@ -445,6 +445,7 @@ def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
 
 
 def test_the_gateways_counters_are_read() -> None:
+    from prometheus_client import generate_latest
     from support.fake_engine import FakeEngine
     from support.tiny_model import build_tiny_tokenizer
 
@@ -457,7 +458,7 @@ def test_the_gateways_counters_are_read() -> None:
         FakeEngine(), TextCodec(build_tiny_tokenizer(), frozenset()), "tiny", RequestGate(), None, None
     )
     service.answered.update({("/generate", 200): 5, ("/generate", 400): 2, ("/v1/completions", 401): 1, ("/x", 499): 9})
-    found = _counters(service.exposition().decode())
+    found = _counters(generate_latest(service).decode())
     names = ("requests_total", "served_total", "refused_total", "generated_tokens_total")
     assert [found[name] for name in names] == [17.0, 5.0, 3.0, 0.0]
 
