@@ -65,10 +65,8 @@ _NO_DAMAGE: Final = (
 
 def write_atomic(path: Path, data: bytes | str, *, private: bool = False, durable: bool = False) -> None:
     """Replace ``path`` with ``data``: a reader sees the old file or the new one, also when the process dies half-way.
-
     ``private``: only the owner can read the file (mode 0600); ``durable``: return after it is on the disk. Raises
-    ``OSError`` (a full disk, a directory that is missing or not writable); the old file stays.
-    """
+    ``OSError`` (a full disk, a directory that is missing or not writable); the old file stays."""
     # A rename is atomic only within one file system. Hence no tempfile, which may be on another one.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -88,11 +88,9 @@ class FetchedBatch(NamedTuple):
 
 
 class AtroposClient:
-    """A blocking client; one may be shared by several threads. Use it in a ``with`` block, or ``close`` it.
-
-    Connections are not kept alive: of a request written into the moment in which the server closes an idle one nobody
-    can tell whether it was carried out. For ``GET /batch`` that is a batch.
-    """
+    """A blocking client; one may be shared by several threads. Use it in a ``with`` block, or ``close`` it. Connections
+    are not kept alive: of a request written into the moment in which the server closes an idle one nobody can tell
+    whether it was carried out. For ``GET /batch`` that is a batch."""
 
     def __init__(
         self,
@@ -199,12 +197,10 @@ class AtroposClient:
 
     def post_scored_data_list(self, groups: Sequence[bytes], idempotency_key: str | None = None) -> None:
         """Post groups (``encode_group`` makes their JSON) in one request; all are refused when one is malformed (HTTP
-        422, the body says which field).
-
-        A trainer must have registered before: upstream breaks for good when data comes first. ``idempotency_key`` lets
-        a failed post be repeated, at a server that recognises it (upstream takes the groups twice). Groups of another
-        size than their environment's are kept by upstream until others fill them up.
-        """
+        422, the body says which field). A trainer must have registered before: upstream breaks for good when data comes
+        first. ``idempotency_key`` lets a failed post be repeated, at a server that recognises it (upstream takes the
+        groups twice). Groups of another size than their environment's are kept by upstream until others fill them
+        up."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
         call = self._call("POST", "/scored_data_list", b"[" + b",".join(groups) + b"]", headers)
         fields = self._ask(call, repeatable=idempotency_key is not None)
@@ -213,11 +209,9 @@ class AtroposClient:
 
     def poll_batch(self) -> FetchedBatch | None:
         """One ``GET /batch``; None when there is no batch yet. Destructive: what it returns exists nowhere else.
-
         ``timeout`` bounds connecting (tries included), then each silence of the API; a batch that keeps arriving has
         ten times as much. Raises ``AtroposAPIError``, which says, when the request was sent, that the batch may be
-        lost.
-        """
+        lost."""
         return self._fetch(self.timeout)
 
     def get_batch(
@@ -293,11 +287,9 @@ class AtroposClient:
         should_stop: Callable[[], None] | None = None,
     ) -> tuple[bytes, httpx.Headers]:
         """Body and headers of the answer to ``call``, tried again as the module says. Raises ``AtroposAPIError``, the
-        failure of the last try, and what ``should_stop`` raises, called between tries.
-
-        No try begins after ``seconds`` (None: ``timeout``). A ``repeatable`` call spends at most a third of them on one
-        try, so that a lost packet does not cost it all; any other is tried again only while nothing was sent.
-        """
+        failure of the last try, and what ``should_stop`` raises, called between tries. No try begins after ``seconds``
+        (None: ``timeout``). A ``repeatable`` call spends at most a third of them on one try, so that a lost packet does
+        not cost it all; any other is tried again only while nothing was sent."""
         seconds = self.timeout if seconds is None else seconds
         deadline = time.monotonic() + seconds
         longest = seconds / min(_TRIES_PER_TIMEOUT, self.retry_attempts) if repeatable else seconds
@@ -508,12 +500,10 @@ class _Call:
 
     def exchange(self, client: httpx.Client, seconds: float) -> tuple[bytes, httpx.Headers]:
         """Send the request once. Returns the decompressed body of a 2xx answer and its headers. Raises
-        ``_ExchangeError``, whatever failed; also for another answer.
-
-        ``seconds`` bounds connecting, each silence of the server, and the answer as a whole. For a batch each silence
-        has ``timeout``, and the whole transfer ten times as much. Not bounded: the look-up of a host name, which has
-        the time-out of the system's resolver, and a server that never ends its headers but sends some now and then.
-        """
+        ``_ExchangeError``, whatever failed; also for another answer. ``seconds`` bounds connecting, each silence of the
+        server, and the answer as a whole. For a batch each silence has ``timeout``, and the whole transfer ten times as
+        much. Not bounded: the look-up of a host name, which has the time-out of the system's resolver, and a server
+        that never ends its headers but sends some now and then."""
         timeout = httpx.Timeout(self.timeout if self.is_batch else seconds, connect=seconds, pool=seconds)
         end = time.monotonic() + seconds
         body = bytearray()

@@ -126,10 +126,8 @@ class BatchJournal:
 
     def discard_through(self, step: int) -> int:
         """Forget the batches that steps up to and including ``step`` consumed, a durable checkpoint holding their
-        effect. Returns how many. Those that the API still waits for an ack of stay.
-
-        With ``keep`` they go to ``kept/``, which holds that many, and those that the checkpoint before does not hold.
-        """
+        effect. Returns how many. Those that the API still waits for an ack of stay. With ``keep`` they go to ``kept/``,
+        which holds that many, and those that the checkpoint before does not hold."""
         with self._lock:
             done = self._select(lambda entry: entry.step is not None and entry.step <= step and not entry.is_owed)
             if step > self._covered:

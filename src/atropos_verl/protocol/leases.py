@@ -35,11 +35,9 @@ class HeldBatch:
 
 class LeasedBatches:
     """The batches of one run. A step: ``fetch``, optimiser step, ``trained``, ``ack``; checkpoint, the journal's
-    ``discard_through``.
-
-    A run that may have died before calls ``resume`` first, before it registers. Leases are renewed from a thread of
-    its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is trained on).
-    """
+    ``discard_through``. A run that may have died before calls ``resume`` first, before it registers. Leases are renewed
+    from a thread of its own; ``fetch`` may run in another thread than the rest (the next batch is fetched while one is
+    trained on)."""
 
     def __init__(self, client: AtroposClient, journal: BatchJournal) -> None:
         self.client = client
@@ -84,11 +82,9 @@ class LeasedBatches:
             return self.journal.change(entry, step=step)
 
     def ack(self, entry: JournalEntry) -> str:
-        """Tell the API that the batch is ours for good. Call it after ``trained``.
-
-        An API that cannot be reached now is told before the next ``fetch``: the run goes on. Returns one of
-        ``outcomes``, ``owed`` (not told yet) or ``none`` (no lease).
-        """
+        """Tell the API that the batch is ours for good. Call it after ``trained``. An API that cannot be reached now is
+        told before the next ``fetch``: the run goes on. Returns one of ``outcomes``, ``owed`` (not told yet) or
+        ``none`` (no lease)."""
         with self._lock:
             entry = entry_at(entry.path)
             if entry.lease_id is None or entry.acked:

@@ -164,11 +164,9 @@ def check_group(
     strict: bool = False,
     quick: bool = False,
 ) -> CheckedGroup:
-    """Decode and check one ``ScoredData`` object. Raises ``Refusal`` where it cannot be stored.
-
-    ``vocab_size``: token ids must be below it; ``environments``: ``env_id`` must be; ``strict``: check the lengths of
-    extras of anonymous groups, too; ``quick``: raise ``SlowPathError`` instead of reading it a second time.
-    """
+    """Decode and check one ``ScoredData`` object. Raises ``Refusal`` where it cannot be stored. ``vocab_size``: token
+    ids must be below it; ``environments``: ``env_id`` must be; ``strict``: check the lengths of extras of anonymous
+    groups, too; ``quick``: raise ``SlowPathError`` instead of reading it a second time."""
     raw = raw.strip(b" \t\r\n")
     is_slow = False
     try:

@@ -36,10 +36,8 @@ class SequenceQuery:
 
 
 def look_up(ledger: Ledger, queries: Sequence[SequenceQuery], repairer: Repairer | None = None) -> list[SequenceMatch]:
-    """Match the sequences of one batch, and note their records as used. One entry per query.
-
-    With ``repairer``, sequences that ``is_text`` get the ids that were sampled, where that is certain.
-    """
+    """Match the sequences of one batch, and note their records as used. One entry per query. With ``repairer``,
+    sequences that ``is_text`` get the ids that were sampled, where that is certain."""
     queries, repairs = list(queries), list[Repair]()
     for i, query in enumerate(queries):
         spans = trained_spans(query.loss_mask)

@@ -200,13 +200,10 @@ class Ledger:
     def record(
         self, prompt_token_ids: Sequence[int], generations: Iterable[Generation], temperature: float = 1.0
     ) -> tuple[Future[None] | None, list[tuple[int, int, int]]]:
-        """Record the completions of one request. Call it before the client can see them.
-
-        The logprobs are of the distribution at ``temperature``; 0 (greedy) counts as 1, as engines report it. Returns a
-        future that is done, and never raises, when the death of this process cannot lose the records any more (None:
-        nothing is kept over a restart); and of each record its number, its tokens, and the policy version that began
-        it.
-        """
+        """Record the completions of one request. Call it before the client can see them. The logprobs are of the
+        distribution at ``temperature``; 0 (greedy) counts as 1, as engines report it. Returns a future that is done,
+        and never raises, when the death of this process cannot lose the records any more (None: nothing is kept over a
+        restart); and of each record its number, its tokens, and the policy version that began it."""
         prompt = np.asarray(prompt_token_ids, dtype=IDS)
         made = [(np.asarray(g.token_ids, dtype=IDS), _logprobs(g), _runs(g)) for g in generations if g.token_ids]
         if not made:
@@ -299,11 +296,9 @@ class Ledger:
 
     def persist(self, directory: Path, resumed_at: int | None = None) -> int:
         """Keep what is recorded from here on in ``directory`` as well, for the process that resumes this run.
-
         ``resumed_at``: this process resumes a run at this policy version, and what is there is taken in. None: it
         begins one, and what is there is removed. Returns the completions taken in: none of a damaged file, which the
-        log names.
-        """
+        log names."""
         with self.lock:
             if self._orders or self._store is not None:
                 raise ValueError("persist comes before the first record")
@@ -347,13 +342,11 @@ class Ledger:
             store.close()
 
     def find(self, token_ids: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> list[list[Piece]]:
-        """For each trained span ``[start, stop)`` of a sequence the pieces it consists of, in order and without gaps.
-
-        A span of one completion is one piece. Two completions one after the other (a generation that was continued)
-        are two; a completion whose head or tail the environment left untrained or cut off is found as well. Tokens that
-        no record holds, because the text was edited or tokenised anew, are pieces without candidates: where a
-        completion's ids turn into others, nothing of it is taken.
-        """
+        """For each trained span ``[start, stop)`` of a sequence the pieces it consists of, in order and without gaps. A
+        span of one completion is one piece. Two completions one after the other (a generation that was continued) are
+        two; a completion whose head or tail the environment left untrained or cut off is found as well. Tokens that no
+        record holds, because the text was edited or tokenised anew, are pieces without candidates: where a completion's
+        ids turn into others, nothing of it is taken."""
         ids = np.asarray(token_ids, dtype=IDS)
         hashes = prefix_hashes(ids)
         sequence = ids.tobytes()
@@ -497,12 +490,10 @@ def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
-    """64-bit hashes of all prefixes: entry p is that of the first p tokens, ``[T + 1]``.
-
-    The sum, modulo 2^64, of a well mixed value of each (token, position) pair (splitmix64's finaliser, Steele et al.
-    2014), so that all prefixes come from one cumulative sum, and that of a prompt plus that of what follows it
-    (``offset`` = length of the prompt) is that of both.
-    """
+    """64-bit hashes of all prefixes: entry p is that of the first p tokens, ``[T + 1]``. The sum, modulo 2^64, of a
+    well mixed value of each (token, position) pair (splitmix64's finaliser, Steele et al. 2014), so that all prefixes
+    come from one cumulative sum, and that of a prompt plus that of what follows it (``offset`` = length of the prompt)
+    is that of both."""
     count = len(token_ids)
     mixed = token_ids.astype(np.uint64) * _TOKEN_FACTOR
     mixed += np.arange(offset + 1, offset + count + 1, dtype=np.uint64) * _POSITION_FACTOR

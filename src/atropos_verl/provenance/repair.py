@@ -147,11 +147,9 @@ class Repairer:
         return start < stop
 
     def _chains(self, posted: _Posted, begin: int, start: int, stop: int) -> list[_Chain]:
-        """The ways to read the trained tokens ``[start, stop)`` as completions; those of equal ids are one.
-
-        The first may begin before the span, from place ``begin`` on: one token may hold the end of a prompt and the
-        beginning of a completion, and heads may be left untrained.
-        """
+        """The ways to read the trained tokens ``[start, stop)`` as completions; those of equal ids are one. The first
+        may begin before the span, from place ``begin`` on: one token may hold the end of a prompt and the beginning of
+        a completion, and heads may be left untrained."""
         text, first, end = posted.text, int(posted.starts[start]), int(posted.starts[stop])
         ends = [end]
         if stop < len(posted.ids) and int(posted.ids[stop]) not in self.texts.special_ids:

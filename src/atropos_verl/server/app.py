@@ -89,9 +89,7 @@ _EXAMPLE = "tokens masks scores advantages ref_logprobs generation_params infere
 
 class TrajectoryApi:
     """An ASGI application over a store that it opens. ``now``: seconds since the epoch, for tests. Close the store.
-
-    Raises ``ConfigError`` or ``StorageError``: the data directory cannot be used.
-    """
+    Raises ``ConfigError`` or ``StorageError``: the data directory cannot be used."""
 
     def __init__(self, settings: ServerSettings | None = None, now: Callable[[], float] | None = None) -> None:
         self.store = Store(settings or ServerSettings(), now)
@@ -506,11 +504,8 @@ def check_bind(host: str, settings: ServerSettings, *, insecure: bool = False) -
 
 
 def serve(settings: ServerSettings, host: str = "127.0.0.1", port: int = 8000, *, insecure: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM. Requests that run then are given 10 seconds.
-
-    Raises ``ConfigError`` (a public address without a token, a data directory of 0.1.0), ``ServiceError`` (the port is
-    taken), ``StorageError``.
-    """
+    """Serve until SIGINT or SIGTERM. Requests that run then are given 10 seconds. Raises ``ConfigError`` (a public
+    address without a token, a data directory of 0.1.0), ``ServiceError`` (the port is taken), ``StorageError``."""
     import uvicorn
 
     settings = check_bind(host, settings, insecure=insecure)

@@ -220,11 +220,9 @@ def _suffix_sums(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def oldest_subset(sizes: Sequence[int], target: int) -> list[int] | None:
-    """Indices of groups that make exactly ``target``, or None. ``sizes`` is in order of age, the oldest first.
-
-    Of all such subsets it is the one that holds the oldest groups: the first index that two subsets do not share is in
-    this one. ``[3, 1, 4]`` and 5 give ``[1, 2]``; ``[2, 2, 4, 2]`` and 4 give ``[0, 1]``.
-    """
+    """Indices of groups that make exactly ``target``, or None. ``sizes`` is in order of age, the oldest first. Of all
+    such subsets it is the one that holds the oldest groups: the first index that two subsets do not share is in this
+    one. ``[3, 1, 4]`` and 5 give ``[1, 2]``; ``[2, 2, 4, 2]`` and 4 give ``[0, 1]``."""
     sums = _suffix_sums(sizes, target)
     if not sums[0] >> target & 1:
         return None

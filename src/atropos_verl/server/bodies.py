@@ -250,12 +250,10 @@ class _Unread:
 
 
 class StatusBarrier:
-    """Keeps ``/status-env`` true: what an environment learns of its queue fits what it knows of its own groups.
-
-    Its status requests and its posts wait for each other, until it has done with the answer before, for about
-    ``PATIENCE`` seconds at most. Otherwise atroposlib counts a group twice, gives up another one (docs/internals.md).
-    Belongs to the event loop. A connection of None (a server that does not tell of them) passes at once.
-    """
+    """Keeps ``/status-env`` true: what an environment learns of its queue fits what it knows of its own groups. Its
+    status requests and its posts wait for each other, until it has done with the answer before, for about ``PATIENCE``
+    seconds at most. Otherwise atroposlib counts a group twice, gives up another one (docs/internals.md). Belongs to the
+    event loop. A connection of None (a server that does not tell of them) passes at once."""
 
     def __init__(self) -> None:
         self._posts: dict[int, _Unread] = {}

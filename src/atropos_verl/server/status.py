@@ -54,12 +54,10 @@ def status(store: Store) -> dict[str, Any]:
 
 
 def env_status(store: Store, environment: Environment) -> dict[str, Any]:
-    """An environment's view, by upstream's formulas (``atroposlib/api/server.py``, ``get_status_env``).
-
-    ``queue_size`` is in groups of the size it registered with, since it multiplies by that size again: its own
-    sequences, and those of the others beyond their minimum shares. When the server is nearly full,
-    ``unallocated_fraction`` is 0: an unmodified environment then starts no more rollouts, and does not end either.
-    """
+    """An environment's view, by upstream's formulas (``atroposlib/api/server.py``, ``get_status_env``). ``queue_size``
+    is in groups of the size it registered with, since it multiplies by that size again: its own sequences, and those of
+    the others beyond their minimum shares. When the server is nearly full, ``unallocated_fraction`` is 0: an unmodified
+    environment then starts no more rollouts, and does not end either."""
     alive = store.alive()
     minimums = {other.env_id: other.min_batch_allocation for other in alive if other.min_batch_allocation is not None}
     total = sum(other.max_context_len * other.weight for other in alive)

@@ -480,11 +480,8 @@ class Store:
         self, groups: Sequence[CheckedGroup], reply: Callable[[int], bytes], key: str | None = None, digest: bytes = b""
     ) -> bytes:
         """Take the groups of one POST, all or none. Returns the answer, which ``reply`` makes of the number of
-        duplicates. ``key``: Idempotency-Key; ``digest``: that of its request.
-
-        Raises ``Refusal`` (the key was used for another request), ``RequestError`` 429, or ``StorageWriteError`` (the
-        disk refused a write a moment ago).
-        """
+        duplicates. ``key``: Idempotency-Key; ``digest``: that of its request. Raises ``Refusal`` (the key was used for
+        another request), ``RequestError`` 429, or ``StorageWriteError`` (the disk refused a write a moment ago)."""
         known = self.replied(key, digest)
         if known is not None:
             return known
