@@ -54,8 +54,7 @@ def rank_remedy() -> str:
 def activate(device: str) -> None:
     """Makes verl use ``device`` (``"cpu"`` or ``"cuda"``) in this process and in its children: it loads
     ``VERL_USE_EXTERNAL_MODULES`` when it is imported, and picks its platform from ``VERL_PLATFORM`` when it first needs
-    it. Raises ``RuntimeError`` when verl has already picked another device in this process.
-    """
+    it. Raises ``RuntimeError`` when verl has already picked another device in this process."""
     os.environ["VERL_PLATFORM"] = _PLATFORMS[device]
     if "verl" in sys.modules:
         from verl.plugin.platform import platform_manager

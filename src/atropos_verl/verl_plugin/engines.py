@@ -171,8 +171,7 @@ class SelectiveHeadEngine(UpdateEngine):
     """``model_output["log_probs"]`` as verl lays it out: entry t is the logprob of token t+1; 0 where not asked for.
 
     In the update of a batch with the column ``teacher`` there is ``"teacher_kl"``, too: entry t is the KL to the
-    teacher's distribution of token t, at temperature 1.
-    """
+    teacher's distribution of token t, at temperature 1."""
 
     _head_request: _HeadRequest | None = None
     _packs, _shares, _probed = False, True, False
@@ -348,8 +347,7 @@ def _head_request(
     """Finds the rows that predict a token whose ``loss_mask`` is set; both nested [B, T_b]; ``temperature`` [B].
 
     ``row_length``: L of the padded [B, L] that the model is given; None: it is given one packed row, in which each
-    token is at ``place`` [B * T_b] (None: in order).
-    """
+    token is at ``place`` [B * T_b] (None: in order)."""
     ids, offsets = input_ids.values(), input_ids.offsets()
     # Nothing predicts the first token of a sequence.
     trained = _over_sequences(loss_mask, offsets, ids.shape[0]).index_fill(0, offsets[:-1], False)
@@ -376,8 +374,7 @@ def _predicting(
 def _teacher_request(data: Any, row_length: int | None, place: torch.Tensor | None) -> tuple[torch.Tensor, ...] | None:
     """``linear_teacher_kl``'s rows [K], ids and logprobs [K, top], and which of the tokens [B * T_b] each row is.
 
-    Arguments as ``_head_request``. A token of a shared prefix is computed for each of its sequences.
-    """
+    Arguments as ``_head_request``. A token of a shared prefix is computed for each of its sequences."""
     entries, values = _entries(data, "teacher")
     if not entries.numel():
         return None
@@ -502,8 +499,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function; query [B, heads, T, D], key and value [B, kv heads, T, D] → [B, T, heads, D].
 
-    Without the layout of a packed row (B = 1): transformers' ``sdpa``. ``flex``: one call for the whole row.
-    """
+    Without the layout of a packed row (B = 1): transformers' ``sdpa``. ``flex``: one call for the whole row."""
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 

@@ -65,8 +65,7 @@ class PlatformCPU(PlatformBase):  # type: ignore[misc]
 
 
 def register_rollout(name: str, replica: str, adapter: str) -> None:
-    """``rollout.name`` → dotted names of the replica's class and of the adapter of the training workers; a process
-    imports those that it uses."""
+    """``rollout.name`` → dotted names, imported when used, of the replica's class and of the workers' adapter."""
     RolloutReplicaRegistry.register(name, functools.partial(pkgutil.resolve_name, replica))
     # verl 0.9.1 has no function to register an adapter (workers/rollout/base.py); its table is all there is.
     rollout_base._ROLLOUT_REGISTRY[(name, "async")] = adapter

@@ -93,8 +93,7 @@ def sort_by_prefix(sequences: Sequence[IntArray]) -> tuple[list[int], list[int]]
 def partition(lengths: Sequence[int], shared: Sequence[int], count: int) -> list[list[int]]:
     """Cuts sequences in the order of ``sort_by_prefix`` into ``count`` parts with few distinct tokens in the largest.
 
-    Returns positions in that order; parts are empty only where there are fewer sequences than parts.
-    """
+    Returns positions in that order; parts are empty only where there are fewer sequences than parts."""
     budgets = range(max(lengths, default=0), sum(lengths) + 1)
     least = bisect_left(budgets, True, key=lambda budget: len(fill(lengths, shared, budget)) <= count)
     parts = fill(lengths, shared, budgets[least])

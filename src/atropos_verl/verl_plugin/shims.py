@@ -17,8 +17,7 @@ logger = logging.getLogger(__name__)
 def let_trackers_fail() -> None:
     """A tracker that cannot write (its disk is full, its host is gone) ends no run: ``metrics.jsonl`` has the step.
 
-    verl calls them one after the other, and lets the first error out. Remove when it does not.
-    """
+    verl calls them one after the other, and lets the first error out. Remove when it does not."""
     from verl.utils.tracking import Tracking
 
     def log(self: Any, data: Any, step: int, backend: Any = None) -> None:
@@ -36,8 +35,7 @@ def init_cpu_process_group() -> None:
     """Make verl's process group before verl does, which asks for one only where none exists. On CPU only.
 
     verl asks for the backends "cpu:gloo,cpu:gloo" there, which torch refuses. Remove when it names each device once
-    (utils/distributed.py).
-    """
+    (utils/distributed.py)."""
     import torch
     from verl.utils.device import get_device_name
 
@@ -54,8 +52,7 @@ def own_copies(save: Any) -> Any:
     """``save`` (module → ``({name: (tensor, spec)}, spec)``) with tensors of its own.
 
     verl's ``fsdp2_sharded_save_to_cpu`` keeps ``tensor.cpu()``, which on CPU is the live weight: the old policy of
-    separate_async would be the new one. Remove when verl clones (utils/fsdp_utils.py:1180).
-    """
+    separate_async would be the new one. Remove when verl clones (utils/fsdp_utils.py:1180)."""
 
     def save_copies(module: Any) -> Any:
         state, spec = save(module)
@@ -69,8 +66,7 @@ def without_pinned_offload(engine_config: Any) -> Iterator[None]:
     """On CPU, verl builds a forward-only engine as it builds one that trains: without an offload policy.
 
     ``CPUOffloadPolicy(pin_memory=True)`` needs an accelerator. Remove when verl picks the offload policy by platform
-    (transformer_impl.py:462).
-    """
+    (transformer_impl.py:462)."""
     from verl.utils.device import get_device_name
 
     forward_only = engine_config.forward_only
@@ -86,8 +82,7 @@ def leave_no_lock_files() -> None:
     """Makes directories without verl's lock files in the temporary directory, where nothing ever removes them.
 
     Their names hold ``hash(path)``, which differs from process to process: they lock nothing. Remove when verl removes
-    them, or makes directories without a lock (utils/fs.py:277, ``local_mkdir_safe``).
-    """
+    them, or makes directories without a lock (utils/fs.py:277, ``local_mkdir_safe``)."""
     from verl.utils import fs
     from verl.utils.checkpoint import fsdp_checkpoint_manager
 
@@ -102,8 +97,7 @@ def keep_optimiser_settings() -> None:
     """What an engine's optimiser was built with, learning rate, weight decay and betas, outlives a loaded checkpoint.
 
     verl restores the optimiser's groups and the base of its schedule with the settings of the run that saved them, and
-    looks at its own never again. Remove when it applies them (utils/checkpoint/fsdp_checkpoint_manager.py:242).
-    """
+    looks at its own never again. Remove when it applies them (utils/checkpoint/fsdp_checkpoint_manager.py:242)."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
     load = FSDPEngine.load_checkpoint

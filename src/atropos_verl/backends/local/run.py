@@ -30,8 +30,7 @@ def run(
 
     ``listener``: the socket of the gateway, which listens. ``start_environment`` is called once the trainer is
     registered (None: environments run elsewhere), ``check_services`` while waiting (it raises when the run cannot go
-    on), ``stop_services`` before the engine ends: requests of an environment would otherwise be waited for.
-    """
+    on), ``stop_services`` before the engine ends: requests of an environment would otherwise be waited for."""
     run_dir = config.resolve_run_dir()
     with ExitStack() as stack:
         source = stack.enter_context(closing(BatchSource(config, run_dir)))

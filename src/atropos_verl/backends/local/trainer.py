@@ -69,8 +69,7 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
     Args:
         reward_fn: for ``rl_training_step``: ``(prompts, completions) -> scores``, flat lists of equal length.
             ``reward.path`` may name it instead.
-        source: the batch source of a run that has registered already; the trainer closes it.
-    """
+        source: the batch source of a run that has registered already; the trainer closes it."""
 
     def __init__(
         self,
@@ -342,8 +341,7 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
     ) -> torch.Tensor:
         """``sum(-logprob · advantage · mask) / sum(mask)`` of a right-padded batch [B, L] under the current policy.
 
-        Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the parameters.
-        """
+        Token t is predicted from t - 1; position 0 is never trained. The loss [] has a graph to the parameters."""
         from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
 
         logits = self.worker.forward_logits(input_ids)

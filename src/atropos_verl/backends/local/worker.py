@@ -290,8 +290,7 @@ class PolicyWorker:
 
     def _to_tensordict(self, samples: Sequence[TrainingSample], old: list[FloatArray] | None) -> tuple[Any, list[int]]:
         """This rank's share in the columns that verl's engine and our losses read (jagged [B, T_b], and [B]), and its
-        indices. Untrained fillers make it as many rows as any rank has: all make the same number of micro-batches.
-        """
+        indices. Untrained fillers make it as many rows as any rank has: all make the same number of micro-batches."""
         from verl.utils import tensordict_utils as tu
         from verl.utils.dataset.dataset_utils import DatasetPadMode
 
@@ -474,8 +473,7 @@ class LossFunction:
     """The loss that verl's engine calls for each micro-batch: ``(model_output, data, dp_group) -> (loss, metrics)``.
 
     verl averages gradients over ranks, so a micro-batch's loss is its sum, over the tokens of the *global* batch, times
-    the ranks. Metrics are gathered between ``start()`` and ``finish()``: verl joins them without weights.
-    """
+    the ranks. Metrics are gathered between ``start()`` and ``finish()``: verl joins them without weights."""
 
     def __init__(self, config: RunConfig) -> None:
         from atropos_verl.verl_plugin.engines import added_loss  # which imports verl

@@ -125,8 +125,7 @@ class TrajectoryFeed:
         return done
 
     def acknowledge(self, slots: Sequence[Slot], covered_step: int = 0) -> None:
-        """Lets the API forget these batches, and the journal those that steps up to ``covered_step`` consumed (a
-        checkpoint holds their effect)."""
+        """Lets the API forget these batches, and the journal those of steps up to ``covered_step``, a checkpoint's."""
         for slot in slots:
             self.source.done(slot.counts["stale"])
             for data in slot.batches:
@@ -261,8 +260,7 @@ def make_rows(
 ) -> list[Row]:
     """The rows of a batch, for the slot of this uid (without an underscore). Sequences without a trained token are left
     out. ``served``: the policy version that is served now, for sequences of unknown version, as verl needs a number.
-    ``group_sizes``: rollouts that each group was scored with, overlong ones included, by group id.
-    """
+    ``group_sizes``: rollouts that each group was scored with, overlong ones included, by group id."""
     rows: list[Row] = []
     numbers: dict[tuple[str, int], int] = {}
     seen: Counter[int] = Counter()
@@ -345,8 +343,7 @@ def finish_batch(
     ``values``: nested fields ``response_mask``, ``advantages`` (verl's), ``atropos_advantages``, of rows with these
     keys and tags. ``from_data``: the baseline is that of ``training.group_advantages``; otherwise verl's, unless the
     environment sent token-level advantages. (verl gives a group of one its raw score; here it gets 0.) ``running``:
-    statistics of the run for ``global``; merged with this batch.
-    """
+    statistics of the run for ``global``; merged with this batch."""
     masks, verls, ours = (list(values[name].unbind()) for name in ("response_mask", "advantages", ADVANTAGES))
 
     def position(i: int) -> tuple[str, int, int]:

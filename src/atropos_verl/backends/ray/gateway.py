@@ -102,8 +102,7 @@ class ReplicaEngine:
             raise GenerationRequestError(text, "top_logprobs")
 
     async def _own_prompt_logprobs(self, request: GenerationRequest) -> tuple[float, ...]:
-        """[P-1] logprobs of the prompt's own tokens 1.. where alternatives are asked for, else nothing: verl's protocol
-        returns the k best only."""
+        """[P-1] logprobs of the prompt's own tokens 1.. where verl returns the k best only; else nothing."""
         if not request.prompt_logprobs:
             return ()
         name = f"{request.request_id or uuid.uuid4().hex}-prompt"

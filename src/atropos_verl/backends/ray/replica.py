@@ -43,8 +43,7 @@ _ADAPTER_SETTINGS = (*_UNSUPPORTED, "lora_alpha", "use_rslora")
 
 
 class TransformersServer:
-    """The actor. Methods are verl's (``vLLMHttpServer``); ``rollout.engine_kwargs.transformers`` holds settings of its
-    own (docs/cluster.md)."""
+    """The actor, with verl's methods (``vLLMHttpServer``). docs/cluster.md has its own settings, ``engine_kwargs``."""
 
     def __init__(
         self, config: Any, model_config: Any, rollout_mode: RolloutMode, replica_rank: int, visible_devices: str
@@ -206,8 +205,7 @@ class TransformersServer:
         """Take one bucket of an update (``weight_transfer``); the last one returns the bytes copied.
 
         ``settings``: ``global_steps`` (None: the version stays), ``peft_config`` (the tensors are an adapter's),
-        ``base_sync`` (they are the base weights of a model with adapters).
-        """
+        ``base_sync`` (they are the base weights of a model with adapters)."""
         self._settings = settings
         copied: int | None = await self._receiver.receive(update_id, bucket, last)
         if last:
@@ -270,8 +268,7 @@ def to_request(
     """Turns the arguments of verl's server into a request. ``config`` is verl's ``RolloutConfig``.
 
     Without ``max_tokens``: ``response_length`` at most and ``prompt_length + response_length`` in all, as verl. Raises
-    ``GenerationRequestError`` naming a parameter that the embedded engine would have to ignore.
-    """
+    ``GenerationRequestError`` naming a parameter that the embedded engine would have to ignore."""
     prompt = tuple(int(token) for token in prompt_ids)
     default = min(config.response_length, config.prompt_length + config.response_length - len(prompt))
     params = {name: value for name, value in params.items() if value is not None and name not in _TEXT_ONLY}
@@ -333,8 +330,7 @@ class TransformersServerAdapter(BaseRollout):  # type: ignore[misc]
         """Send ``weights`` (or, with ``peft_config``, an adapter's) into the replica as policy ``global_steps``.
 
         Raises ``WeightSyncError`` naming what does not fit. A dead replica is no error here: this rank takes part in
-        the collectives of the others, and the trainer asks afterwards who lives.
-        """
+        the collectives of the others, and the trainer asks afterwards who lives."""
         if wire_format != "named_tensors":
             raise NotImplementedError(f"rollout.name={self.config.name} takes named tensors, not {wire_format!r}")
         settings = {
@@ -358,8 +354,7 @@ class LoraMerger:
 
     verl sends adapters under peft's names, such as ``base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight``.
     Formula: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaling alpha / r, or, with rsLoRA,
-    alpha / sqrt(r) (Kalajdzievski, 2023).
-    """
+    alpha / sqrt(r) (Kalajdzievski, 2023)."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         self._parameters = dict(parameters)
@@ -379,8 +374,7 @@ class LoraMerger:
         """Yield every parameter of the engine: merged where the adapter changes it, itself where not.
 
         Computed in float32 and rounded once to the engine's dtype. Raises ``WeightSyncError``, which names the setting
-        or the weight.
-        """
+        or the weight."""
         for key in _UNSUPPORTED:
             if (value := peft_config.get(key)) and value != "none":
                 text = (

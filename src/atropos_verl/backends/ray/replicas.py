@@ -74,8 +74,7 @@ class Replicas:
         self._balancer = managers[-1].global_load_balancer
 
     def replace_dead(self) -> int:
-        """Start a new server in the place of each dead one; returns how many. They have no weights and no requests yet,
-        until ``admit``."""
+        """Start a new server in the place of each dead one; returns how many. They get requests from ``admit`` on."""
         every = [(manager, i) for manager in self._managers for i in range(len(manager.rollout_replicas))]
         asked = [_ask(manager.rollout_replicas[i]) for manager, i in every]
         dead = [place for place, answers in zip(every, asked, strict=True) if not _all_live(answers)]

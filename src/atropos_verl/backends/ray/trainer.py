@@ -540,8 +540,7 @@ class _NoPrompts(tuple[()]):
 
 
 class _Watching:
-    """Mixin of verl's replay buffer: ``trainer`` is asked between two looks, and its feed told of slots that verl
-    dropped as too stale."""
+    """Mixin of verl's replay buffer: ``trainer`` looks around between two polls, its feed hears of too stale slots."""
 
     trainer: _AtroposTrainer
 

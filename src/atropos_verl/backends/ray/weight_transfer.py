@@ -71,8 +71,7 @@ async def send_weights(
     """Send every tensor of ``weights``, (name, tensor) pairs, sync or async, consumed one bucket at a time.
 
     ``receive`` makes a remote call with (update, bucket, last) and returns what to wait for. Returns the bytes when all
-    have been taken; raises whatever the receiver raised (``WeightSyncError`` names the tensor).
-    """
+    have been taken; raises whatever the receiver raised (``WeightSyncError`` names the tensor)."""
     update_id, nbytes = uuid.uuid4().hex, 0
     weights = ensure_async_iterator(weights)
     try:

@@ -1,5 +1,4 @@
-"""verl's training workers. Ray imports this module, which registers our losses, engines and estimators with verl, in
-every process that trains."""
+"""verl's training workers. Importing this module registers our losses, engines and estimators with verl."""
 
 import os
 import shutil
@@ -155,8 +154,7 @@ engine_workers.ppo_loss = ppo_loss_with_teacher  # verl's workers call it by thi
 
 
 def register_user_loss(config: Any) -> None:
-    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made the ``loss_mode`` in verl's
-    ``actor_rollout_ref``."""
+    """Register the function of ``atropos.loss.path``, which ``complete_config`` has made verl's ``loss_mode``."""
     path = str(config.actor.policy_loss.loss_mode)
     if ":" in path and path not in POLICY_LOSS_REGISTRY:
         _register_policy_loss(path)(verls_loss(load_loss(path)))
