@@ -294,8 +294,6 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
     return rows
 
 
-# -- a launch ----------------------------------------------------------------------------------------------------------
-
 _LIVING = ("waiting", "starting", "running", "restarting")
 _STYLES = {"running": "green", "ended": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}
 
@@ -366,8 +364,6 @@ def _flow(state: Mapping[str, Any]) -> str:
         f"{gateway.get('in_flight', 0)} in flight, {count(speed)} tok/s, policy v{gateway.get('policy_version')}"
     )
 
-
-# -- numbers and curves ------------------------------------------------------------------------------------------------
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-=+*#@"

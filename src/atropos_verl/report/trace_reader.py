@@ -129,8 +129,6 @@ class TraceReader:
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"cannot read {path}: {error}") from error
 
-    # -- rollouts ----------------------------------------------------------------------------------------------------
-
     def rollouts(
         self, wanted: RolloutFilter | None = None, limit: int = 100, before: int | None = None
     ) -> list[dict[str, Any]]:
@@ -213,8 +211,6 @@ class TraceReader:
             "SELECT state, groups, sequences FROM thinned) GROUP BY 1"
         )
         return {kind: {row["state"]: row[kind] for row in rows if row[kind]} for kind in ("groups", "sequences")}
-
-    # -- what training saw of what was begun -------------------------------------------------------------------------
 
     def survivors(self) -> dict[str, Any]:
         """Rollouts that were begun against those that were trained on. A rollout is a sequence that came, or what no
@@ -355,9 +351,6 @@ def distance(a: FloatArray, b: FloatArray, a_weights: FloatArray, b_weights: Flo
     return float(np.abs(found[0] - found[1]).max())
 
 
-# -- tokens to text --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """Token ids → text, special tokens shown."""
@@ -490,9 +483,6 @@ def _turns(items: Sequence[Mapping[str, Any]], decoder: Decoder) -> list[dict[st
         is_trained = any(item["trained"] for item in part)
         turns.append({"role": role, "text": decoder.text(ids), "start": start, "stop": stop, "trained": is_trained})
     return turns
-
-
-# -- trackers ----------------------------------------------------------------------------------------------------------
 
 
 def send_rollouts(tracking: Any, reader: TraceReader, step: int) -> None:

@@ -218,8 +218,6 @@ class TraceWriter:
             self._thread.join(30.0)
         self._is_over = True
 
-    # -- what happened -----------------------------------------------------------------------------------------------
-
     @_noted(lambda _, groups: sum(map(len, groups)))
     def arrived(self, batch: int, groups: Sequence[ScoredGroup]) -> None:
         """A batch was fetched; ``batch`` is its number in the journal."""
@@ -310,8 +308,6 @@ class TraceWriter:
     def session(self, session: str, state: str, reason: str | None) -> None:
         """A session has ended: finished, aborted or expired."""
         self._db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?)", (session, state, reason))
-
-    # -- the writing thread ------------------------------------------------------------------------------------------
 
     def _put(self, job: Callable[[], None], weight: int) -> None:
         with self._lock:
