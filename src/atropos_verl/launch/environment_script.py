@@ -301,32 +301,28 @@ print(json.dumps({"lacking": [name for name in asked["modules"] if not there(nam
 
 def check_needs(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path, key: str) -> None:
     """Raises ``ConfigError`` for what an environment cannot start without. What cannot be found out is passed over."""
-    lacking = []
+    lacking = list[str]()  # clauses that begin with a verb
     with contextlib.suppress(SyntaxError, OSError, ValueError, RecursionError, subprocess.TimeoutExpired):
-        lacking = _lacking(python, program, settings, run_dir)
+        source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
+        script = script_of(program, settings) or Path(program[-1])
+        tree = parse_script(source, script)
+        place, modules = str(script.resolve().parent), imported_modules(tree)
+        if settings.module is not None:
+            place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
+        if b"sys.path" in source:
+            modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
+        needs = needs_of(tree, settings.args, script.parent.absolute())
+        asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
+        command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
+        options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
+        seen: dict[str, Any] = json.loads(answer.stdout)
+        if names := ", ".join(name.replace(":", ".") for name in seen["lacking"]):
+            lacking.append(f"imports {names}, which {python} has not: install what provides them, or set python")
+        if sends_tuples(tree):
+            text = "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would"
+            text += " ever arrive: have it return what score() makes of them, or define postprocess_histories"
+            lacking.append(text)
+        lacking += [f"needs the {kind} {', '.join(names)} ({why})" for kind, (why, names) in seen["unmet"].items()]
     if lacking:
         raise ConfigError(f"{program[-1]} {'; '.join(lacking)}", key)
-
-
-def _lacking(python: str, program: Sequence[str], settings: EnvironmentConfig, run_dir: Path) -> list[str]:
-    source, cwd = source_of(program, settings), Path(settings.cwd or run_dir).expanduser()
-    script = script_of(program, settings) or Path(program[-1])
-    tree = parse_script(source, script)
-    place, modules = str(script.resolve().parent), imported_modules(tree)
-    if settings.module is not None:
-        place, modules = str(cwd.absolute()), [*modules, settings.module.split(".")[0]]
-    if b"sys.path" in source:
-        modules = [name for name in modules if name.startswith("atroposlib")]  # others may come from anywhere
-    needs = needs_of(tree, settings.args, script.parent.absolute())
-    asked = {"place": place, "modules": modules, "needs": needs, "cwd": str(cwd.absolute())}
-    command, variables = [python, "-c", _LOOK, json.dumps(asked)], {**os.environ, **import_path(), **settings.env}
-    options: dict[str, Any] = {"env": variables, "cwd": cwd if cwd.is_dir() else None}
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20.0, **options)
-    seen: dict[str, Any] = json.loads(answer.stdout)
-    names = ", ".join(name.replace(":", ".") for name in seen["lacking"])
-    refused = [f"imports {names}, which {python} has not: install what provides them, or set python"] if names else []
-    if sends_tuples(tree):
-        text = "returns tuples from collect_trajectories where Atropos sends ScoredDataGroups, so no group would ever"
-        refused.append(f"{text} arrive: have it return what score() makes of them, or define postprocess_histories")
-    unmet = (f"needs the {kind} {', '.join(names)} ({why})" for kind, (why, names) in seen["unmet"].items())
-    return [*refused, *unmet]

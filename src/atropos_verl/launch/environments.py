@@ -176,8 +176,7 @@ def environment_spec(
 
 def evaluation_directory(config: RunConfig, name: str, label: str, of_training: bool) -> Path:
     """The directory to which ``ENV evaluate`` writes ``metrics.json``."""
-    directory = config.resolve_run_dir() / "eval" / label
-    return directory if of_training else directory / name
+    return config.resolve_run_dir() / "eval" / label / ("" if of_training else name)
 
 
 def program_of(section: str, settings: EnvironmentConfig) -> tuple[str, ...]:
