@@ -5,18 +5,22 @@ step, what the local backend trains on the same batches and weights.
 """
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 from support.runs import TrainingRun, checkpointed_step, journalled, metrics_of, summary_of
+from support.serving import post
 from support.trajectory_server import ServerProcess
 from transformers import AutoModelForCausalLM
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.wire import encode_group
 
@@ -84,6 +88,23 @@ def _logprobs(model: Any, row: list[int], mask: list[int]) -> list[float]:
     return [1.0 if m == -100 else float(table[t - 1, row[t]]) for t, m in enumerate(mask)]
 
 
+def at_gateway(run: TrainingRun) -> httpx.Client:
+    run.wait_for_output("are to use the gateway at ")
+    [url] = re.findall(r"are to use the gateway at (\S+)/v1", run.stdout)
+    assert run.run_dir is not None
+    key = (run.run_dir / KEY_FILE).read_text().strip()
+    return httpx.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=60.0)
+
+
+def turn(client: httpx.Client, session: dict[str, Any], *messages: dict[str, str]) -> dict[str, Any]:
+    """The answer to the agent's first request, or after ``messages``; a request that is sent again has one answer."""
+    key = {"authorization": f"Bearer {session['api_key']}", "idempotency-key": f"turn {len(messages)}"}
+    body = {"messages": [*messages, {"role": "user", "content": "a"}], "max_tokens": 3}
+    answer = client.post("/v1/chat/completions", json=body, headers=key)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
 class Story:
     """Observations: the run until Ctrl-C after two steps; the run that went on, whose replica and later whose task
     runner were killed; the run that went on after that; and the API at the end."""
@@ -117,11 +138,20 @@ class Story:
                 run.kill_actor("TransformersServer")
                 client.post_scored_data_list(self.batches[2])
                 run.wait_for_step(3)
+                with at_gateway(run) as gateway:
+                    session = post(gateway, "/sessions", group="g")
+                    self.answers = [turn(gateway, session)]
                 run.kill_actor("AtroposTaskRunner")
                 run.must_end(1)
                 self.said = run.stderr
             with TrainingRun(self.words, run_dir=self.run_dir) as run:
                 run.wait_for_output("resumed at step 3")
+                with at_gateway(run) as gateway:
+                    self.answers.append(turn(gateway, session))
+                    said = self.answers[0]["choices"][0]["message"]
+                    turn(gateway, session, {"role": "user", "content": "a"}, said)
+                    post(gateway, f"/sessions/{session['id']}/reward", reward=1)
+                    self.rollout = gateway.get(f"/sessions/{session['id']}/rollout").json()
                 client.post_scored_data_list(self.batches[3])
                 run.must_end(0)
             self.api_status = client.status()
@@ -174,6 +204,12 @@ def test_a_killed_replica_is_replaced_and_the_canary_of_every_step_is_exact(stor
 def test_a_killed_task_runner_is_one_message_and_leaves_no_process(story: Story) -> None:
     assert "Ray's actor AtroposTaskRunner was killed; the same command goes on from step 3." in story.said
     assert "Traceback" not in story.said
+
+
+def test_a_session_goes_on_after_its_gateway_was_killed(story: Story) -> None:
+    first, again = ([answer[name] for name in ("id", "choices")] for answer in story.answers)
+    assert first == again, "it was not sampled again"
+    assert [row["turns"] for row in story.rollout["rows"]] == [[0, 1]]
 
 
 def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
