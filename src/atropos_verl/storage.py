@@ -188,7 +188,6 @@ class RecordStore:
         self._sync_failure: str | None = None
         self._not_copied: list[_Row] | None = []
         """Rows of the database that the copy lacks. None: it is given up."""
-        self._unmoved_bytes = 0
         self.is_closed = False
         self._closing = threading.Lock()
         self._lock = contextlib.ExitStack()
@@ -201,6 +200,8 @@ class RecordStore:
         try:
             self._db, self._copy = self._open_both()
             self._mark = _read_mark(self._db)
+            wals = (_beside(path, "-wal") for path in self._paths)  # of processes that were killed
+            self._unmoved_bytes = sum(wal.stat().st_size for wal in wals if wal.exists())
             self._bodies = None
             if large is not None:
                 places = (_PLACE.unpack(value)[:2] for (value,) in self._db.execute(f"SELECT value FROM {large}"))

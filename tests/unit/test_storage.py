@@ -441,6 +441,21 @@ def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.
     store.close()
 
 
+def test_the_wal_of_processes_that_were_killed_is_moved_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may end before it has written enough."""
+    directory = killed(tmp_path, 40)
+    wal, sizes = directory / "store.sqlite-wal", list[int]()
+    monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", wal.stat().st_size)
+    store = opened(directory)
+    for number in range(4):
+        store.write([("notes", "last", b"%d" % number)]).result()
+        sizes.append(wal.stat().st_size)
+    assert max(sizes[1:]) <= sizes[0]  # the second one begins it anew
+    store.close()
+
+
 def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atropos_verl.storage._FREE_BYTES", 1000)
     store = opened(tmp_path)
