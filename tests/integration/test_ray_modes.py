@@ -61,9 +61,9 @@ def test_replicas_die_and_the_run_does_not(tmp_path: Path, mode: str, deaths: in
     assert [line["step"] for line in metrics] == list(range(1, steps + 1))
     assert metrics[-1]["sync/replicas_replaced"] == deaths
     assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-3 for line in metrics)
-    # Where the logprobs of the rollouts are the trainer's own, verl's forward for them is left out.
+    # Where the logprobs of the rollouts are the trainer's own, the colocated modes leave verl's forward for them out.
     computed = [line for line in metrics if "training/rollout_probs_diff_mean" in line]
-    assert all(line["off_policy/staleness_max"] for line in computed)
+    assert mode == "separate_async" or all(line["off_policy/staleness_max"] for line in computed)
     assert all(line["data/unmatched_span_rate"] == 0.0 for line in metrics)
 
 
