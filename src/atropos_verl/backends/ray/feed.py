@@ -24,7 +24,7 @@ from atropos_verl.errors import DataError
 from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.samples import collect_samples, posted_columns
-from atropos_verl.training.staleness import BatchProvenance, look_up_counts, staleness_metrics
+from atropos_verl.training.staleness import BatchProvenance, look_up_counts
 from atropos_verl.types import (
     UNKNOWN_VERSION,
     FloatArray,
@@ -55,7 +55,7 @@ class Slot:
     figures: dict[str, dict[tuple[int, int, int], FloatArray]] = field(default_factory=dict)
     """``advantages`` and ``trainer_logprobs`` (before the update) [T] of its rows, once its step has them."""
     off_policy: dict[str, float | int | None] = field(default_factory=dict)
-    """Figures of the ledger's look-up, and of staleness."""
+    """Figures of the ledger's look-up."""
     wait_seconds: float = 0.0
 
 
@@ -207,7 +207,7 @@ class TrajectoryFeed:
         served, advantages = self.served_version(), list[SequenceAdvantage]()
         report = self.source.collect(data, served, partial(self._samples, advantages))
         slot.scores += report.scores
-        slot.off_policy |= data.off_policy | staleness_metrics(report.samples, served)
+        slot.off_policy |= data.off_policy
         sizes = {group.group_id: len(group.rollout_scores) for group in report.used}
         known: dict[str, Any] = {"served": served, "global_steps": slot.global_steps, "group_sizes": sizes}
         rows = make_rows(slot.uid, report.samples, advantages, **known)

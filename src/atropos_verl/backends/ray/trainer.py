@@ -37,6 +37,7 @@ from atropos_verl.training.checkpoint_state import (
     new_checkpoint,
 )
 from atropos_verl.training.losses import summarise_importance
+from atropos_verl.training.staleness import staleness_metrics
 from atropos_verl.training.step import is_best, step_report
 from atropos_verl.training.weight_sync import AtroposShardingManager
 from atropos_verl.types import StepReport
@@ -337,7 +338,8 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         posted = {f"{name}/{figure}" for name in ("distill", "ref") for figure in ("kl", "known")}
         figures |= summarise_importance({name: figures.pop(f"actor/{name}", None) or 0.0 for name in posted})
         for slot in self._slots:
-            figures |= slot.off_policy
+            # Behind the weights that the update began with: the asynchronous modes fill a slot earlier.
+            figures |= slot.off_policy | staleness_metrics([s for s, _ in slot.rows.values()], self.global_steps - 1)
         sync: Any = self.sharding_manager.last_sync
         training = ("old_log_prob", "ref", "values", "adv", "update_actor")
         return step_report(
