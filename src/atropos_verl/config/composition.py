@@ -40,7 +40,8 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None, config
     """Compose and validate the settings of a training run. Raises ``ConfigError``, which names the key."""
     values = _compose(overrides, config_dir, config_name or _SCHEMAS[0])
     if of_launch := [key for key in values if key in LaunchConfig.model_fields]:
-        raise ConfigError("a key of `atropos-verl launch`, in a file or word for train", of_launch[0])
+        named = f" --config-name {config_name}" if config_name else ""
+        raise ConfigError(f"a key of a launch; run `atropos-verl launch{named}`", of_launch[0])
     values["gateway"] = with_key_for_network(values.get("gateway"), values.get("run_dir"), values["atropos"])
     config = fitted_to_model(values)
     check_bounds(bounds_of(config))

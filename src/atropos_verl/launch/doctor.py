@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -385,7 +386,9 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
     from atropos_verl import verl_plugin
 
     verl_plugin.activate("cpu")
-    from atropos_verl.verl_plugin.engines import install_packed_attention
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* engine is not available")  # verl's, of packages nobody asked for
+        from atropos_verl.verl_plugin.engines import install_packed_attention
     from atropos_verl.verl_plugin.prefix_forest import joined
 
     how: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}

@@ -268,11 +268,12 @@ def summary_rows(summary: Mapping[str, Any], *, ascii_only: bool) -> list[tuple[
         rows.append(("", sparkline(get("rewards") or (), CURVE_WIDTH, ascii_only=ascii_only)))
     change("held-out", "held_out_before", "held_out_after")
     if known := {step: score for step, score in (get("held_out_steps") or {}).items() if score is not None}:
-        best = max(known, key=lambda step: known[step])
+        scores = known if get("held_out_after") is None else {**known, get("steps"): get("held_out_after")}
+        best = max(scores, key=lambda step: scores[step])
         curve = sparkline(list(known.values()), CURVE_WIDTH, ascii_only=ascii_only)
         label = "" if rows and rows[-1][0] == "held-out" else "held-out"
         steps = f"{len(known)} step{'s' * (len(known) > 1)}"
-        rows.append((label, f"{curve}  at {steps}, best {decimal(known[best])} at step {best}"))
+        rows.append((label, f"{curve}  at {steps}, best {decimal(scores[best])} at step {best}"))
     lines = (
         ("steps", (("", "steps"), ("policy version ", "policy_version"), ("weights synced ", "weights_synced"))),
         ("groups", (("used ", "groups_used"), ("dropped ", "groups_dropped"), ("quarantined ", "groups_quarantined"))),

@@ -138,7 +138,7 @@ class RunView:
             limit, before = int(given.pop("limit", 50)), int(given.pop("before", 0)) or None
             wanted = msgspec.convert(given, RolloutFilter, strict=False)
         except (ValueError, msgspec.ValidationError) as error:
-            raise HTTPException(400, str(error)) from None
+            raise HTTPException(400, f"limit, before or a filter: {error}") from None
         return {"rollouts": reader.rollouts(wanted, max(1, limit), before), "has_index": reader.has_index}
 
     def _events(self, request: Request) -> Response:

@@ -115,6 +115,13 @@ def test_summary_of_a_run_without_rewards_says_what_there_is() -> None:
     )
 
 
+def test_the_score_after_training_may_be_the_best() -> None:
+    console, out = piped()
+    scores = {"held_out_after": 0.75, "held_out_steps": {3: 0.5}}
+    ProgressReporter(6, console).summary({"steps": 6, "rewards": [], **scores})
+    assert "at 1 step, best 0.750 at step 6" in out.getvalue()
+
+
 def test_an_encoding_without_blocks_gets_ascii() -> None:
     raw = io.BytesIO()
     with io.TextIOWrapper(raw, encoding="ascii", write_through=True) as file:
