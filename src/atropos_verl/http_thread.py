@@ -281,10 +281,12 @@ def _watched(listener: Listener, connections: Any) -> type[Any]:
             super().data_received(data)
             if self.transport.is_closing():
                 return
+            # What is left of a body that was answered unread is no header.
+            has_body = self.cycle is not None and self.cycle.more_body
             is_idle = self.cycle is None or self.cycle.response_complete
-            if is_idle and self._received > _BYTES:
+            if is_idle and not has_body and self._received > _BYTES:
                 self.send_400_response(f"The header is longer than {_BYTES} bytes.")
-            self._watch(waits=is_idle or self.cycle.more_body)
+            self._watch(waits=is_idle or has_body)
 
         def on_response_complete(self) -> None:
             if not self.transport.is_closing():

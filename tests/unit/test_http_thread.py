@@ -77,6 +77,10 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         for _ in range(500):
             await send({"type": "http.response.body", "body": b"x" * 100_000, "more_body": True})
         return
+    if scope["path"] == "/refused":
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+        return
     while scope["path"] == "/busy" and BUSY.is_set():  # noqa: ASYNC110 - set in another thread
         await asyncio.sleep(0.005)
     while (await receive()).get("more_body"):
@@ -137,6 +141,18 @@ def test_a_header_that_comes_byte_by_byte_or_never_ends_is_closed(monkeypatch: p
     with pytest.raises(OSError):
         while True:
             endless.sendall(b"X: " + b"y" * 1000 + b"\r\n")
+
+
+def test_a_body_that_was_refused_unread_is_no_header(port: int) -> None:
+    length = 4 * http_thread._BYTES
+    connection = connect(port, b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length)
+    said = connection.recv(1000)  # refused before the body comes
+    for _ in range(length // 1024):
+        connection.sendall(b"x" * 1024)
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    while not said.endswith(b"ok") and (more := connection.recv(1000)):
+        said += more
+    assert [line[9:12] for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [b"401", b"200"]
 
 
 def test_who_does_not_read_the_answer_is_not_waited_for(
