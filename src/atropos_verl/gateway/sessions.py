@@ -27,7 +27,7 @@ import xxhash
 
 from atropos_verl.errors import ConfigError, StorageWriteError
 from atropos_verl.gateway.chat import ChatTurn, Message
-from atropos_verl.gateway.fields import ApiError
+from atropos_verl.gateway.fields import ApiError, Sampling
 from atropos_verl.gateway.lineages import Prompt, StoredTurn, Tree, hash_of, kept_turns, new_turn, training_rows
 from atropos_verl.gateway.service import GatewayService, joined
 from atropos_verl.storage import Change, Key, RecordStore
@@ -183,9 +183,9 @@ class Session:
             why = f": {record.reason}" if record.reason else ""
             raise ApiError(410, f"session {record.id} is {record.state}{why}; open a new one", code="session_ended")
 
-    def check_limits(self, turns: int, most: int) -> None:
-        """Raises ``ApiError`` 403."""
-        tokens = self.tree.row_tokens
+    def check_limits(self, turns: int, most: int, tokens: int = 0) -> None:
+        """``tokens``: of rows that a request would add. Raises ``ApiError`` 403."""
+        tokens += self.tree.row_tokens
         if turns > most or self.stored_bytes >= _MAX_SESSION_BYTES or tokens >= _MAX_ROW_TOKENS:
             text = f"{turns} completions with {self.stored_bytes} bytes and rows of {tokens} tokens"
             text += f"; a session has {_MAX_TURNS}, {_MAX_SESSION_BYTES} and {_MAX_ROW_TOKENS} at most"
@@ -554,6 +554,13 @@ class SessionService(GatewayService):
             return tree.ids(first.number)[: first.length - first.sampled]
         self._prompt = tree.render(self.codec, turn)
         return self._prompt.ids
+
+    def requests(self, sampling: Sampling, prompts: Sequence[tuple[int, ...]], **named: Any) -> list[GenerationRequest]:
+        """See ``GatewayService.requests``. Raises ``ApiError`` 403 too."""
+        made = super().requests(sampling, prompts, **named)
+        if not self._exchange.turns:
+            self._session.check_limits(0, 0, sum(len(prompt) * sampling.template.n for prompt in prompts))
+        return made
 
     async def generate(self, requests: Sequence[GenerationRequest]) -> list[list[Generation]]:
         """See ``GatewayService.generate``. Cancelling leaves the completions to an equal request."""

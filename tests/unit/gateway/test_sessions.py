@@ -444,8 +444,10 @@ def test_the_rows_of_a_rollout_are_bounded(
     session = open_session(client)
     text_of(chat(client, session))
     [turn] = tree_of(client, session)["tree"]
-    row = turn["prompt_tokens"] + turn["completion_tokens"]
-    monkeypatch.setattr("atropos_verl.gateway.sessions._MAX_ROW_TOKENS", row + 1)
+    prompt, row = turn["prompt_tokens"], turn["prompt_tokens"] + turn["completion_tokens"]
+    monkeypatch.setattr("atropos_verl.gateway.sessions._MAX_ROW_TOKENS", row + 2 * prompt)
+    assert code_of(chat(client, session, n=2)) == (403, "session_limit")
+    assert len(engine.samples) == 1, "refused before it is sampled"
     text_of(chat(client, session))
     assert code_of(chat(client, session)) == (403, "session_limit")
     assert len(engine.samples) == 2, "refused before it is sampled"
