@@ -131,7 +131,7 @@ class PolicyWorker:
     """A call of every rank is under way, or did not come to its end: then the other ranks have ended, or wait in it."""
     logprobs: Sequence[FloatArray] = ()  # [T] of each sample of the last ``train``, before its first update
     _tensors: Generator[tuple[str, torch.Tensor], None, None] | None = None
-    """Of the last weight sync; closed, they come to their end."""
+    """Of the last weight sync; the next call takes what nobody took."""
 
     def __init__(self, config: RunConfig, model_path: Path) -> None:
         self.config = config
@@ -172,7 +172,7 @@ class PolicyWorker:
         """Raises ``RuntimeError`` after a call that did not come to its end: nobody would hear it, for hours."""
         if self.world_size > 1 and self.rank == 0:
             if self._tensors is not None:
-                self._tensors.close()
+                deque(self._tensors, 0)  # closing one that was never advanced would gather nothing
             if self._is_inside:
                 raise RuntimeError(f"{name}: an earlier call was not finished, so the other ranks cannot be reached")
             torch.distributed.broadcast_object_list([(name, arguments)], src=0, device=torch.device("cpu"))

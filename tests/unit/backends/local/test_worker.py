@@ -431,6 +431,13 @@ def test_other_ranks_are_asked_nothing_after_a_call_that_did_not_come_to_its_end
     assert worker.asked == ["named_tensors", "named_tensors", "train"]
 
 
+def test_tensors_that_nobody_began_to_take_are_gathered_before_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = _Alone(monkeypatch, *"ab")
+    worker.named_tensors()
+    assert [name for name, _ in worker.named_tensors()] == [*"ab"]
+    assert worker.gathered == [*"abab"]
+
+
 @pytest.mark.parametrize("gives_up_first", [False, True])
 def test_other_ranks_are_asked_nothing_after_a_gather_that_ctrl_c_ended(
     gives_up_first: bool, monkeypatch: pytest.MonkeyPatch
