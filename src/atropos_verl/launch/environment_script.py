@@ -180,9 +180,8 @@ def needs_of(tree: ast.Module, args: Sequence[str], place: Path) -> list[tuple[s
             if ast.unparse(value) in _OWN_DIRECTORY:
                 return str(place)
             if (function := ast.unparse(value.func)) == "Field":
-                return text_of(
-                    [*value.args, *(item.value for item in value.keywords if item.arg == "default")][0], depth
-                )
+                given = (*value.args, *(item.value for item in value.keywords if item.arg == "default"))
+                return text_of(next(iter(given), None), depth)
             parts = [part for item in value.args if (part := text_of(item, depth - 1))]
             return str(Path(*parts)) if function == "os.path.join" and len(parts) == len(value.args) else None
         name = getattr(value, "attr", getattr(value, "id", None))

@@ -380,7 +380,7 @@ class Supervisor:
             return
         api = self._poller.api or {}
         # Upstream's API does not say who is there; groups of anybody are the only sign of life.
-        is_there = bool(api.get("queue_size")) or self._has_trained_since(watched.started_at)
+        is_there = bool(api and (api.get("queue_size") or self._has_trained_since(watched.started_at)))
         if environments_of(api) is not None:
             is_there = bool(connected_entries(api, watched.spec.registers_as))
         if is_there:

@@ -62,6 +62,10 @@ OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json')\n        "
             f"class C(BaseEnvConfig):\n    data: str = Field(default='a/b')\n{SETUP}load_dataset(self.config.data)",
             "data set a/b",
         ),
+        (
+            f"class C(BaseEnvConfig):\n    data: str = Field(description='')\n{SETUP}load_dataset(self.config.data)",
+            None,
+        ),
         (SETUP + "AutoModel.from_pretrained('org/judge')", "model org/judge"),
         (f"from nltk.corpus import words\n{SETUP}words.words()", "NLTK corpus words"),
         (SETUP + "with open('data.csv') as file: pass", "file data.csv"),
