@@ -212,14 +212,15 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         deadline = time.monotonic() + timeout
         matchers = [self._grammars.matcher(request) for request in requests]
         tickets = [self._submit(request, None, matcher) for request, matcher in zip(requests, matchers, strict=True)]
+        results = list[list[Generation]]()
         try:
             for ticket in tickets:
                 while not ticket.future.done() and (left := deadline - time.monotonic()) > 0:
                     wait([ticket.future], min(left, _ATTEND_SECONDS))
                     if self.attend is not None and not ticket.future.done():
                         self.attend()
-                ticket.future.result(timeout=0)
-            return [ticket.future.result() for ticket in tickets]
+                results.append(ticket.future.result(timeout=0))
+            return results
         except TimeoutError as error:
             done = sum(ticket.future.done() for ticket in tickets)
             raise TimeoutError(
@@ -259,7 +260,8 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         with self._condition:
             live = [ticket for ticket in tickets if ticket in self._tickets and ticket not in self._aborting]
             self._aborting.update(live)
-            self._condition.notify_all()
+            if live:
+                self._condition.notify_all()
         if live:
             self.gate.wake()
         return len(live)

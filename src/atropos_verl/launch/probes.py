@@ -8,6 +8,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,6 @@ _DROPS = {
     ),
 }
 """What atroposlib logs when it drops a group instead of sending it → what that means, what to do."""
-_HTTP = httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-"""For all threads: a client reads the system's certificates, for 20 ms. None is kept: its service may have died."""
 
 
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
@@ -72,13 +71,19 @@ def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
+@cache
+def _http() -> httpx.Client:
+    """For all threads: a client reads the system's certificates, for 20 ms. None is kept: its service may have died."""
+    return httpx.Client(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 def request_json(
     url: str, *, token: str | None = None, body: Mapping[str, Any] | None = None, timeout: float = _PROBE_SECONDS
 ) -> Any:
     """The JSON answer to a GET, or a POST of ``body``, without a proxy; text if it is none; None when it fails."""
     headers = {"Accept": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
     try:
-        answer = _HTTP.request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout)
+        answer = _http().request("GET" if body is None else "POST", url, json=body, headers=headers, timeout=timeout)
         answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL):
         return None

@@ -183,8 +183,9 @@ def check_group(
         is_slow = True
     env_id = fields.env_id if isinstance(fields.env_id, int) else None
     strict = strict or env_id is not None
-    _check_depth(fields.free())
-    free = free_fields(fields.free())
+    sent = fields.free()
+    _check_depth(sent)
+    free = free_fields(sent)
     extras = {name: fields.rows(name) for name in EXTRAS} if strict else {}
     if strict and isinstance(fields.overrides, list):
         extras["overrides"] = fields.overrides

@@ -225,7 +225,7 @@ class Repairer:
         with self._ledger.lock:
             spans = one.prompt.spans
             records = list(spans.values()) if next(reversed(spans), 0) > one.newest else []
-        if sum(map(len, one.completions.values())) > 4 * len(records) > 0:  # most were forgotten
+        if records and sum(map(len, one.completions.values())) > 4 * len(records):  # most were forgotten
             one.newest, one.completions = 0, defaultdict(list)
         for record in records:
             if record.order > one.newest:

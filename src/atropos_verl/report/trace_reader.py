@@ -357,10 +357,11 @@ class Decoder:
 
     tokenizer: Any
     """Of the tokenizers package; None: it knows no token."""
+    size: int = 0
+    """Of its vocabulary. Asking for it copies the vocabulary, so it is asked once."""
 
     def knows(self, ids: Sequence[int]) -> bool:
-        size = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size()
-        return not ids or 0 <= min(ids) <= max(ids) < size
+        return not ids or 0 <= min(ids) <= max(ids) < self.size
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
@@ -388,10 +389,12 @@ def load_decoder(name: str) -> Decoder:
         if file.is_file():  # read without transformers, whose import takes seconds
             from tokenizers import Tokenizer  # type: ignore[import-untyped]
 
-            return Decoder(Tokenizer.from_file(str(file)))
-        from transformers import AutoTokenizer
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            from transformers import AutoTokenizer
 
-        return Decoder(AutoTokenizer.from_pretrained(name).backend_tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(name).backend_tokenizer
+        return Decoder(tokenizer, tokenizer.get_vocab_size())
     except Exception as error:  # the tokenizers package raises a bare one for a file that it cannot read
         why = str(error).partition("\n")[0]
         raise ConfigError(f"no tokenizer at {name}: {why}", "--tokenizer") from error

@@ -115,17 +115,16 @@ class TransformersServer:
             raise EngineError("rollout.name=transformers generates from text only; this request has images or sound")
         key = f"{request_id}-{uuid.uuid4().hex}"
         request = to_request(prompt_ids, sampling_params, self.config, self._engine.max_context_len, key)
-        nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
-        turned_away = TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
-        if self._rejecting:
-            return turned_away
-        task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
-        try:
-            [generation] = await task
-        finally:
-            del self._running[key]
-        if not generation.token_ids:
-            return turned_away
+        generation: Generation | None = None
+        if not self._rejecting:
+            task = self._running[key] = asyncio.ensure_future(self._engine.agenerate(request))
+            try:
+                [generation] = await task
+            finally:
+                del self._running[key]
+        if generation is None or not generation.token_ids:
+            nothing = {"global_steps": self.global_steps, "finish_reason": "abort"}
+            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
         oldest, newest = generation.policy_versions
         extra: dict[str, Any] = {
             "global_steps": newest,

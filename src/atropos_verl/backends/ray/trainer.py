@@ -338,8 +338,10 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         posted = {f"{name}/{figure}" for name in ("distill", "ref") for figure in ("kl", "known")}
         figures |= summarise_importance({name: figures.pop(f"actor/{name}", None) or 0.0 for name in posted})
         for slot in self._slots:
-            # Behind the weights that the update began with: the asynchronous modes fill a slot earlier.
-            figures |= slot.off_policy | staleness_metrics([s for s, _ in slot.rows.values()], self.global_steps - 1)
+            figures |= slot.off_policy
+        # Behind the weights that the update began with: the asynchronous modes fill slots earlier.
+        trained = [sample for slot in self._slots for sample, _ in slot.rows.values()]
+        figures |= staleness_metrics(trained, self.global_steps - 1)
         sync: Any = self.sharding_manager.last_sync
         training = ("old_log_prob", "ref", "values", "adv", "update_actor")
         return step_report(

@@ -56,12 +56,13 @@ class WeightBucket:
 
 async def iter_buckets(weights: Any, bucket_bytes: int) -> AsyncIterator[tuple[WeightBucket, bool]]:
     """Buckets of up to ``bucket_bytes`` (or one tensor), and which is the last: empty when there are no weights."""
-    held: list[tuple[str, torch.Tensor]] = []
+    held, size = list[tuple[str, torch.Tensor]](), 0
     async for name, tensor in weights:
-        if held and sum(t.nbytes for _, t in held) + tensor.nbytes > bucket_bytes:
+        if held and size + tensor.nbytes > bucket_bytes:
             yield WeightBucket.pack(held), False
-            held = []
+            held, size = [], 0
         held.append((name, tensor))
+        size += tensor.nbytes
     yield WeightBucket.pack(held), True
 
 
