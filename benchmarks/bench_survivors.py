@@ -136,7 +136,7 @@ class TwoSpeeds(Run):
         places = [(self.batches, i) for i in range(len(batch))]
         report = build_samples([groups[i] for i in kept])
         self.trace.arrived(self.batches, groups)
-        self.trace.collected(places, groups, matches, Applied([groups[i] for i in kept], kept, 0, {}), report)
+        self.trace.collected(places, groups, matches, Applied([groups[i] for i in kept], kept, {}), report)
         self.trace.ended(places, self.batches)
         while self.trace._waiting > 4000:  # the virtual clock is faster than the disk
             time.sleep(0.01)

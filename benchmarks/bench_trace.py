@@ -137,7 +137,7 @@ def looks_at_size(wanted: int) -> None:
             for row in matches:
                 writer.request([(m.records[0], int(m.found.sum()), batch) for m in row], batch, 32, time.time(), 1.0)
             writer.arrived(batch, groups)
-            applied = Applied(groups, list(range(GROUPS)), 0, {})
+            applied = Applied(groups, list(range(GROUPS)), {})
             writer.collected(places, groups, matches, applied, build_samples(groups))
             writer.ended(places, batch)
             while writer._waiting > 4000:

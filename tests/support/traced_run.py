@@ -64,7 +64,7 @@ def _write_step(writer: TraceWriter, step: int, reason: str | None) -> None:
     match = SequenceMatch(found=found, versions=versions, logprobs=np.full(4, np.nan), unmatched_tokens=1)
     writer.arrived(step, [group])
     report = build_samples([group], SampleSettings(estimator="plain"))
-    writer.collected([(step, 0)], [group], [[match, None]], Applied([group], [0], 0, {}), report)
+    writer.collected([(step, 0)], [group], [[match, None]], Applied([group], [0], {}), report)
     own = {(step, 0, 0): np.array([0.0, 0.0, -0.75, -0.25])}
     state: Any = "trained" if reason is None else "quarantined"
     writer.ended([(step, 0)], step, state, reason=reason, trainer_logprobs=own)

@@ -343,7 +343,7 @@ class BatchSource:
             return False
         logger.warning("every group of a batch exceeds off_policy.max_staleness; the batch is not trained on")
         if data.entry is not None:
-            applied = Applied([], [], len(data.groups), {})
+            applied = Applied([], [], {})
             self.trace.collected(data.places, data.groups, data.matches, applied, SampleReport())
         self._totals.batches_stale += 1
         self.trained(data, self._step)

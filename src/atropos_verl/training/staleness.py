@@ -69,12 +69,10 @@ def make_throttle(
 
 
 class Applied(NamedTuple):
-    """The groups of a batch to train on, with the ledger's knowledge in them, and the index of each in the batch.
-    ``stale_groups`` were left out because of ``off_policy.max_staleness``."""
+    """The groups of a batch to train on, with the ledger's knowledge in them, and the index of each in the batch."""
 
     groups: list[ScoredGroup]
     kept: list[int]
-    stale_groups: int
     figures: dict[str, float | int | None]
 
 
@@ -153,8 +151,7 @@ class BatchProvenance:
                 "the trainer computes with the one they name",
                 mismatches,
             )
-        stale = len(groups) - len(fresh)
-        return Applied(fresh, kept, stale, {**_figures(counts), "off_policy/dropped_stale_groups": stale})
+        return Applied(fresh, kept, {**_figures(counts), "off_policy/dropped_stale_groups": len(groups) - len(fresh)})
 
     def _merge(self, group: ScoredGroup, matches: Sequence[SequenceMatch | None], counts: Counter[str]) -> ScoredGroup:
         """Puts the ledger's token versions, logprobs and temperature into a sound ``group``, and counts. The ledger's

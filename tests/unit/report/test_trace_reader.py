@@ -77,7 +77,7 @@ class Run:
         **settings: Any,
     ) -> SampleReport:
         kept = [i for i in range(len(groups)) if i not in stale]
-        applied = Applied([groups[i] for i in kept], kept, len(stale), {})
+        applied = Applied([groups[i] for i in kept], kept, {})
         report = build_samples(applied.groups, SampleSettings(**settings))
         matches = matches or [[None] * len(one) for one in groups]
         self.writer.collected([(batch, i) for i in range(len(groups))], groups, matches, applied, report)

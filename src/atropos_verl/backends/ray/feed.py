@@ -24,12 +24,13 @@ from atropos_verl.errors import DataError
 from atropos_verl.training.advantages import RunningMoments, SequenceAdvantage, finish_advantages
 from atropos_verl.training.batch_source import BatchSource, RolloutData
 from atropos_verl.training.samples import collect_samples, posted_columns
-from atropos_verl.training.staleness import BatchProvenance, look_up_counts
+from atropos_verl.training.staleness import look_up_counts
 from atropos_verl.types import (
     UNKNOWN_VERSION,
     FloatArray,
     QuarantinedGroup,
     SampleReport,
+    SampleSettings,
     ScoredGroup,
     TrainingSample,
 )
@@ -88,12 +89,12 @@ class TrajectoryFeed:
         self,
         source: BatchSource,
         store: TransferQueueStore,
-        provenance: BatchProvenance,
+        settings: SampleSettings,
         *,
         served_version: Callable[[], int],
         needs_logprobs: bool = False,
     ) -> None:
-        self.source, self.store, self.provenance = source, store, provenance
+        self.source, self.store, self.settings = source, store, settings
         self.served_version, self.needs_logprobs = served_version, needs_logprobs
         self.temperature = source.config.temperature
         """verl computes logprobs of a step at one temperature: ``rollout.temperature``."""
@@ -222,9 +223,9 @@ class TrajectoryFeed:
 
     def _samples(self, advantages: list[SequenceAdvantage], groups: Sequence[ScoredGroup]) -> SampleReport:
         """Adds to ``advantages``, sample by sample. Groups that verl cannot compute are quarantined as well."""
-        report, found = collect_samples(groups, self.provenance.settings)
+        report, found = collect_samples(groups, self.settings)
         reasons = {s.group_id: reason for s in report.samples if (reason := self._refuses(s)) is not None}
-        if reasons and self.provenance.settings.on_bad_group == "error":
+        if reasons and self.settings.on_bad_group == "error":
             raise DataError(next(iter(reasons.values())))
         advantages += [a for s, a in zip(report.samples, found, strict=True) if s.group_id not in reasons]
         refused = [group for group in report.used if group.group_id in reasons]

@@ -380,7 +380,7 @@ class AtroposTaskRunner:
         feed = TrajectoryFeed(
             source,
             TransferQueueStore(),
-            provenance,
+            settings,
             served_version=lambda: trainer.served_version,
             needs_logprobs=bool(correction.rollout_is or correction.rollout_rs or correction.bypass_mode),
         )

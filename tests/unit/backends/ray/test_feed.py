@@ -113,7 +113,7 @@ class World:
         self.source.attach(provenance, self.throttle, RunTotals())
         if provenance.resumed_at is not None:
             self.source.resume(provenance.resumed_at)
-        self.feed = TrajectoryFeed(self.source, self.store, provenance, served_version=lambda: self.served, **settings)
+        self.feed = TrajectoryFeed(self.source, self.store, samples, served_version=lambda: self.served, **settings)
 
     def filled(self, uid: str, step: int = 1) -> list[Row]:
         self.feed.request(uid, step)
