@@ -166,7 +166,7 @@ def create_app(
 
     who: dict[str, Any] = {"key": api_key, "hosts": allowed_hosts, "sessions": sessions}
     entrance = Middleware(_Entrance, service=service, evaluates=evaluated is not None, **who)
-    errors = {HTTPException: refused, ApiError: refused}
+    errors = dict.fromkeys((HTTPException, ApiError, Exception), refused)
     return Starlette(routes=routes, middleware=[entrance], exception_handlers=errors)
 
 

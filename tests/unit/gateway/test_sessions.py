@@ -438,6 +438,14 @@ def test_limits(client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.
     assert client.get(f"/sessions/{first['id']}").status_code == 404, "the oldest ended one is forgotten"
 
 
+def test_what_breaks_in_a_route_of_sessions_is_told_as_json(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atropos_verl.gateway.app.summary_of", lambda session: 1 / 0)
+    answer = client.post("/sessions", json={"group": "g"})
+    assert answer.status_code == 500 and "ZeroDivisionError" in answer.json()["error"]["message"]
+
+
 def test_the_rows_of_a_rollout_are_bounded(
     client: httpx.Client, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
