@@ -20,7 +20,7 @@ Ensure that:
 3. Network connectivity is available
 """
 
-# One of each kind of failure; tests/unit/protocol/test_client_errors.py has the reason of every one.
+# One of each kind of failure; tests/unit/protocol/test_client.py has the reason of every one.
 REASONS = {
     "refused": "Cannot connect to Atropos API at {url} - ensure server is running",
     "silent": "Atropos API at {url} - no answer to GET /status within 1 s",

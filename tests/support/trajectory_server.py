@@ -14,6 +14,7 @@ import httpx
 import psutil
 
 from atropos_verl.http_thread import ServerThread
+from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.schema import CheckedGroup, check_group
 from atropos_verl.server.app import TrajectoryApi, check_bind, uvicorn_options
 from atropos_verl.server.settings import ServerSettings
@@ -70,6 +71,13 @@ def post(store: Store, number: int, size: int = 4, env_id: int | None = None, ke
     answer = store.accept([checked], lambda duplicates: b'{"duplicates": %d}' % duplicates, key, checked.digest)
     found: dict[str, Any] = json.loads(answer)
     return found
+
+
+def join(store: Store, **fields: Any) -> int:
+    """Register an environment; returns its number."""
+    environment = store.register_env(EnvRegistration(**{"max_token_length": 64, "group_size": 4, **fields}))
+    assert environment is not None
+    return environment.env_id
 
 
 def take(store: Store, lease: float | None = 60.0) -> Batch:

@@ -4,17 +4,20 @@ import json
 from typing import Any
 
 import pytest
+from atroposlib.api.server import ScoredData
 from support.trajectory_server import complete, group
 
 from atropos_verl.protocol.schema import Refusal, check_group, split_list
 from atropos_verl.protocol.wire import decode_group
 
+NAN, INF = float("nan"), float("inf")
+GOOD = b'{"tokens":[[1]],"masks":[[1]],"scores":[1]}'
+ROW = [1, 7, 100]
+Place = tuple[str | int, ...]
 
-def refusal(body: Any, **options: Any) -> Refusal:
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with pytest.raises(Refusal) as caught:
-        check_group(raw, **options)
-    return caught.value
+
+def encoded(body: Any) -> bytes:
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -30,14 +33,13 @@ def says(content: Any) -> dict[str, Any]:
 
 
 def with_bytes(field: bytes) -> bytes:
-    return b'{"tokens":[[1]],"masks":[[1]],"scores":[1],' + field + b"}"
+    return GOOD[:-1] + b"," + field + b"}"
 
 
-NAN, INF = float("nan"), float("inf")
-GOOD = b'{"tokens":[[1]],"masks":[[1]],"scores":[1]}'
-ROW = [1, 7, 100]
-
-REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
+# Deeper than readers of a batch take, not too deep to be passed over.
+DEEP_MESSAGES = b'"messages":[[{"role":"u","content":' + b'{"a":[' * 32 + b"1" + b"]}" * 32 + b"}]]"
+DEEP_UNKNOWN = b'"x":' + b'["]",{"a":' * 33 + b"1" + b"}]" * 33
+REFUSED: dict[str, tuple[Any, str, Place, str]] = {
     "no tokens": ({"masks": [], "scores": []}, "missing", ("tokens",), "tokens"),
     "empty group": (changed(tokens=[], masks=[], scores=[]), "empty", ("tokens",), "the group is empty"),
     "empty row": (changed(tokens=[[1], []], masks=[[1], []]), "empty", ("tokens", 1), "tokens[1]: the sequence is"),
@@ -69,24 +71,9 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
     "cut off": (b'{"tokens": [[1', "malformed_json", (), "not JSON"),
     "not UTF-8": (with_bytes(b'"messages":[[{"role":"u","content":"\xff"}]]'), "encoding", (), "not UTF-8"),
     "deep": (with_bytes(b'"images":' + b"[" * 100_000 + b"]" * 100_000), "malformed_json", (), "nested too deeply"),
-    "deeper than readers take": (
-        with_bytes(b'"messages":[[{"role":"u","content":' + b'{"a":[' * 32 + b"1" + b"]}" * 32 + b"}]]"),
-        "malformed_json",
-        ("messages",),
-        "messages: nested too deeply",
-    ),
-    "deep, not too deep to be passed over": (
-        with_bytes(b'"x":' + b'["]",{"a":' * 33 + b"1" + b"}]" * 33),
-        "malformed_json",
-        ("x",),
-        "x: nested too deeply",
-    ),
-    "deep in an unknown field, read twice": (
-        with_bytes(b'"env_id":"0","x":' + b"[" * 66 + b"]" * 66),
-        "malformed_json",
-        ("x",),
-        "x: nested too deeply",
-    ),
+    "deep messages": (with_bytes(DEEP_MESSAGES), "malformed_json", ("messages",), "messages: nested too deeply"),
+    "deep unknown": (with_bytes(DEEP_UNKNOWN), "malformed_json", ("x",), "x: nested too deeply"),
+    "deep, read twice": (with_bytes(b'"env_id":"0",' + DEEP_UNKNOWN), "malformed_json", ("x",), "x: nested too deep"),
     "byte order mark": (b"\xef\xbb\xbf" + GOOD, "encoding", (), "byte order mark"),
     "UTF-32": (GOOD.decode().encode("utf-32"), "encoding", (), "not UTF-8 (byte 0)"),
     "nan as text": (changed(scores=["nan", 1]), "not_finite", ("scores", 0), "scores[0] = nan: must be finite"),
@@ -96,67 +83,41 @@ REFUSED: dict[str, tuple[Any, str, tuple[str | int, ...], str]] = {
     "overrides an object": (changed(overrides={"a": 1}), "type", ("overrides",), "expected a list"),
     "entry 0": (changed(overrides=[0, {}]), "type", ("overrides",), "overrides[0] = 0: expected an object"),
     "params": (changed(generation_params=[1]), "type", ("generation_params",), "expected an object"),
+    "env_id -1": (changed(env_id=-1), "unknown_env", ("env_id",), "-1 is not a registered environment (0 to 0)"),
+    "env_id 1": (changed(env_id=1), "unknown_env", ("env_id",), "env_id = 1 is not a registered environment (0 to 0)"),
+    "anonymous": (group(1, 2, advantages=[[1], [1]]), "length", ("advantages", 0), "advantages[0]: 1 entries, but tok"),
+    "vocabulary": (changed(), "vocabulary", ("tokens", 1, 2), "tokens[1][2] = 101: outside the vocabulary [0, 101)"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str) -> None:
     body, reason, place, text = REFUSED[name]
-    found = refusal(body, environments=1)
-    assert text in found.message
-    answer = found.as_fields()
-    assert answer["detail"] == [{"type": reason, "loc": ["body", *place], "msg": found.message}]
+    with pytest.raises(Refusal) as caught:
+        vocab_size = 101 if name == "vocabulary" else None
+        check_group(encoded(body), environments=1, strict=name == "anonymous", vocab_size=vocab_size)
+    assert text in caught.value.message
+    answer = caught.value.as_fields()
+    assert answer["detail"] == [{"type": reason, "loc": ["body", *place], "msg": caught.value.message}]
     assert [answer[key] for key in ("field", "sequence", "index") if key in answer] == list(place)
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert name != "vocabulary" or answer["value"] == 101
 
 
-def test_ids_beyond_the_vocabulary_the_trainer_registered() -> None:
-    raw = json.dumps(group(1, 2)).encode()
-    assert check_group(raw, vocab_size=102).tokens == 6
-    found = refusal(raw, vocab_size=101)
-    assert (found.field, found.sequence, found.index, found.value) == ("tokens", 1, 2, 101)
-    assert found.message.startswith("tokens[1][2] = 101: outside the vocabulary [0, 101)")
-
-
-def test_unknown_environments() -> None:
-    raw = json.dumps(group(1, 2, env_id=3)).encode()
-    assert check_group(raw, environments=4).env_id == 3
-    assert "env_id = 3 is not a registered environment (0 to 2)" in refusal(raw, environments=3).message
-    assert "none is registered" in refusal(raw, environments=0).message
-    assert refusal(json.dumps(group(1, 2, env_id=-1)).encode(), environments=3).reason == "unknown_env"
+def test_an_environment_that_none_has_registered() -> None:
+    with pytest.raises(Refusal, match=r"env_id = 0 is not .* \(none is registered\)"):
+        check_group(encoded(changed()), environments=0)
 
 
 def test_a_group_is_kept_as_it_came_with_null_for_what_is_absent() -> None:
-    raw = b' {"tokens" : [[1, 2]],"masks":[[-100,2]], "scores":[1], "advantages": null }\n'
+    raw = b' {"tokens" : [[1, 2]],"masks":[[-100,2]], "note":{"a": 1}, "scores":[1], "seed":[], "advantages": null }\n'
     checked = check_group(raw)
     assert complete(checked) == (
-        b'{"tokens" : [[1, 2]],"masks":[[-100,2]], "scores":[1], "advantages": null ,"ref_logprobs":null,'
+        raw.strip()[:-1] + b',"ref_logprobs":null,'
         b'"messages":null,"generation_params":null,"inference_logprobs":null,"overrides":null,'
         b'"group_overrides":null,"images":null,"env_id":null,"distill_token_ids":null,"distill_logprobs":null}'
     )
-    assert (checked.env_id, checked.size, checked.tokens) == (None, 1, 2)
-
-
-EMPTY = ("advantages", "inference_logprobs", "messages", "overrides", "images")
-
-
-@pytest.mark.parametrize("fields", [*(dict.fromkeys(EMPTY, e) for e in (None, [], {})), {"advantages": [ROW, None]}])
-def test_what_is_empty_is_absent_rows_one_by_one(fields: dict[str, Any]) -> None:
-    assert check_group(json.dumps(changed(**fields)).encode()).size == 2
-
-
-def test_unknown_fields_are_kept() -> None:
-    raw = json.dumps(group(1, 2, note={"mine": [1, 2]}, seed=3, nothing=None)).encode()
-    checked = check_group(raw)
-    assert json.loads(checked.raw)["note"] == {"mine": [1, 2]}
-    assert checked.unknown == ("note", "seed")
-
-
-def test_lengths_of_extras_of_an_anonymous_group_are_left_to_the_trainer() -> None:
-    """Upstream's own tests post such, and expect 200."""
-    raw = json.dumps(group(1, 2, advantages=[[0.1], [0.2]])).encode()
-    assert check_group(raw).size == 2
-    assert refusal(raw, strict=True).reason == "length"
+    assert (checked.env_id, checked.size, checked.tokens, checked.unknown) == (None, 1, 2, ("note",))
 
 
 @pytest.mark.parametrize(
@@ -170,8 +131,6 @@ def test_lengths_of_extras_of_an_anonymous_group_are_left_to_the_trainer() -> No
     ],
 )
 def test_numbers_are_converted_as_upstreams_server_does(fields: dict[str, Any]) -> None:
-    from atroposlib.api.server import ScoredData
-
     raw = json.dumps({"tokens": [[1, 2, 3]], "masks": [[1, 2, 3]], "scores": [1], **fields}).encode()
     checked = check_group(raw, environments=1)
     expected = ScoredData.model_validate_json(raw).model_dump()
@@ -183,9 +142,7 @@ def test_numbers_are_converted_as_upstreams_server_does(fields: dict[str, Any]) 
 
 
 def test_lone_surrogates_in_a_message_are_kept() -> None:
-    raw = json.dumps(says("\ud800")).encode()
-    content = json.loads(check_group(raw).raw)["messages"][0][0]["content"]
-    assert content.encode("utf-8", "surrogatepass") == b"\xed\xa0\x80"
+    assert json.loads(check_group(encoded(says("\ud800"))).raw)["messages"][0][0]["content"] == "\ud800"
 
 
 def test_a_list_is_split_without_decoding() -> None:

@@ -1,20 +1,24 @@
-"""The wire: values, absence, defects; one bad group among good ones; both readers agree."""
+"""The wire, as JSON and packed: values, absence, defects; one bad group among good ones; all readers agree."""
 
 import json
+import random
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from atroposlib.api import server as upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.malformed import comparable
+from support.malformed import comparable, good_group, malformed_cases
+from support.trajectory_server import complete, group, registration
 
 from atropos_verl.errors import AtroposProtocolError, DataError
 from atropos_verl.protocol import wire
 from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
-from atropos_verl.protocol.schema import FIELD_NAMES
-from atropos_verl.protocol.wire import decode_batch, decode_group, encode_group
+from atropos_verl.protocol.schema import EXTRAS, FIELD_NAMES, Refusal, check_group
+from atropos_verl.protocol.wire import MAGIC, decode_batch, decode_group, encode_group, join_packed, pack_group
 from atropos_verl.types import ScoredGroup
 
 NAN, INF = float("nan"), float("inf")
@@ -23,6 +27,7 @@ GROUP: dict[str, Any] = {
     "masks": [[-100, -100, 7], [-100, -100, 8, 2]],
     "scores": [1, 0.5],
 }
+RAW = json.dumps(GROUP).encode()
 
 
 def batch_of(*groups: Any) -> bytes:
@@ -54,15 +59,12 @@ def test_no_batch_yet(body: bytes) -> None:
     ("body", "message"),
     [
         (b'{"status": "error", "batch": []}', "is the trainer registered"),
-        (b'{"status": "error", "message": "not registered"}', "not registered"),
         (b'{"status": "error", "message": "x", "batch": [NaN]}', "error: x"),
         (b"", "0 bytes long"),
         (b"<html>no</html>", "begins b'<html>no</html>'"),
         (b"[]", "not an object with a list 'batch'"),
-        (b'{"batch": {"tokens": []}}', "not an object with a list 'batch'"),
         (b'{"batch": 5}', "not an object with a list 'batch'"),
         (b'{"queue_size": 3}', "has no 'batch' field"),
-        (b'{"batch": [{"tokens": [[1, 2', "not JSON"),
         (b'{"batch": [' + b"[" * 100_000 + b"]" * 100_000 + b"]}", "not JSON"),
         (b'{"batch": []} trailing', "not JSON"),
     ],
@@ -73,109 +75,67 @@ def test_answers_that_are_no_batch(body: bytes, message: str) -> None:
 
 
 @pytest.mark.parametrize("absent", [None, [], {}])
-@pytest.mark.parametrize("field", sorted(FIELD_NAMES - {*GROUP, "env_id"}))
-def test_null_and_empty_mean_absent(field: str, absent: Any) -> None:
-    group = only(**{field: absent})
-    assert group.defect is None
-    assert getattr(group, field) is None
+def test_null_and_empty_mean_absent(absent: Any) -> None:
+    fields = FIELD_NAMES - {*GROUP, "env_id"}
+    group = only(**dict.fromkeys(fields, absent))
+    assert (group.defect, {getattr(group, name) for name in fields}) == (None, {None})
 
 
 def test_absence_per_sequence() -> None:
     group = only(advantages=[[], [1, 2, 3, 0.5]], inference_logprobs=[{}, None], overrides=[None, {"temperature": 2}])
-    assert group.advantages is not None
-    assert group.advantages[0] is None
-    assert group.advantages[1] is not None
-    assert group.advantages[1].tolist() == [1.0, 2.0, 3.0, 0.5]
-    assert group.inference_logprobs is None
-    assert group.overrides == ({}, {"temperature": 2})
-    assert only(images=[None, None]).images is None
-    assert only(images=[None, "a.png"]).images == [None, "a.png"]
+    none, row = group.advantages or ()
+    assert none is None and row is not None and row.tolist() == [1.0, 2.0, 3.0, 0.5]
+    assert (group.inference_logprobs, group.overrides) == (None, ({}, {"temperature": 2}))
+    assert [only(images=images).images for images in ([None, None], [None, "a"])] == [None, [None, "a"]]
 
 
-def test_unknown_fields_are_kept_by_name() -> None:
+def test_unknown_fields_that_hold_something_are_kept_by_name() -> None:
     group = only(reward_model="v2", extra=None, more=[], rank={})
-    assert group.unknown_fields == ("reward_model",)
-    assert group.defect is None
-    assert group.scores.tolist() == [1.0, 0.5]
+    assert (group.unknown_fields, group.defect, group.scores.tolist()) == (("reward_model",), None, [1.0, 0.5])
 
 
 @pytest.mark.parametrize(
-    ("changes", "defect"),
+    ("bad", "defect"),
     [
         ({"tokens": [[5, 6, 7], [5, 3.0, 8, 2]]}, "tokens[1][1] = 3.0: expected an integer"),
         ({"tokens": [[5, True, 7], [1]]}, "tokens[0][1] = true: expected an integer"),
-        ({"tokens": [[5, [6]], [1]]}, "tokens[0][1] = [6]: expected an integer"),
         ({"tokens": [[1], [2**63]]}, "tokens[1][0] = 9223372036854775808: does not fit in 64 bits"),
         ({"masks": [[1], [-(2**63) - 1]]}, "masks[1][0] = -9223372036854775809: does not fit in 64 bits"),
         ({"tokens": [5, 6]}, "tokens[0] = 5: expected a list"),
-        ({"tokens": None}, "tokens = null: expected a list"),
-        ({"scores": [True, 0.0]}, "scores[0] = true: expected a number"),
         ({"scores": ["1", 0.0]}, 'scores[0] = "1": expected a number'),
+        ({"scores": [10**400, 1]}, f"scores[0] = 1{'0' * 79}… (401 characters): too large for a 64-bit float"),
         ({"advantages": [[1.0], {"b": 2}]}, 'advantages[1] = {"b": 2}: expected a list'),
         ({"inference_logprobs": [[-0.5, "x"]]}, 'inference_logprobs[0][1] = "x": expected a number'),
         ({"overrides": [1, {}]}, "overrides[0] = 1: expected an object"),
         ({"env_id": 1.5}, "env_id = 1.5: expected an integer"),
+        *((bad, f"group: expected an object, got {json.dumps(bad)}") for bad in (None, 5, "a, b]", [1], True)),
     ],
 )
-def test_defects_name_field_index_and_value(changes: dict[str, Any], defect: str) -> None:
-    bad = {**GROUP, **changes}
+def test_a_defect_names_field_index_and_value_and_stays_alone(bad: Any, defect: str) -> None:
+    bad = {**GROUP, **bad} if isinstance(bad, dict) else bad
     first, second, third = decode_batch(batch_of(GROUP, bad, GROUP))
-    assert second.defect == defect
-    assert json.loads(second.raw) == bad
-    assert second.token_ids == ()
+    assert (second.defect, json.loads(second.raw), second.token_ids) == (defect, bad, ())
     for good in (first, third):
-        assert good.defect is None
-        assert good.scores.tolist() == [1.0, 0.5]
-
-
-NO_OBJECTS = {text: f"group: expected an object, got {text}" for text in ("null", "5", '"a, b]"', "[1]", "true")}
-ODD_ELEMENTS = {
-    **NO_OBJECTS,
-    '{"tokens": [[1]], "masks": [[1]]}': "scores: the field is missing",
-}
-
-
-@pytest.mark.parametrize(("element", "defect"), ODD_ELEMENTS.items(), ids=list(ODD_ELEMENTS.values()))
-def test_elements_that_are_no_groups_stay_alone(element: str, defect: str) -> None:
-    first, second = decode_batch(b'{"batch": [' + element.encode() + b"," + json.dumps(GROUP).encode() + b"]}")
-    assert first.defect == defect
-    assert second.scores.tolist() == [1.0, 0.5]
-
-
-def test_a_huge_value_is_cut_in_the_reason() -> None:
-    group = only(scores=[10**400, 1])
-    assert group.defect is not None
-    assert group.defect.startswith("scores[0] = 1000")
-    assert group.defect.endswith("(401 characters): too large for a 64-bit float")
-    assert len(group.defect) < 160
+        assert (good.defect, good.scores.tolist()) == (None, [1.0, 0.5])
 
 
 def test_nan_and_infinity_literals_take_nothing_else_along() -> None:
-    bad = {**GROUP, "scores": [NAN, -INF]}
     good = {**GROUP, "messages": [[{"role": "user", "content": 'NaN, ]} \\" [{'}]]}
-    groups = decode_batch(batch_of(good, bad, None, good))
+    groups = decode_batch(batch_of(good, {**GROUP, "scores": [NAN, -INF]}, None, good))
     assert [group.defect is None for group in groups] == [True, True, False, True]
-    assert np.isnan(groups[1].scores[0])
-    assert groups[1].scores[1] == -INF
+    assert str(groups[1].scores.tolist()) == "[nan, -inf]"
     assert groups[0].messages == groups[3].messages == good["messages"]
 
 
 def test_lone_surrogates_and_broken_utf8() -> None:
-    lone = only(messages="\ud800").messages
-    assert isinstance(lone, str) and lone.encode("utf-8", "surrogatepass") == b"\xed\xa0\x80"
-    broken = json.dumps(GROUP).encode()[:-1] + b', "messages": "\xff"}'
-    first, second = decode_batch(b'{"batch": [' + broken + b"," + json.dumps(GROUP).encode() + b"]}")
-    assert first.defect == "group: not UTF-8 (byte 119)"
-    assert second.defect is None
+    assert only(messages="\ud800").messages == "\ud800"
+    first, second = decode_batch(b'{"batch": [' + RAW[:-1] + b', "messages": "\xff"},' + RAW + b"]}")
+    assert (first.defect, second.defect) == ("group: not UTF-8 (byte 119)", None)
 
 
 def test_group_id_is_a_hash_of_the_raw_bytes() -> None:
-    raw = json.dumps(GROUP).encode()
-    assert decode_group(raw).group_id == decode_group(raw).group_id
-    assert len(decode_group(raw).group_id) == 16
-    assert decode_group(raw + b" ").group_id != decode_group(raw).group_id
     # printf '{}' | xxhsum -H2
-    assert decode_group(b"{}").group_id == "dc7048f8f8747f56"
+    assert decode_group(b"{}").group_id == "dc7048f8f8747f56" != decode_group(b"{} ").group_id
 
 
 def test_encode_and_decode_again_from_arrays() -> None:
@@ -202,42 +162,30 @@ def test_encode_and_decode_again_from_arrays() -> None:
     assert decode_group(raw).defect is None
 
 
+FREE: dict[str, Any] = {
+    "messages": [[{"role": "user", "content": "hej \u00e5\u4e16"}], []],
+    "overrides": [{"set_advantage_to_zero": True}, {}],
+    "group_overrides": {"temperature": 0.5},
+    "generation_params": {"temperature": 0.7},
+    "images": ["abc"],
+    "distill_token_ids": [[[1]], [[2]]],
+    "distill_logprobs": [[[-1.0]], [[-2.0]]],
+}
+
+
 def test_upstream_accepts_what_is_encoded() -> None:
-    """Upstream's own pydantic model is the contract for POST /scored_data."""
-    from atroposlib.api.server import ScoredData
-
-    raw = encode_group(
-        tokens=[[1, 2]],
-        masks=[[-100, 2]],
-        scores=[0.5],
-        advantages=[[0.0, 1.0]],
-        ref_logprobs=[[0.0, -1.0]],
-        messages=[[{"role": "user", "content": "hi"}]],
-        generation_params={"temperature": 1.0},
-        inference_logprobs=[[1.0, -0.5]],
-        overrides=[{"temperature": 1.0}],
-        group_overrides={"group_size": 1},
-        images=["a"],
-        env_id=0,
-        distill_token_ids=[[[1], [2]]],
-        distill_logprobs=[[[0.0], [-1.0]]],
-    )
-    parsed = ScoredData.model_validate_json(raw).model_dump()
+    """Upstream's own pydantic models are the contract."""
+    rows = {name: [[0.0, -1.0]] for name in EXTRAS}
+    raw = encode_group(tokens=[[1, 2]], masks=[[-100, 2]], scores=[0.5], **rows, **FREE, env_id=0)
+    parsed = upstream.ScoredData.model_validate_json(raw).model_dump()
     assert parsed == json.loads(raw)
-    assert set(parsed) == set(ScoredData.model_fields)
-
-
-def test_upstream_accepts_the_registrations() -> None:
-    from atroposlib.api.server import RegisterEnv, Registration
-
-    trainer = TrainerRegistration(
-        wandb_group="g", wandb_project="p", batch_size=8, max_token_len=65, checkpoint_dir="/c",
-        save_checkpoint_interval=5, starting_step=0, num_steps=10,
-    )  # fmt: skip
-    sent = msgspec.json.encode(trainer)
-    assert Registration.model_validate_json(sent).model_dump() == json.loads(sent)
-    sent = msgspec.json.encode(EnvRegistration(max_token_length=64, desired_name="e", group_size=4))
-    assert RegisterEnv.model_validate_json(sent).model_dump() == json.loads(sent)
+    assert set(parsed) == set(upstream.ScoredData.model_fields) == FIELD_NAMES - {"rollout_ids", "weights"}
+    for kind, registering in (
+        (upstream.Registration, TrainerRegistration(**registration())),
+        (upstream.RegisterEnv, EnvRegistration(max_token_length=64, desired_name="e", group_size=4)),
+    ):
+        sent = msgspec.json.encode(registering)
+        assert kind.model_validate_json(sent).model_dump() == json.loads(sent)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +197,78 @@ def test_upstream_accepts_the_registrations() -> None:
     ],
 )
 def test_what_json_cannot_carry_is_refused(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"tokens": [[1], [1, 2]], "masks": [[1], [1, 2]], "scores": [0.0, 1.0], **changes}
     with pytest.raises(DataError, match=message):
-        encode_group(**arguments)
+        encode_group(**{"tokens": [[1], [1, 2]], "masks": [[1], [1, 2]], "scores": [0.0, 1.0], **changes})
+
+
+def packed(*groups: dict[str, Any]) -> bytes:
+    return b"".join(join_packed([pack_group(check_group(json.dumps(made).encode())) for made in groups]))
+
+
+def assert_both_wires_agree(*groups: dict[str, Any]) -> None:
+    found = decode_batch(packed(*groups))
+    expected = [decode_group(complete(check_group(json.dumps(made).encode()))) for made in groups]
+    assert list(map(comparable, found)) == [comparable(replace(one, raw=b"")) for one in expected]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "advantages": [[0.5, -0.25, 1e-300], [0.1, 0.2, 0.3]],
+            "inference_logprobs": [[1.0, -0.5, -2.0], [1.0, -0.1, -3.5]],
+            "ref_logprobs": [[1.0, -0.5, -2.0], None],
+            **FREE,
+        },
+        *(dict.fromkeys((*EXTRAS, *FREE), absent) for absent in (None, [], {})),
+        {"masks": [[1, 1, 1], [0, 1, 1]]},  # no token ids
+        {"note": 5, "empty": [], "none": None, "seed": {"a": [1e300]}},
+        {"advantages": [[0.1], [0.2, 0.3, 0.4, 0.5]]},  # of another length
+        {"rollout_ids": [7, 7, -3], "scores": [1.0, 1.0, 0.0], "weights": [1, 0.25, 1e-300]},
+        {"rollout_ids": [5, 4, 3], "weights": []},
+        {"advantages": [[0.1, 0.2, 0.3]]},  # a row too few
+    ],
+)
+def test_both_wires_give_the_same_group(fields: dict[str, Any]) -> None:
+    assert_both_wires_agree(group(3, len(fields.get("rollout_ids", "ab")), **fields))
+
+
+def is_accepted(made: dict[str, Any]) -> bool:
+    try:
+        return check_group(json.dumps(made).encode()).size > 0
+    except Refusal:
+        return False
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_both_wires_give_the_same_batches(seed: int) -> None:
+    rng = random.Random(seed)
+    made = [good_group(rng, group_size=rng.randint(1, 5)) for _ in range(rng.randint(1, 4))]
+    assert_both_wires_agree(*made, *filter(is_accepted, [case.group for case in malformed_cases(seed, 6)]))
+
+
+def test_floats_are_halved_only_when_nothing_is_lost() -> None:
+    sizes = []
+    for value in (float(np.float32(-0.1)), -0.1):
+        made = {"tokens": [[1] * 64], "masks": [[1] * 64], "scores": [1.0], "inference_logprobs": [[value] * 64]}
+        sizes.append(len(packed(made)))
+        assert_both_wires_agree({**made, "inference_logprobs": [[value] * 63 + [-1e-320]]})
+    assert sizes[1] - sizes[0] == 64 * 4
+
+
+def test_a_group_of_a_packed_batch_may_come_as_json() -> None:
+    raw = json.dumps(group(3, 2, overrides={"temperature": 1})).encode()
+    (found,) = decode_batch(b"".join(join_packed([wire.pack_json(raw)])))
+    assert found.defect == 'overrides = {"temperature": 1}: expected a list' and found.raw == raw
+
+
+def test_any_cut_is_an_error() -> None:
+    body = packed(group(1, 2), group(2, 2))
+    for wrong in (body + b"x", *(body[:length] for length in range(len(MAGIC), len(body), 7))):
+        with pytest.raises(AtroposProtocolError, match=r"cannot be read: .*; is it cut off\?"):
+            decode_batch(wrong)
 
 
 JSON_VALUE = st.recursive(
@@ -261,17 +278,11 @@ JSON_VALUE = st.recursive(
 )
 ROWS = st.lists(st.lists(st.integers(-(2**64), 2**64) | st.integers(-100, 9), max_size=4), max_size=3)
 NUMBERS = st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9), max_size=3)
+OBJECTS = st.lists(st.none() | st.dictionaries(st.text(max_size=3), JSON_VALUE), max_size=2)
+OPTIONAL = ("advantages", "inference_logprobs", "overrides", "generation_params", "env_id", "images", "other")
 ODD_GROUP = st.fixed_dictionaries(
     {"tokens": ROWS | JSON_VALUE, "masks": ROWS | JSON_VALUE, "scores": NUMBERS | JSON_VALUE},
-    optional={
-        "advantages": st.lists(NUMBERS, max_size=3) | JSON_VALUE,
-        "inference_logprobs": st.lists(NUMBERS | st.none(), max_size=3) | JSON_VALUE,
-        "overrides": st.lists(st.none() | st.dictionaries(st.text(max_size=3), JSON_VALUE), max_size=2) | JSON_VALUE,
-        "generation_params": JSON_VALUE,
-        "env_id": st.none() | st.integers() | JSON_VALUE,
-        "images": JSON_VALUE,
-        "other": JSON_VALUE,
-    },
+    optional=dict.fromkeys(OPTIONAL, st.lists(NUMBERS | st.none(), max_size=3) | OBJECTS | JSON_VALUE),
 )
 
 
@@ -294,9 +305,3 @@ def test_any_bytes_give_groups_or_a_protocol_error(body: bytes) -> None:
         except AtroposProtocolError:
             continue
         assert all(isinstance(group, ScoredGroup) for group in groups)
-
-
-def test_the_fields_are_upstreams() -> None:
-    from atroposlib.api.server import ScoredData
-
-    assert set(ScoredData.model_fields) == FIELD_NAMES - {"rollout_ids", "weights"}

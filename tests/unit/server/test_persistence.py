@@ -12,62 +12,56 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
-from support.trajectory_server import Clock, post, registration, take
+from support.trajectory_server import Clock, join, post, registration, take
 
 from atropos_verl.errors import ConfigError, StorageDamagedError, StorageWriteError
-from atropos_verl.protocol.messages import EnvRegistration, TrainerRegistration
+from atropos_verl.protocol.messages import TrainerRegistration
 from atropos_verl.server.settings import ServerSettings
-from atropos_verl.server.store import (
-    _TABLES,
-    ARRIVALS_FILE,
-    STORE_FILE,
-    RequestError,
-    Store,
-)
+from atropos_verl.server.store import _TABLES, ARRIVALS_FILE, STORE_FILE, RequestError, Store
 from atropos_verl.storage import RecordStore
 
 DATABASES = (STORE_FILE, "store-copy.sqlite")
 STEP = int(os.environ.get("ATROPOS_DAMAGE_DRILL", "0"))
 """1: the drill of damage tries every byte of a small store, not 25 of each file; 10: every tenth."""
 
-logger = logging.getLogger(__name__)
-
 
 def opened(directory: Path, clock: Clock | None = None) -> Store:
     return Store(ServerSettings(data_dir=directory), now=clock or Clock())
 
 
-def started(directory: Path, batch_size: int = 8, clock: Clock | None = None) -> Store:
+def started(directory: Path, batch_size: int = 8, clock: Clock | None = None, **fields: Any) -> Store:
+    """With environment 0, which it has heard of."""
     store = opened(directory, clock)
-    store.register(TrainerRegistration(**registration(batch_size)))
+    store.register(TrainerRegistration(**registration(batch_size, **fields)))
+    assert store.next_batch(60.0) is None
+    join(store)
     return store
+
+
+def restarted(store: Store) -> Store:
+    store.close()
+    return Store(store.settings, now=store.now)
+
+
+KEPT = "next_seq step started registration totals groups outstanding returned leases keys held_bytes held_tokens"
 
 
 def content(store: Store) -> dict[str, Any]:
     """Everything that must survive, bodies and queue included."""
-    environments = msgspec.to_builtins(store.environments)
-    for environment in environments:
-        environment.pop("heard_at")
-    return {
-        "counters": (store.next_seq, store.step, store.started, store.registration, dict(store.totals)),
-        "environments": environments,
-        "groups": {seq: replace(group, packed=None) for seq, group in store.groups.items()},
-        "batches": (dict(store.outstanding), list(store.returned)),
-        "remembered": (list(store.leases.items()), list(store.keys.items())),
-        # Older ones are forgotten when somebody looks.
-        "recent": {key for key, at in store.recent.items() if at > store.now() - store.settings.dedupe_window},
-        "classes": {str(key): [group.seq for group in members] for key, members in store.queue.classes.items()},
-        "waiting": (store.queue.groups, store.queue.sequences, store.queue.in_classes),
-        "held": (store.held_bytes, store.held_tokens),
-    }
+    found = deepcopy({name: getattr(store, name) for name in KEPT.split()})
+    found["environments"] = [msgspec.structs.replace(environment, heard_at=0.0) for environment in store.environments]
+    # Older ones are forgotten when somebody looks.
+    found["recent"] = {key for key, at in store.recent.items() if at > store.now() - store.settings.dedupe_window}
+    found["queue"] = deepcopy((store.queue.classes, store.queue.groups, store.queue.sequences, store.queue.in_classes))
+    return found
 
 
 def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str], number: int) -> None:
@@ -88,106 +82,75 @@ def one_thing(store: Store, rng: random.Random, clock: Clock, leases: list[str],
             store.settle(rng.choice(leases), "test")
         case 10:
             if store.started and len(store.environments) < 3:
-                store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+                join(store)
             elif store.environments:
                 store.disconnect_env(rng.randrange(len(store.environments)))
         case 11 if rng.random() < 0.2:
+            if rng.random() < 0.1:
+                store.reset()
             store.register(TrainerRegistration(**registration(rng.choice([6, 8]), starting_step=rng.randrange(5))))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_restart_at_any_moment_finds_the_same_state(tmp_path: Path, seed: int) -> None:
-    rng, clock = random.Random(seed), Clock()
-    leases: list[str] = []
+    rng, clock, leases, number = random.Random(seed), Clock(), list[str](), 0
     store = started(tmp_path, 8, clock)
-    number = 0
     for _ in range(15):
         for _ in range(rng.randint(1, 25)):
             number += 1
             one_thing(store, rng, clock, leases, number)
         before = content(store)
-        store.close()
-        store = opened(tmp_path, clock)
+        store = restarted(store)
         assert content(store) == before
     store.close()
+    with sqlite3.connect(tmp_path / STORE_FILE) as db:  # what was acked is gone
+        for table in ("groups", "bodies"):
+            assert db.execute(f"SELECT count(*) FROM {table}").fetchone() == (len(store.groups),)
 
 
 def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path) -> None:
     store = started(tmp_path)
     post(store, 0), post(store, 1), post(store, 2), post(store, 3)
-    unleased, leased = store.next_batch(None), store.next_batch(60.0)
-    assert unleased is not None and leased is not None
-    store.close()
-    store = opened(tmp_path)
+    unleased, leased = take(store, None), take(store)
+    store = restarted(store)
     again = take(store)
     assert (again.seqs, again.step, again.deliveries) == (unleased.seqs, 1, 2)
     assert store.ack(leased.lease_id) == "acked"
     store.close()
 
 
-def test_what_was_acked_leaves_the_disk_and_a_group_that_waits_stays(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    store.register(TrainerRegistration(**registration(8, batch_fill="exact")))
-    post(store, 9999, 3)  # never fits
-    for number in range(400):
-        post(store, number)
-        batch = store.next_batch(60.0)
-        if batch is not None:
-            store.ack(batch.lease_id)
-    store.close()
-    with sqlite3.connect(tmp_path / STORE_FILE) as db:
-        assert [db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("groups", "bodies")] == [1, 1]
-    store = opened(tmp_path)
-    assert [group.size for group in store.groups.values()] == [3]
-    assert store.groups[0].raw.startswith(b'{"tokens": [[9999,')
-    store.close()
-
-
 def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = started(tmp_path)
-    store.next_batch(60.0)
-    store.register_env(EnvRegistration(max_token_length=64, group_size=4))
-    for number in range(5):
-        post(store, number, env_id=0)
-    batch = take(store, 1e6)
-    assert batch.seqs == [0, 1]
-    store.close()
-    with (tmp_path / "store.bodies").open("r+b") as file:
-        file.write(b"!")
-    store = opened(tmp_path)
-    assert "row 0 of table bodies is damaged" in caplog.text and "group 0 is lost" in caplog.text
-    assert sorted(store.groups) == [1, 2, 3, 4] and store.outstanding[batch.lease_id].seqs == [1]
-    assert store.ack(batch.lease_id) == "acked"
-    assert store.held_bytes == sum(len(group.raw) for group in store.groups.values())
-    assert [post(store, number, env_id=0)["duplicates"] for number in (0, 4)] == [0, 1]  # the lost one may come again
-    store.close()
-    caplog.clear()
-    opened(tmp_path).close()
-    assert "damaged" not in caplog.text
-
-
-def test_a_batch_whose_groups_are_all_damaged_is_not_handed_out_again(tmp_path: Path) -> None:
     store = started(tmp_path, 4)
-    store.next_batch(60.0)
-    post(store, 0), post(store, 1)
-    batch = take(store, 1e6)
+    post(store, 0, 2, env_id=0), post(store, 1, 2, env_id=0), post(store, 2, 4, env_id=0)
+    partly, store_path = take(store, 1e6), tmp_path / "store.bodies"
     store.close()
-    with (tmp_path / "store.bodies").open("r+b") as file:
-        file.write(b"!")
-    for _ in range(2):
+    for lost in (0, 1):
+        with store_path.open("r+b") as file:
+            file.seek(store_path.read_bytes().index(b'{"tokens": [[%d,' % lost))
+            file.write(b"!")
         store = opened(tmp_path)
-        with pytest.raises(RequestError, match="no lease"):
-            store.ack(batch.lease_id)
-        assert not store.outstanding and not store.returned and list(store.groups) == [1]
+        assert f"row {lost} of table bodies is damaged" in caplog.text and f"group {lost} is lost" in caplog.text
+        assert sorted(store.groups) == [*range(lost + 1, 3)]
+        assert store.held_bytes == sum(len(group.raw) for group in store.groups.values())
+        if lost == 0:
+            assert store.outstanding[partly.lease_id].seqs == [1]
+        else:  # nothing of it is left
+            assert not store.outstanding and not store.returned
+            with pytest.raises(RequestError, match="no lease"):
+                store.ack(partly.lease_id)
         store.close()
+        caplog.clear()
+    store = opened(tmp_path)
+    assert "damaged" not in caplog.text
+    assert [post(store, number, size, env_id=0)["duplicates"] for number, size in ((0, 2), (2, 4))] == [0, 1]
+    store.close()
 
 
 @pytest.fixture(scope="module")
 def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
     """A directory with a store as a killed process and one as an orderly end leaves it; the time; its content: a batch
     that was acked, one that is out, a group that waits. Two changes are in the WALs alone."""
-    memory = Path("/dev/shm")
-    clock = Clock()
+    memory, clock = Path("/dev/shm"), Clock()
     with (
         pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made,
@@ -195,12 +158,9 @@ def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
         directory = Path(made)
         patch.setattr("atropos_verl.storage._PAGE_BYTES", 512)
         store = started(directory / "closed", 2, clock)
-        store.next_batch(60.0)
-        store.register_env(EnvRegistration(max_token_length=64, group_size=2))
         post(store, 0, 2, 0, "key0"), post(store, 1, 2, None, "key1")
         store.ack(take(store).lease_id)
-        store.close()
-        store = opened(directory / "closed", clock)
+        store = restarted(store)
         post(store, 2, 2, 0, "key2")
         asyncio.run(store.synced())  # a commit of its own
         take(store)
@@ -214,11 +174,9 @@ def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
 @pytest.mark.parametrize("state", ["killed", "closed"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 @pytest.mark.timeout(7200)
-def test_no_flipped_byte_and_no_truncation_loses_a_group_in_silence(
-    small_store: Any, caplog: pytest.LogCaptureFixture, state: str, damage: str
-) -> None:
+def test_no_damage_is_silent(small_store: Any, caplog: pytest.LogCaptureFixture, state: str, damage: str) -> None:
     directory, clock, expected = small_store
-    rng, tried, work = random.Random(f"{state} {damage}"), Counter[str](), directory / f"work-{os.getpid()}"
+    rng, work = random.Random(f"{state} {damage}"), directory / f"work-{os.getpid()}"
     files = {path.name: path.read_bytes() for path in sorted((directory / state).iterdir())}
     for name, whole in files.items():
         size = len(whole)
@@ -239,7 +197,6 @@ def test_no_flipped_byte_and_no_truncation_loses_a_group_in_silence(
             found = content(store)
             store.close()
             where = f"{name}, {damage} at {position} of {size}"
-            tried[name] += 1
             if name != "store.bodies":
                 assert found == expected, where
             else:
@@ -249,15 +206,12 @@ def test_no_flipped_byte_and_no_truncation_loses_a_group_in_silence(
                 assert {seq: group for seq, group in expected["groups"].items() if seq not in lost} == found["groups"]
                 assert found["environments"] == expected["environments"]
             shutil.rmtree(work)
-    logger.info("%s %s %s: every one named: %s", state, damage, sum(tried.values()), tried)
 
 
 @pytest.mark.parametrize("table", ["state", "environments"])
 def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_path: Path, table: str) -> None:
     store = started(tmp_path)
-    store.next_batch(60.0)
-    for _ in range(2):
-        store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+    join(store)
     post(store, 0)
     store.close()
     for database in DATABASES:
@@ -268,41 +222,34 @@ def test_damage_that_nothing_makes_up_for_refuses_the_start_again_and_again(tmp_
             opened(tmp_path)
 
 
-def test_a_row_of_another_version_is_an_error_that_says_so(tmp_path: Path) -> None:
+def test_data_of_another_version_is_refused_and_not_touched(tmp_path: Path) -> None:
     opened(tmp_path).close()
     records = RecordStore(tmp_path / STORE_FILE, _TABLES, owner="test", large="bodies")
     records.write([("batches", "lease", b'["later version"]')]).result()
     records.close()
     with pytest.raises(StorageDamagedError, match="holds a row that this version cannot read"):
         opened(tmp_path)
-
-
-def test_a_directory_of_an_earlier_version_is_refused_and_not_touched(tmp_path: Path) -> None:
-    for number in (1, 2):
-        (tmp_path / f"segment-00000{number}.log").write_bytes(b"ATRLOG1\n" + b"x" * 92)
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "segment-000001.log").write_bytes(b"ATRLOG1\n")
     with pytest.raises(ConfigError, match=r"is of version 0\.1\.0 \(segment-\*\.log\)"):
-        opened(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["segment-000001.log", "segment-000002.log"]
+        opened(earlier)
+    assert [path.name for path in earlier.iterdir()] == ["segment-000001.log"]
 
 
 def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_restart(tmp_path: Path) -> None:
-    clock = Clock()
-    store = started(tmp_path, 8, clock)
-    assert store.next_batch(60.0) is None
+    store = started(tmp_path, 8, clock := Clock())
     assert not (tmp_path / ARRIVALS_FILE).exists()  # nothing was handed out
-    store.register_env(EnvRegistration(max_token_length=64, desired_name="env", weight=1.0, group_size=4))
     for number, env_id in enumerate([0, None, 0, 0]):
         clock.pass_(0.25)
         post(store, number, env_id=env_id)
     clock.pass_(1.0)
-    first = take(store)
-    store.release(first.lease_id)
-    assert store.next_batch(60.0) is not None  # the same batch again: it came only once
-    store.close()
-    again = opened(tmp_path, clock)
+    store.release(take(store).lease_id)
+    assert take(store).deliveries == 2  # the same batch again: it came only once
+    store = restarted(store)
     clock.pass_(1.0)
-    assert again.next_batch(60.0) is not None
-    again.close()
+    take(store)
+    store.close()
     lines = [json.loads(line) for line in (tmp_path / ARRIVALS_FILE).read_text().splitlines()]
     assert lines == [
         {"step": 1, "at": 1_000_002.0, "groups": [[1_000_000.25, 0, 4, 12], [1_000_000.5, None, 4, 12]]},
@@ -310,40 +257,35 @@ def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_resta
     ]
 
 
-def test_a_record_that_cannot_be_written_is_reported_once_and_stops_no_batch(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = opened(tmp_path)
+def test_arrivals_that_cannot_be_written_stop_no_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / ARRIVALS_FILE).mkdir()
-    store.register(TrainerRegistration(**registration(4)))
-    store.next_batch(60.0)
-    for number in range(3):
-        post(store, number, env_id=None)
-    with caplog.at_level(logging.WARNING):
-        assert [store.next_batch(60.0) is None for _ in range(3)] == [False, False, False]
+    store = started(tmp_path, 4)
+    post(store, 0), post(store, 1)
+    take(store), take(store)
     store.close()
-    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [record.message.count(ARRIVALS_FILE) for record in warned] == [1]
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [message.count(ARRIVALS_FILE) for message in warned] == [1]
 
 
-async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    store = started(tmp_path, 8, clock)
-    store.next_batch(60.0)
-    assert store.register_env(EnvRegistration(max_token_length=64, group_size=4)) is not None
+@contextlib.contextmanager
+def full_disk() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
+        yield disk
+
+
+async def test_a_refused_ack_has_not_happened_and_can_be_repeated(tmp_path: Path) -> None:
+    store = started(tmp_path, 8, clock := Clock())
     post(store, 0, env_id=0), post(store, 1, env_id=0), post(store, 2, env_id=0)
     batch = take(store)
     await store.synced()
     before = content(store)
-    error = StorageWriteError("no space")
-    with monkeypatch.context() as disk:
-        disk.setattr(RecordStore, "_commit", lambda self, changes: error)
+    with full_disk():
         assert store.ack(batch.lease_id) == "acked"
         post(store, 3)
         # Two that wait for the same write are both told.
-        assert await asyncio.gather(store.synced(), store.synced(), return_exceptions=True) == [error, error]
+        told = await asyncio.gather(store.synced(), store.synced(), return_exceptions=True)
+        assert [str(error) for error in told] == ["no space"] * 2
     with pytest.raises(StorageWriteError, match="no space"):
         post(store, 3)  # refused without a try
     assert content(store) == before and store.groups[0].raw.startswith(b'{"tokens": [[0,')
@@ -352,29 +294,19 @@ async def test_a_refused_ack_has_not_happened_and_can_be_repeated(
     clock.pass_(2.0)
     post(store, 4)
     await store.synced()
-    store.close()
-    store = opened(tmp_path)
+    store = restarted(store)
     assert sorted(store.groups) == [2, 3]
     store.close()
 
 
-async def test_what_cannot_be_read_again_is_kept_by_refusing_everything_until_a_restart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    store = started(tmp_path, clock=clock)
-    store.next_batch(60.0)
-    store.register_env(EnvRegistration(max_token_length=64, group_size=4))
+async def test_what_cannot_be_read_again_is_kept_by_refusing_everything_until_a_restart(tmp_path: Path) -> None:
+    store = started(tmp_path, clock=(clock := Clock()))
     post(store, 0, env_id=0)
     await store.synced()
     before = content(store)
 
-    def unreadable(*_: object) -> Any:
-        raise sqlite3.OperationalError("disk I/O error")
-
-    with monkeypatch.context() as disk:
-        disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
-        disk.setattr(RecordStore, "read", unreadable)
+    with full_disk() as disk:
+        disk.setattr(RecordStore, "read", Mock(side_effect=sqlite3.OperationalError("disk I/O error")))
         post(store, 1, env_id=0)
         with pytest.raises(StorageWriteError, match="no space"):
             await store.synced()
@@ -383,23 +315,18 @@ async def test_what_cannot_be_read_again_is_kept_by_refusing_everything_until_a_
         post(store, number, env_id=0)
         with pytest.raises(StorageWriteError, match=r"cannot be read again \(disk I/O error\): restart the server"):
             await store.synced()
-    store.close()
-    store = opened(tmp_path)
-    assert content(store)["groups"] == before["groups"] and content(store)["environments"] == before["environments"]
+    store = restarted(store)
+    assert all(content(store)[name] == before[name] for name in ("groups", "environments"))
     store.close()
 
 
-async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(tmp_path: Path) -> None:
     """Nobody asks again: the client has gone."""
     store = started(tmp_path, 4)
-    store.next_batch(None)
     post(store, 0), post(store, 1)
     arrived, lost = take(store, None), take(store, None)
     await store.synced()
-    with monkeypatch.context() as disk:
-        disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
+    with full_disk():
         for _ in range(2):
             store.settle(arrived.lease_id), store.settle(lost.lease_id, "the client has gone")
             with pytest.raises(StorageWriteError):
@@ -413,17 +340,12 @@ async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(
     store.close()
 
 
-async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_that_it_was_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    store = Store(ServerSettings(data_dir=tmp_path, fsync=True), now=clock)
+async def test_a_disk_that_does_not_confirm_stops_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(ServerSettings(data_dir=tmp_path, fsync=True), now=(clock := Clock()))
     store.register(TrainerRegistration(**registration(4)))
     post(store, 0)
     await store.synced()
-    before = content(store)
-
-    posted = threading.Event()
+    before, posted = content(store), threading.Event()
 
     def no_disk(handle: int) -> None:
         posted.wait()
@@ -448,36 +370,27 @@ async def test_a_disk_that_does_not_confirm_stops_the_store_and_no_answer_says_t
         with pytest.raises(StorageWriteError, match="until then nothing is stored"):
             await store.synced()
         assert content(store) == before
-    store.close()
-    store = opened(tmp_path)
+    store = restarted(store)
     assert 0 in store.groups and 2 not in store.groups
     store.close()
 
 
-@pytest.mark.parametrize("moved", [-3600.0, 3600.0])
-def test_setting_the_clock_moves_no_lease_and_nobodys_last_sign_of_life(
-    monkeypatch: pytest.MonkeyPatch, moved: float
-) -> None:
+def test_setting_the_clock_moves_no_lease_and_nobodys_last_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
     monkeypatch.setattr(time, "monotonic", lambda: 50.0)
     store = Store(ServerSettings())
     assert store.now() == 1_000_000.0
-    monkeypatch.setattr(time, "time", lambda: 1_000_000.0 + moved)
+    monkeypatch.setattr(time, "time", lambda: 5.0)
     monkeypatch.setattr(time, "monotonic", lambda: 80.0)
     assert store.now() == 1_000_030.0
 
 
 def test_after_a_restart_with_the_clock_set_back_a_lease_lasts_no_longer_than_it_did(tmp_path: Path) -> None:
-    clock = Clock()
-    store = started(tmp_path, 4, clock)
-    store.next_batch(None)
-    environment = store.register_env(EnvRegistration(max_token_length=64, group_size=4))
-    assert environment is not None
+    store = started(tmp_path, 4, clock := Clock())
     post(store, 0, env_id=0), post(store, 1, 3, env_id=0)
     batch = take(store, 30.0)
-    store.close()
     clock.pass_(-3600.0)
-    store = opened(tmp_path, clock)
+    store = restarted(store)
     assert store.outstanding[batch.lease_id].deadline == clock.time + 30.0
     assert store.groups[1].arrived == store.queue.last_arrival == clock.time
     clock.pass_(31.0)

@@ -6,9 +6,11 @@
 import gc
 import logging
 import os
+import random
 
 import psutil
 import pytest
+from support.malformed import good_group
 from support.request_fuzz import FuzzedRoute, RequestFuzzer, answer_of, check_answer
 from support.trajectory_server import Clock, group, registration
 
@@ -16,18 +18,8 @@ from atropos_verl.server.app import TrajectoryApi
 from atropos_verl.server.settings import ServerSettings
 
 _HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4, "min_batch_allocation": 0.5}
-_FULL = group(
-    5,
-    2,
-    env_id=0,
-    advantages=[[0.5, 1, 2], [0, 0, 1]],
-    inference_logprobs=[[1.0, -0.5, -2.0], []],
-    messages=[[{"role": "user", "content": "hej"}], []],
-    overrides=[{"temperature": 1.0}, {}],
-    generation_params={"temperature": 0.7},
-    images=["a"],
-    seed=3,
-)
+_SAID = {"env_id": 0, "messages": [[{"role": "user", "content": "hej"}], []], "images": ["a"], "seed": 3}
+_FULL = {**good_group(random.Random(0), group_size=2, vocab_size=150), **_SAID}
 _GROUPS = [group(1, 4, env_id=0), group(2, 3), _FULL]
 _BODIES = {
     "/register": [registration(8), registration(6, batch_fill="at_least", vocab_size=150, min_allocation_wait=1.0)],
@@ -60,12 +52,9 @@ async def test_no_request_makes_the_api_fail(token: str | None, caplog: pytest.L
     if count > 100_000:
         caplog.set_level(logging.CRITICAL, "atropos_verl")  # pytest keeps every record
     clock = Clock()
+    hosts = ("localhost", "127.0.0.1")
     settings = ServerSettings(
-        token=token,
-        env_timeout=50.0,
-        trainer_timeout=5.0,
-        max_queue_groups=300,
-        allowed_hosts=("localhost", "127.0.0.1"),
+        token=token, env_timeout=50.0, trainer_timeout=5.0, max_queue_groups=300, allowed_hosts=hosts
     )
     app = TrajectoryApi(settings, now=clock)
     headers = {} if token is None else {"authorization": "Bearer T"}
