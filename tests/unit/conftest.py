@@ -23,3 +23,10 @@ def served() -> Iterator[tuple[FakeEngine, httpx.Client]]:
 @pytest.fixture
 def client(served: tuple[FakeEngine, httpx.Client], engine: Any) -> httpx.Client:
     return served[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads those of the shell."""
+    for name in ("API_URL", "API_TOKEN", "TIMEOUT", "GATEWAY_URL", "GATEWAY_KEY"):
+        monkeypatch.delenv(f"ATROPOS_{name}", raising=False)

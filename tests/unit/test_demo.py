@@ -39,9 +39,8 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def env_module() -> ModuleType:
-    return load_example("environments/spell_backward.py")
+SPELL = load_example("environments/spell_backward.py")
+SUMS = load_example("environments/sums.py").SumsEnv
 
 
 @pytest.fixture(scope="module")
@@ -72,62 +71,60 @@ def server(tokenizer: Any) -> Iterator[Any]:
         yield engine
 
 
-def make_env(module: ModuleType, url: str = "http://127.0.0.1:9/v1", **settings: Any) -> Any:
-    config, servers = module.SpellBackwardEnv.config_init()
+async def environment(kind: Any = SPELL.SpellBackwardEnv, url: str = "http://127.0.0.1:9/v1", **settings: Any) -> Any:
+    config, servers = kind.config_init()
     server = servers[0].model_copy(update={"base_url": url})
-    return module.SpellBackwardEnv(config=config.model_copy(update=settings), server_configs=[server])
+    env = kind(config=config.model_copy(update=settings), server_configs=[server])
+    await env.setup()
+    return env
 
 
 def words_of(tasks: list[dict[str, Any]]) -> list[str]:
     return [task["metadata"]["word"] for task in tasks]
 
 
-async def test_a_resumed_run_goes_on_behind_the_tasks_drawn_so_far(env_module: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [SPELL.SpellBackwardEnv, SUMS])
+async def test_a_resumed_run_goes_on_behind_the_tasks_drawn_so_far(kind: Any, tmp_path: Path) -> None:
     """As Atropos calls it: the status before each task, ``load_checkpoint`` on registering with a run past step 0."""
 
     async def registered(step: int) -> Any:
-        env = make_env(env_module)
+        env = await environment(kind)
         env.checkpoint_dir, env.checkpoint_interval, env.wandb_prepend = str(tmp_path), 5, "environment_0"
-        env.curr_step, env.status_dict = step, {"current_step": step}
-        await env.setup()
+        env.curr_step = step
         return env
 
-    async def draw(env: Any, step: int) -> str:
+    async def draw(env: Any, step: int) -> Any:
         env.status_dict = {"current_step": step}
-        return str(words_of([await env.get_next_item()])[0])
+        return await env.get_next_item()
 
     straight, first = await registered(0), await registered(0)
-    words = words_of([next(straight.train_tasks) for _ in range(20)])
-    assert [await draw(first, step) for step in range(13)] == words[:13]
+    tasks = list(itertools.islice(straight.train_tasks, 20))
+    assert [await draw(first, step) for step in range(13)] == tasks[:13]
     # A file for each checkpoint of the trainer, and one for the last step seen.
     files = sorted(path.name for path in (tmp_path / "env_checkpoints" / "environment_0").iterdir())
     assert files == ["step-10.json", "step-12.json", "step-5.json"]
     for step, drawn in ((12, 12), (11, 10), (5, 5), (4, 0)):  # interrupted, or rolled back to that checkpoint
         resumed = await registered(step)
         resumed.load_checkpoint()
-        assert [await draw(resumed, step) for _ in range(3)] == words[drawn : drawn + 3]
+        assert [await draw(resumed, step) for _ in range(3)] == tasks[drawn : drawn + 3]
 
 
-def test_defaults_run_by_hand(env_module: ModuleType) -> None:
-    config, servers = env_module.SpellBackwardEnv.config_init()
-    [server] = servers  # a bare config would ignore --openai.base_url
+def test_defaults_run_by_hand() -> None:
+    config, [server] = SPELL.SpellBackwardEnv.config_init()  # a bare config would ignore --openai.base_url
     assert server.num_requests_for_eval >= config.eval_words  # all of an evaluation at once
     assert Path(config.tokenizer_name) == demo_model_path() == Path(server.tokenizer_name)
-    assert config.wandb_name == "spell_backward"  # null would be refused by the API at /register-env
     # Longest sequence: 13 prompt tokens around a word of 5, the answer's bound; Atropos's bound is exclusive.
     assert 13 + 5 + config.max_answer_tokens < config.max_token_length
 
 
-async def test_words_are_split_by_a_hash_and_follow_the_seed(env_module: ModuleType, pretrain: ModuleType) -> None:
+async def test_words_are_split_by_a_hash_and_follow_the_seed(pretrain: ModuleType) -> None:
     # First byte of sha256 by coreutils: able b0, actor 50, cat 77, neon 1b, table 0d; held out when divisible by 16.
     words = ("able", "ABLE", "actor", "cat", "neon", "table")
-    assert [env_module.is_held_out(word) for word in words] == [True] * 3 + [False] * 3
+    assert [SPELL.is_held_out(word) for word in words] == [True] * 3 + [False] * 3
     train, kept = pretrain.split_words()
-    assert not any(map(env_module.is_held_out, train)) and all(map(env_module.is_held_out, kept))
+    assert not any(map(SPELL.is_held_out, train)) and all(map(SPELL.is_held_out, kept))
     assert 0.04 < len(kept) / (len(train) + len(kept)) < 0.085  # one in 16 is 0.0625
-    envs = [make_env(env_module, seed=seed, eval_words=600) for seed in (0, 0, 1)]
-    for env in envs:
-        await env.setup()
+    envs = [await environment(seed=seed, eval_words=600) for seed in (0, 0, 1)]
     first, same, other = (words_of(list(itertools.islice(env.train_tasks, 4000))) for env in envs)
     held_out = words_of(envs[0].eval_tasks)
     assert first == same and first[:50] != other[:50]
@@ -137,11 +134,9 @@ async def test_words_are_split_by_a_hash_and_follow_the_seed(env_module: ModuleT
     assert all(3 <= len(word) <= 5 and word.islower() for word in first + held_out)
 
 
-async def test_reward_by_hand(env_module: ModuleType) -> None:
+async def test_reward_by_hand() -> None:
     task = {"question": "…: neon", "answer": "noen", "metadata": {"word": "neon"}}
-    env, partial = make_env(env_module), make_env(env_module, partial_credit=True)
-    await env.setup()
-    await partial.setup()
+    env, partial = await environment(), await environment(partial_credit=True)
     answers = ("noen", " noen\n", "NOEN", "noe", "nxen", "neon", "noenn", "")
     assert [env.score(text, task) for text in answers] == [1.0] * 3 + [0.0] * 5
     # A quarter point per letter in its place; a right answer with letters after it gets 0.8 from reasoning-gym.
@@ -157,29 +152,26 @@ async def test_reward_by_hand(env_module: ModuleType) -> None:
         ({"max_answer_tokens": 64}, r"--env\.max_answer_tokens 64 leaves no room"),
     ],
 )
-async def test_settings_without_a_task_are_refused(env_module: ModuleType, settings: Any, message: str) -> None:
+async def test_settings_without_a_task_are_refused(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        await make_env(env_module, **settings).setup()
+        await environment(**settings)
 
 
-async def test_a_group_is_token_exact(env_module: ModuleType, server: Any, tokenizer: Any) -> None:
-    env = make_env(env_module, server.url, group_size=4, temperature=0.7, latency=0.05)
-    await env.setup()
+async def test_a_group_is_token_exact(server: Any, tokenizer: Any) -> None:
+    env = await environment(url=server.url, group_size=4, temperature=0.7, latency=0.05)
     task = {"question": f"{QUESTION}cat", "answer": "tac", "metadata": {"word": "cat"}}
     started = time.monotonic()
     group, backlog = await env.collect_trajectories(task)
     assert time.monotonic() - started >= 0.05, "scoring takes --env.latency"
     prompt = tokenizer.encode(f"<|im_start|>user\n{QUESTION}cat<|im_end|>\n<|im_start|>assistant\n")
     right, wrong = [*tokenizer.encode("tac"), EOS], [*tokenizer.encode("zz"), EOS]
-    hidden = [-100] * len(prompt)
+    hidden, shown = [-100] * len(prompt), [1.0] * len(prompt)
     assert backlog == []
     assert group == {
         "tokens": [prompt + right, prompt + wrong] * 2,
         "masks": [hidden + right, hidden + wrong] * 2,
         "scores": [1.0, 0.0, 1.0, 0.0],
-        "inference_logprobs": [
-            [1.0] * len(prompt) + logprobs for logprobs in ([-0.25, -0.5, -0.75, -1.0], [-0.25, -0.5, -0.75]) * 2
-        ],
+        "inference_logprobs": [[*shown, -0.25, -0.5, -0.75, -1.0], [*shown, -0.25, -0.5, -0.75]] * 2,
         "generation_params": {"temperature": 0.7},
     }
     [sent] = server.requests
@@ -187,58 +179,36 @@ async def test_a_group_is_token_exact(env_module: ModuleType, server: Any, token
     assert (sent.n, sent.max_tokens, sent.temperature) == (4, 8, 0.7)
 
 
-async def test_evaluate_scores_every_held_out_word(
-    env_module: ModuleType, server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_evaluate_command_scores_every_held_out_word_without_torch(server: Any, tmp_path: Path) -> None:
     server.answers = [None, "zz", "zz", "zz"]  # one of four samples is right
-    env = make_env(env_module, server.url, eval_words=10, eval_samples=4, data_dir_to_save_evals=str(tmp_path))
-    await env.setup()
-    metrics = await env.evaluate()
-    assert metrics == {"eval/mean_reward": 0.25, "eval/exact_match": 0.25, "eval/words": 10.0, "eval/sequences": 40.0}
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written["results"]["all"] == metrics
-    assert written["config_general"]["generation_parameters"] == {"max_new_tokens": 8, "temperature": 1.0, "n": 4}
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [sample["score"] for sample in samples] == [1.0, 0.0, 0.0, 0.0] * 10
-    question, answer = env.eval_tasks[0]["question"], env.eval_tasks[0]["answer"]
-    assert samples[0] == {"question": question, "expected": answer, "answer": answer, "score": 1.0}
-    assert "held-out mean reward 0.2500 over 40 sequences" in capsys.readouterr().out
-
-
-def test_evaluate_command_runs_without_torch(server: Any, tmp_path: Path) -> None:
     # A torch that cannot be imported stands in front of the real one: the process must not even try.
     (tmp_path / "torch.py").write_text("raise SystemExit('the environment imported torch')\n")
-    options = {"base_url": server.url, "model_name": "demo", "api_key": "x", "server_type": "vllm"}
-    options = {f"--openai.{name}": value for name, value in options.items()} | {"--slurm": "false"}
-    options |= {f"--{part}.tokenizer_name": str(demo_model_path()) for part in ("openai", "env")}
-    options |= {"--env.use_wandb": "false", "--env.eval_words": "3", "--env.eval_samples": "2", "--env.seed": "7"}
-    options |= {"--env.data_dir_to_save_evals": str(tmp_path / "evals")}
+    options = {f"{part}.tokenizer_name": demo_model_path() for part in ("openai", "env")} | {"slurm": "false"}
+    options |= {"openai.base_url": server.url, "openai.model_name": "demo", "openai.api_key": "x"}
+    options |= {"openai.server_type": "vllm", "env.use_wandb": "false", "env.eval_words": 10, "env.eval_samples": 4}
+    options |= {"env.seed": 7, "env.data_dir_to_save_evals": tmp_path / "evals"}
     command = [sys.executable, str(EXAMPLES / "environments" / "spell_backward.py"), "evaluate"]
-    command += [word for option in options.items() for word in option]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    results = json.loads((tmp_path / "evals" / "metrics.json").read_text())["results"]["all"]
-    assert results == {"eval/mean_reward": 0.5, "eval/exact_match": 0.5, "eval/words": 3.0, "eval/sequences": 6.0}
-    assert [request.n for request in server.requests] == [2, 2, 2]
+    assert "held-out mean reward 0.2500 over 40 sequences" in result.stdout
+    written = json.loads((tmp_path / "evals" / "metrics.json").read_text())
+    metrics = {"eval/mean_reward": 0.25, "eval/exact_match": 0.25, "eval/words": 10.0, "eval/sequences": 40.0}
+    assert written["results"]["all"] == metrics
+    assert written["config_general"]["generation_parameters"] == {"max_new_tokens": 8, "temperature": 1.0, "n": 4}
+    samples = [json.loads(line) for line in (tmp_path / "evals" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["score"] for sample in samples] == [1.0, 0.0, 0.0, 0.0] * 10
+    answer = samples[0]["question"].removeprefix(QUESTION)[::-1]
+    assert samples[0] == {"question": samples[0]["question"], "expected": answer, "answer": answer, "score": 1.0}
+    assert [request.n for request in server.requests] == [4] * 10
 
 
-# --- the sums of ``--config-name smollm2`` ---
-
-
-@pytest.fixture
-async def sums() -> Any:
-    kind = load_example("environments/sums.py").SumsEnv
-    env = object.__new__(kind)
-    env.config, _ = kind.config_init()
-    await env.setup()
-    return env
-
-
-def test_a_pair_is_held_out_in_both_orders_and_never_trained(sums: Any) -> None:
+async def test_a_pair_is_held_out_in_both_orders_and_never_trained() -> None:
     def pairs(tasks: Any) -> set[tuple[int, ...]]:
         return {tuple(map(int, task["metadata"]["expression"].split(" + "))) for task in tasks}
 
+    sums = await environment(SUMS)
     trained, held_out = set(sums.train_pairs), pairs(sums.eval_tasks)
     assert not trained & held_out
     assert len(trained) + len(held_out) == 144
@@ -247,26 +217,10 @@ def test_a_pair_is_held_out_in_both_orders_and_never_trained(sums: Any) -> None:
     assert pairs(itertools.islice(sums.train_tasks, 200)) <= trained
 
 
-async def test_resumed_sums_go_on_behind_the_tasks_drawn_so_far(sums: Any, tmp_path: Path) -> None:
-    sums.checkpoint_dir, sums.wandb_prepend, sums.curr_step, sums.checkpoint_interval = str(tmp_path), "sums", 2, 5
-    drawn = [await sums.get_next_item() for _ in range(7)]
-    sums.save_checkpoint(2)
-    following = await sums.get_next_item()
-    await sums.setup()
-    sums.load_checkpoint()
-    assert sums.tasks_drawn == len(drawn)
-    assert await sums.get_next_item() == following
-
-
-@pytest.mark.parametrize(
-    ("answer", "reward"),
-    [("12", 1.0), ("5 + 7 = 12.", 1.0), ("The answer is 12.0", 1.0), ("12, not 13", 0.0), ("-12", 0.0), ("", 0.0)],
-)
-async def test_the_last_number_of_an_answer_counts(sums: Any, answer: str, reward: float) -> None:
-    assert sums.score(answer, sums._task(5, 7)) == reward
-
-
-# --- the model ---
+async def test_the_last_number_of_an_answer_counts() -> None:
+    sums = await environment(SUMS)
+    answers = ("12", "5 + 7 = 12.", "The answer is 12.0", "12, not 13", "-12", "")
+    assert [sums.score(answer, sums._task(5, 7)) for answer in answers] == [1.0] * 3 + [0.0] * 3
 
 
 @pytest.fixture
@@ -281,48 +235,31 @@ def test_the_model_is_a_small_standard_qwen2_and_readable_by_all(model: Any, tok
     files = [path for path in demo_model_path().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4_000_000
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
-    config = model.config
     assert type(model).__name__ == "Qwen2ForCausalLM"
-    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (4, 128, 261)
-    # Per layer: q and o 128 x 128, k and v 128 x 64, biases 128 + 64 + 64, MLP 3 x 128 x 384, two norms of 128;
-    # then the tied embedding 261 x 128 and the last norm.
-    layer = 2 * 128 * 128 + 2 * 128 * 64 + 256 + 3 * 128 * 384 + 2 * 128
-    assert sum(p.numel() for p in model.parameters()) == 4 * layer + 261 * 128 + 128 == 822_016
+    assert sum(p.numel() for p in model.parameters()) == 822_016
     assert next(model.parameters()).dtype is torch.float32
-    assert len(tokenizer) == config.vocab_size
+    assert len(tokenizer) == model.config.vocab_size == 261
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == EOS
 
 
-@pytest.mark.parametrize(
-    "text", ["\n", "line one\r\n\tline  two \n\n", "héllo — 日本語 🙂", f"<|im_start|>user\n{QUESTION}neon<|im_end|>\n"]
-)
-def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert max(ids) < 261
-
-
-def test_the_tokenizer_is_named_as_both_transformers_4_and_5_know_it(pretrain: ModuleType, tmp_path: Path) -> None:
-    """transformers 5 saves ``TokenizersBackend``, which transformers 4, and so every environment, cannot load."""
+def test_the_tokenizer_keeps_text_spells_words_and_is_one_that_transformers_4_and_5_know(
+    pretrain: ModuleType, tokenizer: Any, tmp_path: Path
+) -> None:
+    prompt = f"<|im_start|>user\n{QUESTION}neon<|im_end|>\n<|im_start|>assistant\n"
+    for text in ("\n", "line one\r\n\tline  two \n\n", "héllo — 日本語 🙂", prompt):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert max(tokenizer.encode(text)) < 261
+    asked = [{"role": "user", "content": f"{QUESTION}neon"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == prompt
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("<|im_start|>user\na neon<|im_end|>"))
+    assert pieces == ["<|im_start|>", *"user", "Ċ", "a", "Ġ", *"neon", "<|im_end|>"]
+    assert pretrain.Examples(tokenizer, ["neon"], seed=0).prompt("neon") == tokenizer.encode(prompt)
+    # transformers 5 saves TokenizersBackend, which transformers 4, and so every environment, cannot load.
     shipped = json.loads((demo_model_path() / "tokenizer_config.json").read_text())
-    assert shipped["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert "backend" not in shipped
+    assert shipped["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in shipped
     pretrain.save_tokenizer(pretrain.build_tokenizer(), tmp_path)
     for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (demo_model_path() / name).read_bytes(), name
-
-
-def test_chat_prompt_is_chatml_and_a_word_is_its_letters(pretrain: ModuleType, tokenizer: Any) -> None:
-    asked = [{"role": "user", "content": f"{QUESTION}neon"}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert prompt == f"<|im_start|>user\n{QUESTION}neon<|im_end|>\n<|im_start|>assistant\n"
-    newline, space = "Ċ", "Ġ"
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(prompt)) == [
-        *("<|im_start|>", "u", "s", "e", "r", newline),
-        *(QUESTION.rstrip(), space, "n", "e", "o", "n", "<|im_end|>", newline),
-        *("<|im_start|>", "assistant", newline),
-    ]
-    assert pretrain.Examples(tokenizer, ["neon"], seed=0).prompt("neon") == tokenizer.encode(prompt)
 
 
 def test_success_on_held_out_words_is_as_documented(pretrain: ModuleType, model: Any, tokenizer: Any) -> None:

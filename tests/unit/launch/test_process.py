@@ -1,20 +1,22 @@
-"""Services as real child processes: every test looks at pids and signals, nothing is patched."""
+"""Services as real child processes: every test looks at pids and signals."""
 
 import errno
 import os
 import signal
 import subprocess
 import sys
-import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 from support.serving import eventually
 
 from atropos_verl.errors import ServiceError
+from atropos_verl.launch import process as process_module
 from atropos_verl.launch.process import ManagedProcess, ServiceSpec, blot_out, describe_exit, stop_all
 
 PATIENCE = 20.0
@@ -32,14 +34,14 @@ def shell(directory: Path, script: str, **changes: Any) -> ServiceSpec:
     return replace(ServiceSpec(name="svc", command=("sh", "-c", script), cwd=directory, log_path=log), **changes)
 
 
-def started(directory: Path, script: str) -> ManagedProcess:
-    process = ManagedProcess(shell(directory, script))
+def started(directory: Path, script: str, **changes: Any) -> ManagedProcess:
+    process = ManagedProcess(shell(directory, script, **changes))
     process.start()
     return process
 
 
-def ended(directory: Path, script: str) -> ManagedProcess:
-    process = started(directory, script)
+def ended(directory: Path, script: str, **changes: Any) -> ManagedProcess:
+    process = started(directory, script, **changes)
     eventually(lambda: not process.is_running(), "the end")
     return process
 
@@ -51,12 +53,11 @@ def read_pid(path: Path) -> int:
 
 def test_output_environment_directory_and_stdin_of_a_service(tmp_path: Path) -> None:
     """The log is appended to, and the tail is of this start only."""
+    new = ManagedProcess(shell(tmp_path, "true"))
+    assert new.pid is None and not new.is_running()
     for colour in ("red", "blue"):
         script = 'echo "to stdout $COLOUR"; echo "to stderr" >&2; pwd; wc -c'
-        process = ManagedProcess(shell(tmp_path, script, env={"COLOUR": colour}))
-        assert process.pid is None and not process.is_running()
-        process.start()
-        eventually(lambda process=process: not process.is_running(), "the end")  # type: ignore[misc]
+        process = ended(tmp_path, script, env={"COLOUR": colour})
         assert process.returncode == 0
     first, second = (f"to stdout {colour}\nto stderr\n{tmp_path}\n0\n" for colour in ("red", "blue"))
     assert (tmp_path / "logs" / "svc.log").read_text() == first + second
@@ -70,11 +71,8 @@ def test_a_child_is_no_rank_and_has_no_key_but_its_own(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("COLOUR", "blue")
     assert ended(tmp_path, "env | grep -E '=(7|blue)$'").log_tail() == "COLOUR=blue"
-    script, given = "echo $RANK $ATROPOS_API_TOKEN", {"RANK": "3", "ATROPOS_API_TOKEN": "own"}
-    chosen = ManagedProcess(shell(tmp_path, script, env=given))
-    chosen.start()
-    eventually(lambda: not chosen.is_running(), "the end")
-    assert chosen.log_tail() == "3 own"
+    own = {"RANK": "3", "ATROPOS_API_TOKEN": "own"}
+    assert ended(tmp_path, "echo $RANK $ATROPOS_API_TOKEN", env=own).log_tail() == "3 own"
 
 
 def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) -> None:
@@ -84,11 +82,9 @@ def test_the_tail_has_no_terminal_escapes_and_no_endless_line(tmp_path: Path) ->
 
 def test_secrets_are_blotted_out_of_the_log_while_it_runs(tmp_path: Path) -> None:
     """Also where a line was folded within one, and in the tail; what is written meanwhile stays."""
-    secret = "0123456789abcdef"
     script = "printf 'key=0123456789abcdef\\nurl=http://run:01234567\\n89abcdef@host\\n'; "
     script += "while [ ! -e go ]; do sleep 0.02; done; printf '0123456789abcdef end\\n'; exec sleep 1000"
-    process = ManagedProcess(shell(tmp_path, script, secrets=(secret, "other")))
-    process.start()
+    process = started(tmp_path, script, secrets=("0123456789abcdef", "other"))
     log, blotted = tmp_path / "logs" / "svc.log", "key=****************\nurl=http://run:********\n********@host\n"
     eventually(lambda: process.is_running() and log.read_text() == blotted, "the first lines")
     (tmp_path / "go").touch()
@@ -99,37 +95,27 @@ def test_secrets_are_blotted_out_of_the_log_while_it_runs(tmp_path: Path) -> Non
 
 
 def test_a_log_that_grows_too_long_moves_away_while_the_service_goes_on(tmp_path: Path) -> None:
-    spec = shell(tmp_path, "while read line; do echo $line; done", secrets=("s3cret-key",))
-    fifo = tmp_path / "fifo"
+    fifo, log, old = tmp_path / "fifo", tmp_path / "logs" / "svc.log", tmp_path / "logs" / "svc.log.old"
     os.mkfifo(fifo)
-    process = ManagedProcess(replace(spec, command=("sh", "-c", f"while read l; do echo $l; done <> {fifo}")))
-    process.start()
-    log, old = tmp_path / "logs" / "svc.log", tmp_path / "logs" / "svc.log.old"
-    try:
-        with fifo.open("w", buffering=1) as say:
-            for number in range(3):
-                say.write(f"line {number} s3cret-key\n")
-                eventually(lambda number=number: f"line {number}" in log.read_text(), "the line")  # type: ignore[misc]
-                process.bound_log(1000)
-                assert not old.exists()
-            process.bound_log(10)
-            assert log.read_text() == ""
-            assert old.read_text().count("line") == 3 and "s3cret" not in old.read_text()
-            assert old.stat().st_mode & 0o777 == 0o600
-            say.write("s3cret-key after\n")
-            eventually(lambda: "after" in log.read_text(), "the line after")
-            assert process.is_running()
-            assert "s3cret" not in log.read_text() and process.log_tail().endswith(" after")
-    finally:
-        process.stop()
+    process = started(tmp_path, f"while read l; do echo $l; done <> {fifo}", secrets=("s3cret-key",))
+    with fifo.open("w", buffering=1) as say:
+        say.write("line 1 s3cret-key\nline 2 s3cret-key\n")
+        eventually(lambda: "line 2" in log.read_text(), "the lines")
+        process.bound_log(1000)
+        assert not old.exists()
+        process.bound_log(10)
+        assert log.read_text() == ""
+        assert old.read_text() == "line 1 **********\nline 2 **********\n"
+        assert old.stat().st_mode & 0o777 == 0o600
+        say.write("s3cret-key after\n")
+        eventually(lambda: "after" in log.read_text(), "the line after")
+        assert process.is_running()
+        assert "s3cret" not in log.read_text() and process.log_tail().endswith(" after")
+    process.stop()
 
 
 def test_the_last_lines_of_what_was_killed(tmp_path: Path) -> None:
-    process = started(tmp_path, "for i in $(seq 1 30); do echo line $i; done; exec sleep 1000")
-    log = tmp_path / "logs" / "svc.log"
-    eventually(lambda: "line 30\n" in log.read_text(), "the log")
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    process = started(tmp_path, "for i in $(seq 1 30); do echo line $i; done; kill -9 $$")
     eventually(lambda: not process.is_running(), "the end")
     assert (process.returncode, process.log_tail()) == (-9, "\n".join(f"line {i}" for i in range(11, 31)))
     words = ["exited with code 0", "exited with code 3", "was killed by SIGTERM", "was killed by signal 200"]
@@ -137,38 +123,29 @@ def test_the_last_lines_of_what_was_killed(tmp_path: Path) -> None:
     assert describe_exit(-9) == "was killed by SIGKILL (by hand, or by the kernel for want of memory: see dmesg)"
 
 
-@pytest.mark.parametrize("prefix", ["", "setsid "], ids=["in the group", "out of it"])
-def test_stop_ends_descendants(tmp_path: Path, prefix: str) -> None:
-    process = started(tmp_path, f"{prefix}sh -c 'echo $$ >descendant; exec sleep 1000' & wait")
-    descendant = read_pid(tmp_path / "descendant")
-    assert (os.getpgid(descendant) == process.pid) == (prefix == "")
-    process.stop()
-    assert not alive(descendant)
-    assert process.returncode == -signal.SIGTERM
-    process.stop()  # again: nothing to do
-    assert process.returncode == -signal.SIGTERM
+CLEANS = "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo $$ >descendant; while true; do sleep 0.05; done"
 
 
-def test_a_service_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
-    script = "trap '' TERM; sleep 1000 & echo $! >grandchild; while true; do wait; done"
+@pytest.mark.parametrize(
+    ("script", "grace", "code"),
+    [
+        ("sh -c 'echo $$ >descendant; exec sleep 1000' & wait", PATIENCE, -signal.SIGTERM),
+        ("setsid sh -c 'echo $$ >descendant; exec sleep 1000' & wait", PATIENCE, -signal.SIGTERM),
+        ("trap '' TERM; sleep 1000 & echo $! >descendant; while true; do wait; done", 0.3, -signal.SIGKILL),
+        ('trap "wait; exit 0" TERM; env -i PATH="$PATH" sh cleans.sh & wait', PATIENCE, 0),
+    ],
+    ids=["in the group", "out of it", "deaf", "cleans up, with variables of its own"],
+)
+def test_stop_ends_descendants_which_may_clean_up(tmp_path: Path, script: str, grace: float, code: int) -> None:
+    (tmp_path / "cleans.sh").write_text(CLEANS)
     process = started(tmp_path, script)
-    grandchild = read_pid(tmp_path / "grandchild")  # inherits the ignored SIGTERM
-    process.stop(grace=0.3)
-    assert process.returncode == -signal.SIGKILL
-    assert not alive(grandchild)
-
-
-def test_sigterm_leaves_time_to_clean_up_also_to_a_descendant_with_variables_of_its_own(tmp_path: Path) -> None:
-    (tmp_path / "own.sh").write_text(
-        "trap 'sleep 0.3; echo saved >state; exit 0' TERM; echo $$ >descendant; while true; do sleep 0.05; done"
-    )
-    process = started(tmp_path, 'trap "wait; exit 0" TERM; env -i PATH="$PATH" sh own.sh & wait')
     descendant = read_pid(tmp_path / "descendant")
-    assert os.getpgid(descendant) == process.pid != descendant
-    process.stop(grace=PATIENCE)
-    assert (tmp_path / "state").read_text() == "saved\n"
-    assert process.returncode == 0
-    assert not alive(descendant)
+    assert (os.getpgid(descendant) == process.pid) == ("setsid" not in script)
+    for _ in range(2):  # the second time there is nothing to do
+        process.stop(grace)
+        assert not alive(descendant)
+        assert process.returncode == code
+    assert (tmp_path / "state").exists() == ("cleans" in script)
 
 
 def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) -> None:
@@ -184,68 +161,38 @@ def test_when_the_leader_dies_what_it_started_is_killed_at_once(tmp_path: Path) 
 )
 def test_what_cannot_be_started_is_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ServiceError, match=rf"cannot start svc: No such file or directory: {named} \(command"):
-        ManagedProcess(shell(tmp_path, "true", **changes)).start()
+        started(tmp_path, "true", **changes)
 
 
 OWNER = """
-    import sys, threading, time
-    from pathlib import Path
-    from atropos_verl.launch.process import ManagedProcess, ServiceSpec, stop_all
+import os, sys, time
+from pathlib import Path
+from atropos_verl.launch.process import ManagedProcess, ServiceSpec
 
-    directory = Path(sys.argv[1])
-    script = "sleep 1000 & echo $! >{name}.grandchild; setsid sh -c 'echo $$ >{name}.stray; exec sleep 1000' & wait"
-    services = []
-
-    def start(name, script):
-        log, command = directory / f"{name}.log", ("sh", "-c", script)
-        services.append(ManagedProcess(ServiceSpec(name=name, command=command, cwd=directory, log_path=log)))
-        services[-1].start()
-
-    for name in ("api", "env"):
-        start(name, script.format(name=name))
-    (directory / "pids").write_text(" ".join(str(service.pid) for service in services))
-    (directory / "ready").write_text("1\\n")
-    while not (directory / "go").exists():
-        time.sleep(0.01)
-    BODY
+place = Path(sys.argv[1])
+script = "sleep 1000 & echo $! >grandchild; setsid sh -c 'echo $$ >stray; exec sleep 1000' & echo $$ >service; wait"
+service = ManagedProcess(ServiceSpec(name="it", command=("sh", "-c", script), cwd=place, log_path=place / "log"))
+service.start()
+if fork := os.fork():
+    (place / "fork").write_text(f"{fork}\\n")
+time.sleep(1000)
 """
 
 
-def run_owner(tmp_path: Path, body: str) -> tuple[subprocess.Popen[bytes], list[int]]:
-    code = textwrap.dedent(OWNER).replace("BODY", body)
-    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], start_new_session=True)
-    read_pid(tmp_path / "ready")
-    pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
-    for name in ("api", "env"):
-        pids += [read_pid(tmp_path / f"{name}.grandchild"), read_pid(tmp_path / f"{name}.stray")]
-    assert len(pids) == 6
-    assert all(alive(pid) for pid in pids)
-    (tmp_path / "go").touch()
-    return owner, pids
-
-
-def test_an_owner_that_forgets_to_stop_leaves_nothing(tmp_path: Path) -> None:
-    owner, pids = run_owner(tmp_path, "sys.exit(0)")
-    assert owner.wait(timeout=PATIENCE) == 0
-    eventually(lambda: not any(alive(pid) for pid in pids), "the end of every process")
-
-
-@pytest.mark.parametrize("forks", [False, True], ids=["alone", "forked"])
-def test_kill_9_of_the_owner_takes_everything_along(tmp_path: Path, forks: bool) -> None:
-    # A forked copy of the owner holds the reapers' pipes open: they must look at the owner, not only at the pipe.
-    body = "import os; fork = os.fork(); fork and (directory / 'fork').write_text(f'{fork}\\n'); time.sleep(1000)"
-    owner, pids = run_owner(tmp_path, body if forks else "threading.Event().wait()")
-    fork = [read_pid(tmp_path / "fork")] if forks else []
+def test_kill_9_of_the_owner_takes_everything_along_though_a_fork_of_it_lives(tmp_path: Path) -> None:
+    """The fork holds the reaper's pipe open: it must look at the owner, not only at the pipe."""
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], start_new_session=True)
+    pids = [read_pid(tmp_path / name) for name in ("service", "grandchild", "stray")]
+    fork = read_pid(tmp_path / "fork")
     try:
-        reapers = [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in [*pids, *fork]]
-        assert len(reapers) == 2
+        pids += [child.pid for child in psutil.Process(owner.pid).children() if child.pid not in [*pids, fork]]
+        assert len(pids) == 4 and all(map(alive, pids)), "with the reaper"
         owner.kill()
-        owner.wait(timeout=PATIENCE)
-        eventually(lambda: not any(alive(pid) for pid in [*pids, *reapers]), "the end of every process")
-        assert all(alive(pid) for pid in fork)
+        owner.wait()
+        eventually(lambda: not any(map(alive, pids)), "the end of every process")
+        assert alive(fork)
     finally:
-        for pid in fork:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(fork, signal.SIGKILL)
 
 
 def test_stop_all_asks_all_of_them_and_waits_for_all_together(tmp_path: Path) -> None:
@@ -255,45 +202,22 @@ def test_stop_all_asks_all_of_them_and_waits_for_all_together(tmp_path: Path) ->
         "trap 'echo once >>$0.term; until all; do sleep 0.02; done; exit 0' TERM; "
         "echo 1 >$0.up; while true; do sleep 0.02; done"
     )
-    specs = (shell(tmp_path, script, name=name, command=("sh", "-c", script, name)) for name in ("a", "b", "c"))
-    processes = list(map(ManagedProcess, specs))
-    for process in processes:
-        process.start()
-        read_pid(tmp_path / f"{process.spec.name}.up")
+    processes = [started(tmp_path, "", name=name, command=("sh", "-c", script, name)) for name in "abc"]
+    for name in "abc":
+        read_pid(tmp_path / f"{name}.up")
     stop_all(processes[::-1], grace=PATIENCE)
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [(tmp_path / f"{name}.term").read_text() for name in "abc"] == ["once\n"] * 3
-    stop_all(processes)
 
 
-DEAF = """
-import os, signal, threading
-script = "trap '' TERM; echo $$ >deaf; while true; do sleep 0.1; done"
-start("deaf", script)
-while not (directory / "deaf").is_file():
-    time.sleep(0.01)
-
-
-def interrupt():
-    while not all(service._leader_has_ended() for service in services[:2]):
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-threading.Thread(target=interrupt).start()
-try:
-    stop_all(services, grace=900)
-except KeyboardInterrupt:
-    (directory / "result").write_text(f"interrupted {[service.returncode for service in services]}")
-"""
-
-
-def test_ctrl_c_while_stopping_kills_the_rest_at_once(tmp_path: Path) -> None:
-    owner, pids = run_owner(tmp_path, DEAF)
-    deaf = read_pid(tmp_path / "deaf")
-    assert owner.wait(timeout=PATIENCE) == 0
-    assert (tmp_path / "result").read_text() == "interrupted [-15, -15, -9]"
-    assert not any(alive(pid) for pid in [*pids, deaf])
+def test_ctrl_c_while_stopping_kills_the_rest_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = ("exec sleep 1000", "trap '' TERM; echo $$ >deaf; while true; do sleep 0.1; done")
+    processes = [started(tmp_path, script) for script in scripts]
+    read_pid(tmp_path / "deaf")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(process_module, "time", Mock(wraps=time, sleep=Mock(side_effect=KeyboardInterrupt)))
+        stop_all(processes, grace=900)
+    assert processes[1].returncode == -9 and not any(process.is_running() for process in processes)
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(
@@ -301,12 +225,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(
 ) -> None:
     log = tmp_path / "it.log"
     log.write_text("key k3y")
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
+        patch.setattr(Path, "open", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
         assert [blot_out(log, ("k3y",), 2) for _ in range(2)] == [2, 2]
     assert [record.getMessage().startswith("keys of the run may be left in") for record in caplog.records] == [True]
     blot_out(log, ("k3y",))
