@@ -11,8 +11,6 @@ import signal
 import socket
 import sqlite3
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,11 +28,10 @@ Log = pytest.LogCaptureFixture
 Open = Callable[..., RecordStore]
 
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_a_file_is_replaced_whole(tmp_path: Path, durable: bool) -> None:
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_atomic(path, "old")
-    write_atomic(path, b"new", durable=durable, private=True)
+    write_atomic(path, b"new", durable=True, private=True)
     assert path.read_bytes() == b"new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path]
@@ -50,30 +47,15 @@ def test_a_write_that_fails_names_its_file_and_changes_none(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-_HOLDER = """
-import sys
-from pathlib import Path
-from atropos_verl.storage import locked
-with locked(Path(sys.argv[1]), "somebody"):
-    print("holds it", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("end", ["in order", "by kill -9"])
-def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path, end: str) -> None:
+def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     path = tmp_path / "run" / "lock"
-    command = [sys.executable, "-c", _HOLDER, str(path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
-        assert holder.stdout.readline() == b"holds it\n"
-        said = f"{path.parent} is in use by somebody, pid {holder.pid} on {socket.gethostname()}; end it, or choose"
+    with locked(path, "somebody"):
+        said = f"{path.parent} is in use by somebody, pid {os.getpid()} on {socket.gethostname()}; end it, or choose"
         with pytest.raises(StorageInUseError, match=re.escape(said)), locked(path, "me"):
             pytest.fail("it was free")
-        holder.kill() if end == "by kill -9" else holder.stdin.close()
+    assert path.read_text() == ""
     with locked(path, "me"):
         assert path.read_text().startswith("me, pid ")
-    assert path.read_text() == ""
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
@@ -164,7 +146,7 @@ def test_what_is_written_is_there_after_a_restart(opened: Open, tmp_path: Path, 
 
 @pytest.mark.parametrize("database", DATABASES)
 @pytest.mark.parametrize("what", ["a bit of the WAL", "half the WAL", "a bit", "half", "nothing left", "gone"])
-def test_damage_to_one_database_costs_none(opened: Open, killed: Path, caplog: Log, database: str, what: str) -> None:
+def test_one_damaged_database_costs_nothing(opened: Open, killed: Path, caplog: Log, database: str, what: str) -> None:
     """One bit of a WAL makes SQLite drop all commits from there on, and it says nothing."""
     if "WAL" not in what:
         opened(killed).close()  # which moves the WAL into the database

@@ -284,13 +284,8 @@ def test_the_one_environment_of_training(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "words.v2.py").write_text("Env.cli()")
     assert of_training(script=str(tmp_path / "words.v2.py")).registers_as == "words.v2", "its whole name"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    for wrong, message in (
-        ({"cwd": "/nowhere"}, r"env\.cwd: /nowhere is not a directory"),
-        ({"module": "envs.math.server"}, r"^env\.module: envs\.math\.server imports envs, which "),
-        ({"module": "a.b", "script": "x.py"}, r"env: script \(x\.py\) and module \(a\.b\) exclude each other"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            of_training(**wrong)
+    with pytest.raises(ConfigError, match=r"^env\.module: envs\.math\.server imports envs, which "):
+        of_training(module="envs.math.server")
     (tmp_path / "envs").mkdir()
     spec = of_training(module="envs.math.server")
     assert spec.command[1:4] == ("-m", "envs.math.server", "serve")

@@ -27,17 +27,7 @@ from atropos_verl.gateway.service import GatewayService
 from atropos_verl.gateway.text import TextCodec
 from atropos_verl.launch import evaluation, probes
 from atropos_verl.launch.plan import LaunchPlan
-from atropos_verl.launch.probes import (
-    LogFacts,
-    Poller,
-    StepWatch,
-    common_errors,
-    connected_entries,
-    diagnose,
-    free_port,
-    last_refusals,
-    request_json,
-)
+from atropos_verl.launch.probes import LogFacts, Poller, StepWatch
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import Supervisor, WatchedService
 from atropos_verl.report.console import LaunchView
@@ -50,10 +40,10 @@ def shell(directory: Path, script: str, name: str = "words", **changes: Any) -> 
 
 def test_a_free_port_can_be_bound_and_a_foreign_address_has_none() -> None:
     for host in ("127.0.0.1", "localhost"):
-        with socket.create_server((host, free_port(host))):
+        with socket.create_server((host, probes.free_port(host))):
             pass
     with pytest.raises(OSError, match="assign requested address"):
-        free_port("192.0.2.1")
+        probes.free_port("192.0.2.1")
 
 
 def test_only_2xx_is_an_answer_and_no_proxy_asked(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,9 +53,9 @@ def test_only_2xx_is_an_answer_and_no_proxy_asked(fault_server: FaultServer, mon
     with refused_url() as nobody:
         monkeypatch.setenv("http_proxy", nobody)
         monkeypatch.delenv("no_proxy", raising=False)
-        assert [request_json(f"{fault_server.url}/x", timeout=30.0) for _ in answers] == [{"a": 1}, "plain"]
-        assert [request_json(f"{fault_server.url}/x", timeout=0.5) for _ in failures] == [None] * 4
-        assert request_json(nobody) is request_json("http://no-such-host.invalid/", timeout=0.5) is None
+        assert [probes.request_json(f"{fault_server.url}/x", timeout=30.0) for _ in answers] == [{"a": 1}, "plain"]
+        assert [probes.request_json(f"{fault_server.url}/x", timeout=0.5) for _ in failures] == [None] * 4
+        assert probes.request_json(nobody) is probes.request_json("http://no-such-host.invalid/", timeout=0.5) is None
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
@@ -103,9 +93,9 @@ def test_a_strange_answer_does_not_end_the_watching(monkeypatch: pytest.MonkeyPa
 def test_entries_of_a_process_are_found_by_its_name_alone() -> None:
     names = {"words_0": "disconnected", "words_1": "alive", "words-2_0": "alive", "words_short_0": "alive"}
     status = {"environments": [{"name": name, "state": state} for name, state in names.items()]}
-    assert [row["name"] for row in connected_entries(status, "words")] == ["words_1"]
-    assert [row["name"] for row in connected_entries(status, "words-2")] == ["words-2_0"]
-    assert connected_entries({"current_step": 1}, "words") == []
+    assert [row["name"] for row in probes.connected_entries(status, "words")] == ["words_1"]
+    assert [row["name"] for row in probes.connected_entries(status, "words-2")] == ["words-2_0"]
+    assert probes.connected_entries({"current_step": 1}, "words") == []
 
 
 def test_the_gateways_counters_are_read() -> None:
@@ -142,7 +132,7 @@ DIES, CANNOT_START = (7, True, 0.0, False), (3, False, 0.0, False)
     [
         (3, [DIES] * 4, [1.0, 2.0, 3.0, None]),  # it doubles up to its bound
         (1, [DIES, (7, True, 60.0, False), (7, True, 0.0, True), DIES], [1.0, 1.0, 1.0, None]),  # a long life forgives
-        (0, [(7, True, 0.0, True)], [None]),
+        (0, [(0, True, 0.0, True)], [None]),
         (3, [CANNOT_START] * 2, [1.0, None]),
         (3, [CANNOT_START, (4, False, 0.0, False), (4, False, 0.0, False)], [1.0, 2.0, None]),
         (3, [(0, False, 0.0, False)] * 4, [1.0, 2.0, 3.0, None]),
@@ -153,7 +143,7 @@ def test_a_service_is_restarted_ever_later_and_then_given_up(
 ) -> None:
     clock, policy = Clock(), SuperviseConfig(backoff=1.0, max_backoff=3.0, healthy_after=50.0)
     (tmp_path / "words.1.log").write_text("of the launch before")
-    spec = shell(tmp_path, "echo now; exit $(cat code)", restarts=restarts)
+    spec = shell(tmp_path, "echo now; exit $(cat code)", restarts=restarts, kind="environment")
     service = WatchedService(spec, policy, clock)
     for (code, is_ready, lived, excused), delay in zip(deaths, delays, strict=True):
         (tmp_path / "code").write_text(str(code))
@@ -162,6 +152,8 @@ def test_a_service_is_restarted_ever_later_and_then_given_up(
         if is_ready:
             service.set_ready()
         eventually(service.has_died, "its death")
+        nothing = "ended with code 0 without having registered (does it end with MyEnv.cli()?)"
+        assert service.death() == (nothing if not code and not is_ready else f"exited with code {code}")
         clock.pass_(lived)
         assert (service.returncode, service.plan_restart(excused=excused)) == (code, delay)
         assert (service.state, service.is_due) == ("failed" if delay is None else "restarting", False)
@@ -171,22 +163,6 @@ def test_a_service_is_restarted_ever_later_and_then_given_up(
     logs = {path.name: path.read_text() for path in tmp_path.glob("*.log")}
     assert logs.pop("words.1.log") == "of the launch before"
     assert logs == {f"words.{number}.log": "now\n" for number in range(2, len(deaths) + 2)}
-
-
-@pytest.mark.parametrize(
-    ("is_ready", "said"),
-    [
-        (False, "ended with code 0 without having registered (does it end with MyEnv.cli()?)"),
-        (True, "exited with code 0"),
-    ],
-)
-def test_a_script_that_starts_nothing_is_told_from_one_that_ended(tmp_path: Path, is_ready: bool, said: str) -> None:
-    service = WatchedService(shell(tmp_path, "true", kind="environment"), SuperviseConfig())
-    service.start()
-    if is_ready:
-        service.set_ready()
-    eventually(service.has_died, "its end")
-    assert service.death() == said
 
 
 def evaluations(run_dir: Path, label: str, timeout: float, *planned: Any, note: Any = print) -> Any:
@@ -209,13 +185,15 @@ def test_an_evaluation_that_takes_too_long_is_ended_and_told_of(tmp_path: Path) 
 
 def test_evaluations_between_steps_keep_their_results_apart(tmp_path: Path) -> None:
     """One plan serves them all; what it wrote moves to a directory of the step."""
-    planned = []
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "progress.json").write_text('{"running": "before", "scores": {"step_5": {"words": 0.5}}}')
+    watch, told, planned = evaluation.EvaluationWatch(tmp_path), list[str](), []
+    assert (watch.poll(), watch.running) == ([], None), "an earlier run was killed in it"
     for name, weight, score in (("words", 3.0, 0.5), ("sums", 1.0, 1.0)):
         place, result = tmp_path / "eval" / "during" / name, {"results": {"all": {"mean_reward": score}}}
         spec = shell(tmp_path, f"mkdir -p {place}; echo '{json.dumps(result)}' > {place}/metrics.json", name)
         planned.append(evaluation.PlannedEvaluation(name, weight, spec, place / "metrics.json"))
     processes = evaluations(tmp_path, "during", 30.0, *planned)
-    watch, told = evaluation.EvaluationWatch(tmp_path), list[str]()
     for _ in range(2):  # after a resume a step is evaluated again
         processes.start_evaluation("step_5")
         eventually(lambda: not processes.is_evaluating("step_5"), "the evaluation to end")
@@ -226,14 +204,6 @@ def test_evaluations_between_steps_keep_their_results_apart(tmp_path: Path) -> N
     assert told == ["held-out mean reward at step 5: words 0.500, sums 1.000"]
     assert sorted(path.name for path in (tmp_path / "eval" / "step_5").iterdir()) == ["sums", "words"]
     assert not (tmp_path / "eval" / "during").exists()
-
-
-def test_an_evaluation_that_an_earlier_run_was_killed_in_is_no_news(tmp_path: Path) -> None:
-    """Symptom: a run without evaluations was never told of a stall, since one seemed to go on."""
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "progress.json").write_text('{"running": "before", "scores": {"step_5": {"words": 0.5}}}')
-    watch = evaluation.EvaluationWatch(tmp_path)
-    assert (watch.poll(), watch.running) == ([], None)
 
 
 def line(step: int) -> str:
@@ -297,7 +267,7 @@ def test_the_diagnosis_says_what_is_known() -> None:
     errors = {"words": Counter({"Error in collect_trajectories: 'x'": 7, "other": 2})}
     since = {"served": 5, "refused": 0, "refused_groups": 0, "groups": 0}
     facts = LogFacts(errors, ["a: refused: b"], ["c refused: d"], endings={"words": "the last line"})
-    found = diagnose(state(since=since), 30.0, facts)
+    found = probes.diagnose(state(since=since), 30.0, facts)
     assert found.splitlines() == [
         "no batch for 30 s: environment words fails in its own code: Error in collect_trajectories: 'x' (7 times)",
         "  what to change: correct the environment, or ask less of the model; its log has more",
@@ -316,7 +286,7 @@ def test_the_diagnosis_says_what_is_known() -> None:
         "    a: refused: b",
         "  all logs: /run/logs",
     ]
-    upstream = diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0, LogFacts())
+    upstream = probes.diagnose(state(api={"current_step": 3, "queue_size": 1}), 30.0, LogFacts())
     assert "  environments: this API does not say who sent what" in upstream
 
 
@@ -360,7 +330,7 @@ def test_the_first_line_names_the_cause(changes: dict[str, Any], log: dict[str, 
     """``log``: of the first service. With one, the environment had 40 answers where nothing else is said."""
     made = state(**{"since": {"served": 40 if log else 0}, **changes})
     gateway, api = ([changes[of]] if of in changes else [] for of in ("of_gateway", "of_api"))
-    text = diagnose(made, 30.0, LogFacts({made["services"][0]["name"]: Counter(log)}, gateway, api))
+    text = probes.diagnose(made, 30.0, LogFacts({made["services"][0]["name"]: Counter(log)}, gateway, api))
     first, remedy = text.splitlines()[:2]
     assert first.startswith("no batch for 30 s: ") and cause in first and remedy.startswith("  what to change: ")
 
@@ -379,16 +349,16 @@ INFO:atroposlib.envs.base:all is well
 INFO - mean squared error: 0.12
 2026-11-29 00:14:49,124 - LetterEnv - INFO - error rate: 0.12
 """
-    assert common_errors(log) == {
+    assert probes.common_errors(log) == {
         "Error in collect_trajectories: RetryError[<Future at 0x7f2a57 raised BadRequestError>]": 2,
         "Error in scoring: {'question': 'a'}": 2,
         "No valid items scored for 'a'": 1,
         "Scores are the same in a group, skipping...": 1,
         "ValueError: no such dataset": 1,
     }
-    api = 3 * "2026-11-28 22:39:25,594 WARNING atropos_verl.server.app: /scored_data refused: scores: empty\n"
+    api = 3 * "2026-11-28 22:39:25,594 WARNING atropos_verl.server.app: /y refused: scores: empty\n"
     gateway = "2026-11-28 22:39:25,594 WARNING a.b: /x: a client was refused: n: 0\n"
-    assert last_refusals(api + gateway) == ["/x: a client was refused: n: 0", "/scored_data refused: scores: empty"]
+    assert probes.last_refusals(api + gateway) == ["/x: a client was refused: n: 0", "/y refused: scores: empty"]
 
 
 def supervisor(run_dir: Path, *services: ServiceSpec, **changes: Any) -> Supervisor:
