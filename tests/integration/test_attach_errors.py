@@ -1,105 +1,82 @@
-"""Messages for an ``atropos.api_url`` that is not a working trajectory API, and for wrong settings. Nothing may start.
+"""Messages for an API that is not there, and for wrong settings. Nothing may start.
 
-torch takes seconds to import, so in these runs it cannot be imported at all: who tries gets another message.
+torch takes seconds to import, so here it cannot be imported at all: who tries gets another message.
 """
 
+import json
 import socket
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+import subprocess
+import sys
+from typing import Any
 
 import pytest
-from support import http_faults
-from support.http_faults import FaultServer, refused_url
-from support.runs import REPOSITORY, TrainingRun
+from support.http_faults import refused_url
 
-_HINTS = """
+NO_API = """
+ATROPOS API ERROR: Cannot connect to Atropos API at {url} - ensure server is running
 
 Ensure that:
 1. Atropos server is running on {url}
 2. The API endpoints are accessible
 3. Network connectivity is available
 """
-
-# One of each kind of failure; tests/unit/protocol/test_client.py has the reason of every one.
-REASONS = {
-    "refused": "Cannot connect to Atropos API at {url} - ensure server is running",
-    "silent": "Atropos API at {url} - no answer to GET /status within 1 s",
-    "web page": "The server at {url} answers, but is not an Atropos trajectory API: GET /status gave "
-    "b'<!doctype html><html><body>Welcome</body></html>', which is not JSON",
-}
-
-
-@pytest.fixture
-def without_torch(tmp_path: Path) -> dict[str, str]:
-    """Environment variables under which ``import torch`` fails."""
-    trap = tmp_path / "trap" / "torch"
-    trap.mkdir(parents=True)
-    (trap / "__init__.py").write_text("raise RuntimeError('torch was imported before it was needed')\n")
-    return {"PYTHONPATH": f"{trap.parent}:{REPOSITORY / 'src'}"}
-
-
-@pytest.mark.parametrize("fault", REASONS)
-def test_a_broken_api_is_one_message_and_exit_code_1(
-    fault: str, tmp_path: Path, without_torch: dict[str, str], fault_server: FaultServer
-) -> None:
-    fault_server.script("/status", http_faults.silent() if fault == "silent" else http_faults.html_page())
-    api: AbstractContextManager[str] = refused_url() if fault == "refused" else nullcontext(fault_server.url)
-    with api as url:
-        words = [f"atropos.api_url={url}", "atropos.timeout=1"]
-        with TrainingRun(words, run_dir=tmp_path / "run", env=without_torch) as run:
-            run.must_end(1)
-            assert run.stderr == f"\nATROPOS API ERROR: {REASONS[fault]}{_HINTS}".replace("{url}", url)
-            assert run.stdout == f"contacting the trajectory API at {url} ...\n"
-    assert not (tmp_path / "run").exists()
-
-
 # What tests/unit/config/test_config.py cannot see: the whole line, and what is checked after the settings are read.
-CONFIGURATION_ERRORS = {
-    "unknown key": (["optim.lrr=3"], "optim.lrr: unknown key; did you mean optim.lr? (--help lists all keys)"),
-    "no model there": (["model.path=/nowhere"], "model.path: /nowhere is not a Hugging Face model directory"),
-    "no environment there": (["env.script=/nowhere.py"], "env.script: there is no /nowhere.py"),
-    "no such checkpoint": (["resume=/nowhere"], "resume: /nowhere is not a checkpoint of this project"),
-    "no such module": (["data.filter_path=nowhere:keep"], "data.filter_path: cannot import nowhere"),
-    "no GPU": (["trainer.device=cuda"], "trainer.device: there is no GPU here (CUDA_VISIBLE_DEVICES='' leaves none)"),
-    "a file": (["run_dir=a-file"], "run_dir: {cwd}/a-file is a file"),
-    "no directory": (["run_dir=/dev/null/run"], "run_dir: cannot write to /dev/null/run: Not a directory"),
+CASES = {
+    "atropos.api_url={url} atropos.timeout=1": NO_API,
+    "model.path=/nowhere": "model.path: /nowhere is not a Hugging Face model directory",
+    "env.script=/nowhere.py": "env.script: there is no /nowhere.py",
+    "resume=/nowhere": "resume: /nowhere is not a checkpoint of this project",
+    "data.filter_path=nowhere:keep": "data.filter_path: cannot import nowhere",
+    "trainer.device=cuda": "trainer.device: there is no GPU here (CUDA_VISIBLE_DEVICES='' leaves none)",
+    "run_dir=a-file": "run_dir: {cwd}/a-file is a file",
+    "run_dir=/dev/null/run": "run_dir: cannot write to /dev/null/run: Not a directory",
+    "run_dir=used resume=disable": "run_dir: {cwd}/used already holds a run; choose another, or resume=auto",
+    "gateway.port={taken}": "gateway.port: inference gateway: cannot listen on 127.0.0.1:{taken}: Address already in "
+    "use. Set gateway.port to a free port",
 }
+_ALL = """
+import contextlib, io, json, os, sys
+sys.modules["torch"] = None
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+from atropos_verl.launch.train import main
+
+processes, ends = [], []
+sys.addaudithook(lambda event, about: processes.append(about[1]) if event == "subprocess.Popen" else None)
+for words in sys.argv[1:]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words.split(), "atropos")
+    ends.append((code, out.getvalue(), err.getvalue(), len(processes)))
+    processes.clear()
+print(json.dumps(ends))
+"""
 
 
-@pytest.mark.parametrize("case", CONFIGURATION_ERRORS)
-def test_a_wrong_setting_is_named_before_anything_starts(
-    case: str, tmp_path: Path, without_torch: dict[str, str]
-) -> None:
-    words, message = CONFIGURATION_ERRORS[case]
-    without_torch["CUDA_VISIBLE_DEVICES"] = ""
-    (tmp_path / "a-file").touch()
-    message = message.format(cwd=tmp_path)
-    with TrainingRun([f"run_dir={tmp_path}/run", *words], cwd=tmp_path, env=without_torch) as run:
-        run.must_end(2)
-        assert run.stderr.startswith(f"CONFIGURATION ERROR: {message}"), run.stderr
-        assert "Traceback" not in run.stderr
-        assert run.stdout == ""
-        # Itself, and a look at what the environment's Python has.
-        assert run.processes_seen <= 2, "something was started"
-    assert not (tmp_path / "run").exists()
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Case → exit code, output, errors and number of processes of the training command, and what was to be said."""
+    cwd = tmp_path_factory.mktemp("errors")
+    (cwd / "a-file").touch()
+    (cwd / "used").mkdir()
+    (cwd / "used" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with refused_url() as url, socket.create_server(("127.0.0.1", 0)) as holder:
+        known = {"url": url, "taken": holder.getsockname()[1], "cwd": cwd}
+        words = [f"run_dir=run {case.format(**known)}" for case in CASES]
+        command = [sys.executable, "-c", _ALL, *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in cwd.rglob("*")) == ["a-file", "metrics.jsonl", "used"], "nothing was made"
+    said = [text.format(**known) for text in CASES.values()]
+    return {case: (*end, text) for case, end, text in zip(CASES, json.loads(done.stdout), said, strict=True)}
 
 
-def test_a_run_that_is_already_there_is_not_overwritten(tmp_path: Path, without_torch: dict[str, str]) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
-    with TrainingRun(["resume=disable"], run_dir=run_dir, env=without_torch) as run:
-        run.must_end(2)
-        assert f"run_dir: {run_dir} already holds a run; choose another, or resume=auto" in run.stderr
-    assert {path.name: path.read_text() for path in run_dir.iterdir()} == {"metrics.jsonl": '{"step": 1}\n'}
-
-
-def test_a_gateway_port_that_is_taken(tmp_path: Path, without_torch: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        with TrainingRun([f"gateway.port={port}"], run_dir=tmp_path / "run", env=without_torch) as run:
-            run.must_end(2)
-            assert "CONFIGURATION ERROR: gateway.port: inference gateway: cannot listen" in run.stderr
-            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in run.stderr
-            assert "Set gateway.port to a free port" in run.stderr
-            assert "Traceback" not in run.stderr
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_named_before_anything_starts(ends: dict[str, Any], case: str) -> None:
+    code, output, error, processes, message = ends[case]
+    if CASES[case] is NO_API:
+        assert (code, error) == (1, message)
+        assert output.startswith("contacting the trajectory API at http://") and output.count("\n") == 1
+    else:
+        assert (code, output) == (2, "")
+        assert error.startswith(f"CONFIGURATION ERROR: {message}") and "Traceback" not in error
+    assert processes <= 1, "a look at what the environment's Python has"
