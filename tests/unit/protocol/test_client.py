@@ -55,7 +55,6 @@ UNSAFE: dict[str, tuple[Call, object]] = {
 }
 Fault = tuple[Behaviour, type[AtroposAPIError], str]
 FAULTS: dict[str, Fault] = {
-    "503": (error(503), AtroposHTTPStatusError, "answered {} with HTTP 503: no luck"),
     "500": (error(500), AtroposHTTPStatusError, "answered {} with HTTP 500: no luck"),
     "reset": (faults.reset_before_answer(), AtroposConnectionError, "- connection reset before an answer to {}"),
     "closed": (faults.close_before_answer(), AtroposConnectionError, "- connection closed before an answer to {}"),

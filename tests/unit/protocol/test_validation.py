@@ -65,6 +65,7 @@ REFUSED: dict[str, tuple[Any, str, Place, str]] = {
     "mask 2^40": (changed(masks=[[1, 2, 3], [1, 2, -(2**40)]]), "vocabulary", ("masks", 1, 2), "masks[1][2]"),
     "no role": (changed(messages=[[{"content": "x"}]]), "message", ("messages", 0, 0), "must have 'role' and"),
     "messages no list": (changed(messages="hello"), "type", ("messages",), "messages is not a list"),
+    "no conversation": (changed(messages=["hi"]), "type", ("messages", 0), "messages[0] is not a list"),
     "extras": (changed(advantages={"a": 1}), "type", ("advantages",), 'advantages = {"a": 1}: expected a list'),
     "env_id text": (changed(env_id="one"), "type", ("env_id",), 'env_id = "one": expected an integer'),
     "a list": (b"[1, 2]", "type", (), "group: expected an object, got [1, 2]"),
@@ -85,6 +86,7 @@ REFUSED: dict[str, tuple[Any, str, Place, str]] = {
     "params": (changed(generation_params=[1]), "type", ("generation_params",), "expected an object"),
     "env_id -1": (changed(env_id=-1), "unknown_env", ("env_id",), "-1 is not a registered environment (0 to 0)"),
     "env_id 1": (changed(env_id=1), "unknown_env", ("env_id",), "env_id = 1 is not a registered environment (0 to 0)"),
+    "no environment": (changed(), "unknown_env", ("env_id",), "0 is not a registered environment (none is registered)"),
     "anonymous": (group(1, 2, advantages=[[1], [1]]), "length", ("advantages", 0), "advantages[0]: 1 entries, but tok"),
     "vocabulary": (changed(), "vocabulary", ("tokens", 1, 2), "tokens[1][2] = 101: outside the vocabulary [0, 101)"),
 }
@@ -94,19 +96,14 @@ REFUSED: dict[str, tuple[Any, str, Place, str]] = {
 def test_what_is_refused(name: str) -> None:
     body, reason, place, text = REFUSED[name]
     with pytest.raises(Refusal) as caught:
-        vocab_size = 101 if name == "vocabulary" else None
-        check_group(encoded(body), environments=1, strict=name == "anonymous", vocab_size=vocab_size)
+        rules = {"environments": 0 if name == "no environment" else 1, "strict": name == "anonymous"}
+        check_group(encoded(body), **rules, vocab_size=101 if name == "vocabulary" else None)
     assert text in caught.value.message
     answer = caught.value.as_fields()
     assert answer["detail"] == [{"type": reason, "loc": ["body", *place], "msg": caught.value.message}]
     assert [answer[key] for key in ("field", "sequence", "index") if key in answer] == list(place)
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
     assert name != "vocabulary" or answer["value"] == 101
-
-
-def test_an_environment_that_none_has_registered() -> None:
-    with pytest.raises(Refusal, match=r"env_id = 0 is not .* \(none is registered\)"):
-        check_group(encoded(changed()), environments=0)
 
 
 def test_a_group_is_kept_as_it_came_with_null_for_what_is_absent() -> None:
