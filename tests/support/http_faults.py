@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import http.client
 import json
 import socket
@@ -27,10 +26,8 @@ _TLS_HANDSHAKE = b"\x16"
 class Received:
     """One request as it arrived."""
 
-    method: str
     path: str
-    headers: Mapping[str, str]
-    """Names in lower case."""
+    headers: Mapping[str, str]  # names in lower case
     body: bytes
 
     def json(self) -> Any:
@@ -67,15 +64,10 @@ def _head(status: int, length: int | None, headers: Mapping[str, str] | None = N
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-def answer(
-    content: Any, status: int = 200, headers: Mapping[str, str] | None = None, *, compressed: bool = False
-) -> Behaviour:
+def answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Behaviour:
     """``content``: bytes as they are, anything else as JSON."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    extra = dict(headers or {})
-    if compressed:
-        body, extra = gzip.compress(body), {**extra, "content-encoding": "gzip"}
-    return lambda link: link.send(_head(status, len(body), extra) + body)
+    return lambda link: link.send(_head(status, len(body), headers) + body)
 
 
 def error(status: int, body: bytes = b"no luck", headers: Mapping[str, str] | None = None) -> Behaviour:
@@ -211,8 +203,7 @@ def _read_request(connection: socket.socket) -> Received | None:
         body = stream.read(length := int(headers.get("content-length", "0")))
     if not first or len(body) < length:
         return None
-    method, path, _ = first.split(" ", 2)
-    return Received(method, path, headers, body)
+    return Received(first.split(" ")[1], headers, body)
 
 
 @contextlib.contextmanager
@@ -236,12 +227,11 @@ def late_server(seconds: float) -> Iterator[FaultServer]:
         server.__exit__()
 
 
-def make_certificate(directory: Path, name: str = "127.0.0.1") -> tuple[Path, Path]:
-    """A self-signed certificate for ``name`` and its key, by the ``openssl`` program; skips where there is none."""
-    certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
-    kind = "IP" if name[0].isdigit() else "DNS"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-    command += ["-addext", f"subjectAltName={kind}:{name}", "-keyout", str(key), "-out", str(certificate)]
+def make_certificate(directory: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key, by the ``openssl`` program; skips where there is none."""
+    certificate, key = directory / "server.crt", directory / "server.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=60)
     except FileNotFoundError:

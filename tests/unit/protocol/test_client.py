@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import json
 import logging
 import socket
@@ -145,7 +146,7 @@ def test_the_interval_grows_by_half_and_stays_after_the_quick_tries() -> None:
 def test_empty_batches_are_waited_for(fault_server: FaultServer, client: AtroposClient) -> None:
     odd = b'{"batch":[{"scores":[NaN],"tokens":[[1' + b",1" * 5000 + b"]]}]}"
     none = [answer({"batch": batch}) for batch in (None, None, [])]
-    fault_server.script("/batch", *none, answer(BATCH), answer(odd, compressed=True))
+    fault_server.script("/batch", *none, answer(BATCH), answer(gzip.compress(odd), 200, {"content-encoding": "gzip"}))
     assert client.poll_batch() is None
     assert fault_server.count("/batch") == 1
     assert client.get_batch() == FetchedBatch(BATCH)
