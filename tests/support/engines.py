@@ -68,17 +68,17 @@ def one(engine: TransformersEngine, prompt: tuple[int, ...], **settings: Any) ->
 def check_greedy(engine: TransformersEngine, model: Any, prompt: tuple[int, ...], steps: int) -> Generation:
     """The greedy completion of ``engine``, which is the one of plain forwards of ``model``."""
     answer = one(engine, prompt, max_tokens=steps, **GREEDY)
-    assert list(answer.token_ids) == greedy_oracle(model, prompt, steps)
+    assert answer.token_ids == greedy_oracle(model, prompt, steps)
     return answer
 
 
-def greedy_oracle(model: Any, prompt: tuple[int, ...], steps: int) -> list[int]:
+def greedy_oracle(model: Any, prompt: tuple[int, ...], steps: int) -> tuple[int, ...]:
     """``steps`` greedy tokens by running the whole sequence through the model, without any cache."""
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(steps):
             tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
+    return tuple(tokens[len(prompt) :])
 
 
 def logprob_oracle(model: Any, tokens: tuple[int, ...], temperature: float = 1.0) -> list[float]:
@@ -89,9 +89,11 @@ def logprob_oracle(model: Any, tokens: tuple[int, ...], temperature: float = 1.0
     return [float(logp[i, token]) for i, token in enumerate(tokens[1:])]
 
 
-def check_logprobs(model: Any, prompt: tuple[int, ...], answer: Generation, temperature: float = 1.0) -> None:
+def check_logprobs(
+    model: Any, prompt: tuple[int, ...], answer: Generation, temperature: float = 1.0, tolerance: float = 1e-4
+) -> None:
     expected = logprob_oracle(model, prompt + answer.token_ids, temperature)[len(prompt) - 1 :]
-    assert list(answer.logprobs) == pytest.approx(expected, abs=1e-4)
+    assert list(answer.logprobs) == pytest.approx(expected, abs=tolerance)
 
 
 def named(model: Any) -> list[tuple[str, torch.Tensor]]:
