@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,23 +71,23 @@ def test_grouped_attention_equals_the_formula_in_float64(queries: int, shared_ma
 def test_tokens_and_logprobs_equal_plain_forwards_afresh_and_from_stored_prefixes(
     family: str, extra: dict[str, Any], attention: str
 ) -> None:
-    """Ragged prompts, more than slots."""
+    """Ragged conversations, more than slots, with a common beginning."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **(TINY | {"head_dim": 8, "max_position_embeddings": 128} | extra))
         model = AutoModelForCausalLM.from_config(config).eval()
     system, *ends = prompts(40, 3, 20, 1)
-    given = [system[:1], system[:33], *(system + end for end in ends)]
-    wanted = [request(prompt, max_tokens=12, **GREEDY) for prompt in given]
+    contexts = [system[:1], system[:33], *(system + end for end in ends)]
     with engine_of(copy.deepcopy(model), max_running=2) as engine:
         assert engine.model.config._attn_implementation == attention
-        answers = engine.generate(wanted)
-        reused = engine.stats().reused_tokens
-        answers += engine.generate(wanted)
-        assert engine.stats().reused_tokens > reused
-    for prompt, [answer] in zip(given * 2, answers, strict=True):
-        assert answer.token_ids == greedy_oracle(model, prompt, 12)
-        check_logprobs(model, prompt, answer)
+        for round_ in range(3):
+            answers = engine.generate([request(context, max_tokens=6 + i, **GREEDY) for i, context in enumerate(contexts)])
+            for steps, context, [answer] in zip(itertools.count(6), contexts, answers, strict=False):
+                assert answer.token_ids == greedy_oracle(model, context, steps)
+                check_logprobs(model, context, answer)
+            more = prompts(9, 2, 3, 1, 4, seed=round_)
+            contexts = [c + a.token_ids + m for c, [a], m in zip(contexts, answers, more, strict=True)]
+        assert engine.stats().prompt_tokens <= len({c[:end] for c in contexts for end in range(1, len(c) + 1)})
 
 
 # -- the index of prefixes ---------------------------------------------------------------------------------------------
@@ -152,22 +153,6 @@ def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_fo
         one(engine, kept[-16 + found.index(True)], max_tokens=1)  # from now on all are stored again
         [context] = prompts(20)
         assert find(context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids)
-
-
-def test_conversations_that_grow_side_by_side_equal_plain_forwards() -> None:
-    """Ragged turns, more conversations than slots, a common beginning."""
-    model = tiny_causal_lm()
-    system, *first = prompts(40, *range(5, 17))
-    contexts = [system + turn for turn in first]
-    with engine_of(copy.deepcopy(model), max_running=5) as engine:
-        for round_ in range(4):
-            answers = engine.generate([request(c, max_tokens=3 + i, ignore_eos=True) for i, c in enumerate(contexts)])
-            for context, [answer] in zip(contexts, answers, strict=True):
-                check_logprobs(model, context, answer)
-            more = prompts(*[3 + (5 * i) % 17 for i in range(len(contexts))], seed=round_)
-            contexts = [c + a.token_ids + m for c, [a], m in zip(contexts, answers, more, strict=True)]
-        unique = {c[:end] for c in contexts for end in range(1, len(c) + 1)}
-        assert engine.stats().prompt_tokens <= len(unique)
 
 
 async def test_what_a_request_computed_is_used_while_it_runs_and_after_it_was_aborted() -> None:

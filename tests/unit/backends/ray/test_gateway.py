@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from ray.exceptions import RayActorError
 from support.tiny_model import build_tiny_tokenizer
 from verl.workers.rollout.replica import TokenOutput
 
+from atropos_verl.backends.ray import gateway
 from atropos_verl.backends.ray.gateway import AttemptClient, ReplicaEngine, to_structured
 from atropos_verl.engine.protocol import GenerationEngine
 from atropos_verl.engine.requests import EngineLimits
@@ -31,34 +32,24 @@ class _Replica:
 
     script: list[int]
     abort_at: list[int] = field(default_factory=list)
-    turned_away: int = 0
-    says_reason: bool = True
     change: Callable[[Any], None] = lambda output: None
     """Applied to every answer before it is returned."""
     calls: list[dict[str, Any]] = field(default_factory=list)
-    prompt_len: int = 3
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any]) -> TokenOutput:
         self.calls.append({"request_id": request_id, "prompt_ids": list(prompt_ids), **sampling_params})
         await asyncio.sleep(0)
-        if self.turned_away:
-            self.turned_away -= 1
-            nothing = {"global_steps": 0, "min_global_steps": 0, "max_global_steps": 0}
-            return TokenOutput(token_ids=[], log_probs=None, stop_reason="aborted", extra_fields=nothing)
-        done = len(prompt_ids) - self.prompt_len
+        done = len(prompt_ids) - 3
         version = 10 * sum(at <= done for at in self.abort_at)
         limit = min(len(self.script), done + sampling_params["max_tokens"])
-        cut = next((at for at in self.abort_at if done < at < limit), None)
-        end = limit if cut is None else cut
-        extra: dict[str, Any] = {"min_global_steps": version, "max_global_steps": version, "global_steps": version}
-        extra["asked"] = sampling_params.get("prompt_logprobs")
-        reason = "stop" if end == len(self.script) else "length"
-        if self.says_reason and cut is None:
-            extra["finish_reason"] = reason
+        end = min([limit, *(at for at in self.abort_at if at > done)])
+        extra: dict[str, Any] = dict.fromkeys(("min_global_steps", "max_global_steps", "global_steps"), version)
+        if end == limit:
+            extra["finish_reason"] = "stop" if end == len(self.script) else "length"
         output = TokenOutput(
             token_ids=self.script[done:end],
             log_probs=[-(position + version / 1000) for position in range(done, end)],
-            stop_reason="completed" if cut is None else "aborted",
+            stop_reason="completed" if end == limit else "aborted",
             extra_fields=extra,
         )
         self.change(output)
@@ -98,7 +89,7 @@ async def test_an_aborted_answer_goes_on_from_its_tokens_and_loses_nothing(abort
     assert all(call["logprobs"] is True for call in replica.calls)
 
 
-@pytest.mark.parametrize("says_reason", [True, False])
+@pytest.mark.parametrize("change", [lambda output: None, lambda output: output.extra_fields.pop("finish_reason", None)])
 @pytest.mark.parametrize(
     ("script", "max_tokens", "settings", "reason"),
     [
@@ -110,11 +101,10 @@ async def test_an_aborted_answer_goes_on_from_its_tokens_and_loses_nothing(abort
     ],
 )
 async def test_finish_reason_is_known_whether_or_not_the_replica_says_it(
-    says_reason: bool, script: list[int], max_tokens: int | None, settings: dict[str, Any], reason: str
+    change: Callable[[Any], None], script: list[int], max_tokens: int | None, settings: dict[str, Any], reason: str
 ) -> None:
     for abort_at in ([], [2]):
-        engine = _engine(_Replica(script, abort_at, says_reason=says_reason))
-        answer = await _one(engine, max_tokens=max_tokens, **settings)
+        answer = await _one(_engine(_Replica(script, abort_at, change)), max_tokens=max_tokens, **settings)
         assert answer.finish_reason == reason
         assert len(answer.token_ids) == min(len(script), max_tokens or 61)
 
@@ -138,35 +128,27 @@ async def test_a_stop_string_cut_in_two_by_an_abort_still_stops(cut: int) -> Non
         assert len(answer.token_ids) == len(text)
 
 
-async def test_a_replica_that_turns_requests_away_is_asked_again() -> None:
-    replica = _Replica([5, _EOS], turned_away=3)
-    answer = await _one(_engine(replica))
-    assert answer.token_ids == (5, _EOS)
-    assert [call["max_tokens"] for call in replica.calls] == [40] * 4
-
-
-@pytest.mark.parametrize("kind", [EngineError, EngineStoppedError])
-async def test_a_request_outlasts_replicas_that_fail_or_die_and_goes_on_from_its_tokens(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+@pytest.mark.parametrize("kind", [None, EngineError, EngineStoppedError])
+async def test_a_request_outlasts_replicas_that_turn_it_away_fail_or_die_and_goes_on_from_its_tokens(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception] | None
 ) -> None:
-    monkeypatch.setattr("atropos_verl.backends.ray.gateway._NO_SERVER_RETRY", 0.0)
+    monkeypatch.setattr(gateway, "_NO_SERVER_RETRY", 0.0)
+    monkeypatch.setattr(gateway, "_TURNED_AWAY_WAIT", (0.0, 0.0))
 
-    def die(output: Any) -> None:
+    def fail(output: Any) -> None:
         if 2 <= len(replica.calls) <= 8:
-            raise kind("killed")
+            if kind is not None:
+                raise kind("killed")
+            output.token_ids, output.log_probs, output.stop_reason = [], None, "aborted"
 
-    replica = _Replica([5, 6, 7, _EOS], [2], change=die)
-    answer = await _one(_engine(replica))
-    assert answer.token_ids == (5, 6, 7, _EOS)
+    replica = _Replica([5, 6, 7, _EOS], [2], change=fail)
+    assert (await _one(_engine(replica))).token_ids == (5, 6, 7, _EOS)
     assert [call["prompt_ids"] for call in replica.calls] == [[1, 2, 3], *[[1, 2, 3, 5, 6]] * 8]
 
 
 async def test_a_dead_load_balancer_is_told_to_the_trainer_and_the_request_refused() -> None:
-    async def gone(*_: Any, **__: Any) -> Any:
-        raise RayActorError
-
     client = AttemptClient(config=None, load_balancer_handle=None)
-    client._acquire_server = gone
+    client._acquire_server = AsyncMock(side_effect=RayActorError)
     with pytest.raises(EngineStoppedError, match="load balancer is gone"):
         await client.generate("a", prompt_ids=[1], sampling_params={})
     assert client.lost.is_set()
@@ -205,7 +187,7 @@ async def test_a_replica_that_knows_only_first_and_last_policy_is_not_credited_w
 async def test_a_request_that_breaks_every_replica_ends_with_the_cause_and_cancels_the_rest(
     monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    monkeypatch.setattr("atropos_verl.backends.ray.gateway._NO_SERVER_RETRY", 0.0)
+    monkeypatch.setattr(gateway, "_NO_SERVER_RETRY", 0.0)
 
     def break_the_second(_: Any) -> None:
         if replica.calls[-1]["request_id"].endswith("-1"):
@@ -222,24 +204,23 @@ async def test_a_request_that_breaks_every_replica_ends_with_the_cause_and_cance
 
 
 async def test_cancelling_reaches_the_client() -> None:
-    asked, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
-
-    def generate(*_: Any, **__: Any) -> Any:
-        asked.set()
-        return answer
-
-    task = asyncio.ensure_future(_engine(SimpleNamespace(generate=generate)).agenerate(_request()))
-    await asked.wait()
+    answer = asyncio.get_running_loop().create_future()
+    client = Mock(**{"generate.return_value": answer})
+    task = asyncio.ensure_future(_engine(client).agenerate(_request()))
+    while not client.generate.called:
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert answer.cancelled()
 
 
-async def test_missing_logprobs_and_a_prompt_that_does_not_fit_are_refused() -> None:
+async def test_what_no_replica_can_do_and_tokens_without_logprobs_are_refused_by_name() -> None:
     replica = _Replica([5, _EOS], change=lambda output: setattr(output, "log_probs", None))
     with pytest.raises(GenerationRequestError, match="64 tokens; the context holds 64"):
         await _one(_engine(replica), prompt_token_ids=(1,) * 64)
+    with pytest.raises(GenerationRequestError, match="top_logprobs"):
+        await _one(_engine(replica), top_logprobs=2)
     assert replica.calls == []
     with pytest.raises(EngineError, match="2 tokens with 0 logprobs"):
         await _one(_engine(replica))
@@ -247,16 +228,15 @@ async def test_missing_logprobs_and_a_prompt_that_does_not_fit_are_refused() -> 
 
 async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
     def score(output: Any) -> None:
-        own = output.extra_fields["asked"] == 0
+        own = replica.calls[-1]["prompt_logprobs"] == 0
         rows = [[2], [3], [0]] if own else [[9, 8], [3, 9], [0, 0]]
         values = [[-5.0], [-0.5], [0.0]] if own else [[-1.0, -2.0], [-0.5, -3.0], [0.0, 0.0]]
         output.extra_fields |= {"prompt_ids": rows, "prompt_logprobs": values}
 
-    engine = _engine(_Replica([_EOS], change=score))
-    generation = await _one(engine, prompt_logprobs=2)
-    assert generation.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
-    generation = await _one(engine, prompt_logprobs=0)
-    assert generation.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
+    replica = _Replica([_EOS], change=score)
+    own, best = [await _one(_engine(replica), prompt_logprobs=k) for k in (0, 2)]
+    assert own.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
+    assert best.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -264,15 +244,10 @@ async def test_an_aborted_constrained_answer_begins_again(streamed: bool) -> Non
     """What a replica samples after an abort would be held to the grammar from its beginning."""
     replica = _Replica([20, 21, 22, _EOS], abort_at=[2])
     replica.change = lambda output: replica.abort_at.clear()
-    constraint = Constraint(grammar="start: /.*/")
-    request = _request(constraint=constraint)
-    if streamed:
-        deltas = [delta async for delta in _engine(replica).astream(request)]
-        tokens = [token for delta in deltas for token in delta.token_ids]
-    else:
-        [generation] = await _engine(replica).agenerate(request)
-        tokens = list(generation.token_ids)
-    assert tokens == [20, 21, 22, _EOS]
+    request = _request(constraint=(constraint := Constraint(grammar="start: /.*/")))
+    parts: Any = [delta async for delta in _engine(replica).astream(request)] if streamed else None
+    parts = parts or await _engine(replica).agenerate(request)
+    assert [token for part in parts for token in part.token_ids] == [20, 21, 22, _EOS]
     assert [(call["prompt_ids"], call["constraint"]) for call in replica.calls] == [([1, 2, 3], constraint)] * 2
 
 
@@ -284,8 +259,3 @@ def test_what_kind_of_replica_enforces_what() -> None:
         with pytest.raises(GenerationRequestError, match=kind) as caught:
             to_structured(constraint, kind)
         assert caught.value.param == constraint.param
-
-
-async def test_alternatives_are_refused_by_name() -> None:
-    with pytest.raises(GenerationRequestError, match="top_logprobs"):
-        await _one(_engine(_Replica([_EOS])), top_logprobs=2)
