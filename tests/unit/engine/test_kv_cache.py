@@ -81,7 +81,9 @@ def test_tokens_and_logprobs_equal_plain_forwards_afresh_and_from_stored_prefixe
     with engine_of(copy.deepcopy(model), max_running=2) as engine:
         assert engine.model.config._attn_implementation == attention
         for round_ in range(3):
-            answers = engine.generate([request(context, max_tokens=6 + i, **GREEDY) for i, context in enumerate(contexts)])
+            answers = engine.generate(
+                [request(context, max_tokens=6 + i, **GREEDY) for i, context in enumerate(contexts)]
+            )
             for steps, context, [answer] in zip(itertools.count(6), contexts, answers, strict=False):
                 assert answer.token_ids == greedy_oracle(model, context, steps)
                 check_logprobs(model, context, answer)

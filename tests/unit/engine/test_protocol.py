@@ -157,14 +157,14 @@ def test_evaluations_wait_for_their_pin_and_for_nothing_else() -> None:
     """The gate of training, and the throttle, are for prompts that are trained on."""
     engine = FakeEngine()
     pinned, throttle = PinnedEngine(engine), Mock()
-    with serving(engine, build_tiny_tokenizer(), evaluated=pinned, throttle=throttle) as client:
-        with ThreadPoolExecutor(1) as pool:
-            assert client.get("/evaluation/health").status_code == 200
-            body = {"prompt": {"prompt_token_ids": [1, 2]}, "max_tokens": 3}
-            asking = pool.submit(post, client, "/evaluation/generate", **body)
-            eventually(lambda: pinned.gate.waiting == 1, "the request to arrive")
-            assert not engine.requests
-            pinned.pin()
-            assert asking.result(10.0)["token_ids"] == [[3, 4, 5]]
-            pinned.unpin()
+    app = serving(engine, build_tiny_tokenizer(), evaluated=pinned, throttle=throttle)
+    with app as client, ThreadPoolExecutor(1) as pool:
+        assert client.get("/evaluation/health").status_code == 200
+        body = {"prompt": {"prompt_token_ids": [1, 2]}, "max_tokens": 3}
+        asking = pool.submit(post, client, "/evaluation/generate", **body)
+        eventually(lambda: pinned.gate.waiting == 1, "the request to arrive")
+        assert not engine.requests
+        pinned.pin()
+        assert asking.result(10.0)["token_ids"] == [[3, 4, 5]]
+        pinned.unpin()
     assert throttle.admitted.call_count == 0

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
@@ -144,7 +143,10 @@ K_PROJ = "model.layers.0.self_attn.k_proj.weight"
     ("broken", "message"),
     [
         (lambda s: [*s[:3], (K_PROJ + "_x", s[3][1]), *s[4:]], f"no tensor '{K_PROJ}_x'; did you mean '{K_PROJ}'"),
-        (lambda s: [*s[:3], (K_PROJ, s[3][1].flatten()[1:])], rf"'{K_PROJ}' has shape \(511,\), the engine's model \(16, 32"),
+        (
+            lambda s: [*s[:3], (K_PROJ, s[3][1].flatten()[1:])],
+            rf"'{K_PROJ}' has shape \(511,\), the engine's model \(16, 32",
+        ),
         (lambda s: [*s[:3], *s[4:]], f"1 of 26 tensors are missing, first '{K_PROJ}'"),
         (lambda s: [*s, s[3]], f"'{K_PROJ}' was given twice"),
         (lambda s: [], "26 of 26 tensors are missing, first 'model.embed_tokens.weight'"),

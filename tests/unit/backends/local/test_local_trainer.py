@@ -23,7 +23,6 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
 from atropos_verl.storage import locked
 
-
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 259}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL, LARGE = Qwen2Config(**SIZES), Qwen2Config(**SIZES | {"hidden_size": 1024, "intermediate_size": 3072})

@@ -147,32 +147,23 @@ def test_a_bad_group_is_quarantined_with_its_reason_and_the_rest_is_trained(
     assert world.feed.slots["a"].counts["quarantined"] == 1
 
 
-@pytest.mark.parametrize("max_staleness", [None, 3])
-def test_a_batch_with_nothing_to_train_on_is_followed_by_the_next(max_staleness: int | None, made: Any) -> None:
-    masked = group(1, masks=[[-100] * 3] * 4)
-    world = made([masked, masked], [group(2), group(3)], max_staleness=max_staleness)
-    assert world.firsts("a") == [2] * 4 + [3] * 4
-    counts = world.feed.slots["a"].counts
-    assert (counts["groups"], counts["untrained"], counts["sequences"]) == (4, 8, 8)
-    assert world.throttle.expected_staleness == 1, "it is one slot, whose step is to come"
-    world.train("a", 1)
-    assert (world.api.ack.mock_calls, world.steps()) == ([call("1"), call("2")], [1, 1])
-    assert world.throttle.expected_staleness == 0
-
-
-def test_stale_groups_are_left_out_and_the_rest_of_the_batch_is_the_step(made: Any) -> None:
-    batches = [group(1, **of(2)), group(2, **of(3))], [group(3, **of(2)), group(4, **of(2))], [group(5, **of(3))]
-    world = made(*batches, max_staleness=0)
+def test_stale_and_masked_groups_are_left_out_and_a_batch_of_nothing_else_is_followed_by_the_next(made: Any) -> None:
+    masked = group(3, masks=[[-100] * 3] * 4, **of(3))
+    world = made(
+        [group(1, **of(2)), group(2, **of(3))], [masked, group(4, **of(2))], [group(5, **of(3))], max_staleness=0
+    )
     world.served = 3
-    assert world.firsts("a") == [2] * 4
+    assert (world.firsts("a"), world.firsts("b")) == ([2] * 4, [5] * 4)
     assert {row.tag["min_global_steps"] for row in world.rows["a"].result()} == {3}
-    counts = world.feed.slots["a"].counts
-    assert (counts["stale"], counts["groups"], counts["rollouts"]) == (1, 1, 4)
-    assert world.firsts("b") == [5] * 4
-    assert world.feed.slots["b"].counts["stale"] == 2
+    names = ("groups", "stale", "rollouts", "sequences", "untrained")
+    first, second = ([world.feed.slots[uid].counts[name] for name in names] for uid in "ab")
+    assert (first, second) == ([1, 1, 4, 4, 0], [2, 1, 8, 4, 4])
+    assert world.throttle.expected_staleness == 2, "two slots, whose steps are to come"
     world.train("a b", 4)
     world.feed.stop()
-    assert (world.api.ack.mock_calls, world.api.release.mock_calls) == ([call("1"), call("2"), call("3")], [])
+    assert world.throttle.expected_staleness == 0
+    assert (world.steps(), world.api.release.mock_calls) == ([4, 4, 4], [])
+    assert world.api.ack.mock_calls == [call("1"), call("2"), call("3")]
 
 
 def test_untrained_batches_go_back_when_it_stops_and_trained_or_evicted_ones_do_not(made: Any) -> None:

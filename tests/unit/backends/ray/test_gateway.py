@@ -204,11 +204,10 @@ async def test_a_request_that_breaks_every_replica_ends_with_the_cause_and_cance
 
 
 async def test_cancelling_reaches_the_client() -> None:
-    answer = asyncio.get_running_loop().create_future()
-    client = Mock(**{"generate.return_value": answer})
+    asked, answer = asyncio.Event(), asyncio.get_running_loop().create_future()
+    client = Mock(generate=lambda *_, **__: asked.set() or answer)
     task = asyncio.ensure_future(_engine(client).agenerate(_request()))
-    while not client.generate.called:
-        await asyncio.sleep(0)
+    await asked.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

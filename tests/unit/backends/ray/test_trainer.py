@@ -52,70 +52,46 @@ def test_slots_of_training_go_to_the_feed_and_prompts_of_validation_to_verls_man
     assert manager._validation.generate_sequences.mock_calls == ([call(prompts)] if extra else [])
 
 
-def _trainer(deaths: list[int]) -> Any:
-    """With so many ``deaths`` before each look at the replicas; ``done`` notes what is done, in order."""
+def _trainer(*deaths: int) -> Any:
+    """``deaths``: of replicas, before each look at them."""
     trainer = object.__new__(AtroposSyncTrainer)
-    trainer.done, deaths = [], list(deaths)
-    trainer.replicas = replicas = Mock(has_newcomers=False)
-
-    def replace_dead() -> int:
-        if count := deaths.pop(0) if deaths else 0:
-            trainer.done.append("replace")
-            replicas.has_newcomers = True
-        return count
-
-    def admit() -> None:
-        trainer.done.append("admit")
-        replicas.has_newcomers = False
-
-    replicas.configure_mock(replace_dead=replace_dead, admit=admit)
-    trainer.gateway = Mock(lost=threading.Event())
-    trainer._renew_replicas = lambda: trainer.done.append("weights")
+    trainer.replicas = Mock(has_newcomers=True, **{"replace_dead.side_effect": deaths})
     return trainer
 
 
 @pytest.mark.parametrize(
-    ("deaths", "expected"),
+    ("deaths", "acts"),
     [
-        ([0, 0], ["act"]),
-        ([1, 0], ["replace", "act"]),  # before the call
-        ([0, 1, 0, 0], ["act", "replace", "act"]),  # in the call, which said nothing
-        ([0, 1, 0, 1, 0, 0], ["act", "replace"] * 2 + ["act"]),
+        ([0, 0], 1),
+        ([1, 0], 1),  # before the call
+        ([0, 1, 0, 0], 2),  # in the call, which said nothing
+        ([0, 1, 0, 1, 0, 0], 3),
     ],
 )
-@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("error", [None, RuntimeError("the actor died")])
 def test_a_call_of_all_replicas_is_made_again_with_new_ones(
-    deaths: list[int], expected: list[str], raises: bool
+    deaths: list[int], acts: int, error: Exception | None
 ) -> None:
-    trainer, times = _trainer(deaths), expected.count("act")
-
-    def act() -> None:
-        trainer.done.append("act")
-        if raises and trainer.done.count("act") < times:
-            raise RuntimeError("the actor died")
-
+    trainer, act = _trainer(*deaths), Mock(side_effect=[error] * (acts - 1) + [None])
     trainer._on_replicas(act)
-    assert trainer.done == expected
+    assert (act.call_count, trainer.replicas.replace_dead.call_count) == (acts, len(deaths))
 
 
 def test_another_failure_of_the_call_is_raised_and_endless_deaths_end_the_run() -> None:
     with pytest.raises(ValueError, match="no such tensor"):
-        _trainer([])._on_replicas(Mock(side_effect=ValueError("no such tensor")))
+        _trainer(0, 0)._on_replicas(Mock(side_effect=ValueError("no such tensor")))
     with pytest.raises(EngineStoppedError, match="died 5 times in a row"):
-        _trainer([1] * 100)._on_replicas(lambda: None)
+        _trainer(*[1] * 100)._on_replicas(Mock())
 
 
 def test_requests_that_wait_for_a_new_replica_are_served_while_the_gate_drains() -> None:
     """The replica died before the drain, which waits for requests that wait for the replica."""
-
-    def drain(seconds: float) -> None:
-        if trainer.replicas.has_newcomers:
-            raise TimeoutError
-
-    trainer = _trainer([1])
-    trainer.gateway.gate.drain = drain
+    trainer = _trainer(1, 0, 0, 0, 0)
+    trainer._renew_replicas = trainer.replicas.renew
+    trainer.gateway = Mock(lost=threading.Event(), **{"gate.drain.side_effect": [TimeoutError, None]})
     trainer._on_replicas(lambda: trainer.pause(600.0))
-    assert trainer.done == ["replace", "weights", "admit"]
+    done = [name for name, *_ in trainer.replicas.mock_calls if name != "replace_dead"]
+    assert (done, trainer.gateway.gate.drain.call_count) == (["renew", "admit"], 2)
 
 
 FRESH = {"versions_known": True, "rollout_log_probs": True, "min_global_steps": 4, "max_global_steps": 4}
@@ -160,7 +136,12 @@ def test_the_configuration_that_verl_hands_to_trackers_has_no_key_of_the_run(
     monkeypatch.setattr("transfer_queue.init", Mock())
     monkeypatch.setattr("transfer_queue.close", Mock())
     monkeypatch.setattr(run_module.AtroposTaskRunner, "train", lambda self: {})
-    keys = ["token=of-the-api", "gateway.api_key=of-the-gateway", "headers={x-key: of-the-proxy}", "env.env={KEY: of-me}"]
+    keys = [
+        "token=of-the-api",
+        "gateway.api_key=of-the-gateway",
+        "headers={x-key: of-the-proxy}",
+        "env.env={KEY: of-me}",
+    ]
     runner = run_module.AtroposTaskRunner()
     runner.run(compose_run([*(f"atropos.{key}" for key in keys), f"run_dir={tmp_path}"]))
     settings = runner.cluster.run
