@@ -1,5 +1,4 @@
-"""Sampling against exact probabilities worked out by hand, and against transformers' own warpers. Constrained
-decoding: what is sampled, and the logprobs that are reported for it, in float64."""
+"""Sampling against exact probabilities and transformers' own warpers; constrained decoding, its logprobs in float64."""
 
 import json
 from typing import Any

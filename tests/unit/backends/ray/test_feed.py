@@ -1,8 +1,4 @@
-"""The trajectory feed: what fills a slot, what is left out and counted, when a batch is acked, how it ends; its rows:
-prompt and response, the multi-turn mask, scores, logprobs, versions, tags.
-
-The advantages that reach verl's optimiser are those of the local backend, to the last bit, whatever order verl has.
-"""
+"""The trajectory feed: what fills a slot, when a batch is acked, its rows, and the advantages of the local backend."""
 
 import json
 import threading

@@ -1,5 +1,4 @@
-"""verl's contract with the agent-loop manager, what the trainer does when a replica dies, what it leaves out and saves,
-and our loss and estimator under verl's names, against a float64 reference."""
+"""The trainer on Ray: dead replicas, what it leaves out and saves; our loss and estimator under verl's names."""
 
 import threading
 from pathlib import Path

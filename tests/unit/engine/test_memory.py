@@ -1,15 +1,22 @@
-"""New weights in a running engine: pauses, swaps in mid-generation, released memory, and weights that do not fit."""
+"""What the engine holds, weights and keys: changed in mid-generation, released, refused, packed, found again."""
 
+import asyncio
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 from support.engines import (
     GREEDY,
+    TINY,
     StepCounter,
     check_greedy,
+    check_logprobs,
     engine_of,
     greedy_oracle,
     logprob_oracle,
@@ -20,8 +27,10 @@ from support.engines import (
     tiny_causal_lm,
 )
 from support.serving import eventually
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from atropos_verl.engine import weights
+from atropos_verl.engine import kv_cache, weights
+from atropos_verl.engine.kv_cache import BLOCK, SLOT_ATTENTION, WORTH_STORING, PrefixIndex, slot_attention
 from atropos_verl.engine.protocol import RequestGate
 from atropos_verl.engine.weights import pack_linear_layers
 from atropos_verl.errors import EngineError, WeightSyncError
@@ -233,3 +242,196 @@ def test_products_of_packed_weights_equal_float64_also_after_a_change_and_in_a_c
         assert torch.allclose(half(x.bfloat16()).float(), plain.float(), atol=0.02)  # one unit in the last place
     layer(x).sum().backward()
     assert torch.allclose(layer.weight.grad, x.reshape(-1, 33).sum(0).expand(20, 33), atol=1e-4)
+
+
+@pytest.mark.parametrize("shared_mask", [True, False])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_grouped_attention_equals_the_formula_in_float64(queries: int, shared_mask: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, kv_heads, length, dim = 3, 6, 2, 11, 4
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    query, key = normal(rows, heads, queries, dim), normal(rows, kv_heads, length, dim)
+    value = normal(rows, kv_heads, length, 5)
+    mask = torch.zeros((rows, 1 if shared_mask else heads, queries, length))
+    for row, real in enumerate((11, 4, 1)):
+        mask[row, ..., real:] = float("-inf")
+    if not shared_mask:
+        mask[:, 3] += normal(rows, queries, length)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // kv_heads  # type: ignore[assignment]
+    got, _ = slot_attention(module, query, key, value, mask, scaling=0.3)
+    assert got.shape == (rows, queries, heads, 5)
+    k, v = (tensor.double().repeat_interleave(3, dim=1) for tensor in (key, value))
+    scores = query.double() @ k.transpose(2, 3) * 0.3 + mask.double()
+    assert torch.allclose(got.double(), (torch.softmax(scores, -1) @ v).transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "attention"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}, SLOT_ATTENTION),
+        ("llama", {}, SLOT_ATTENTION),
+        ("qwen3", {}, SLOT_ATTENTION),
+        ("gemma2", {"sliding_window": 128}, SLOT_ATTENTION),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}, SLOT_ATTENTION),
+        ("mixtral", {"num_local_experts": 4}, SLOT_ATTENTION),
+        ("gpt_oss", {"sliding_window": 128, "num_local_experts": 4}, "eager"),  # attention sinks
+    ],
+)
+def test_tokens_and_logprobs_equal_plain_forwards_afresh_and_from_stored_prefixes(
+    family: str, extra: dict[str, Any], attention: str
+) -> None:
+    """Ragged conversations, more than slots, with a common beginning."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **(TINY | {"head_dim": 8, "max_position_embeddings": 128} | extra))
+        model = AutoModelForCausalLM.from_config(config).eval()
+    system, *ends = prompts(40, 3, 20, 1)
+    contexts = [system[:1], system[:33], *(system + end for end in ends)]
+    with engine_of(copy.deepcopy(model), max_running=2) as engine:
+        assert engine.model.config._attn_implementation == attention
+        for round_ in range(3):
+            answers = engine.generate(
+                [request(context, max_tokens=6 + i, **GREEDY) for i, context in enumerate(contexts)]
+            )
+            for steps, context, [answer] in zip(itertools.count(6), contexts, answers, strict=False):
+                assert answer.token_ids == greedy_oracle(model, context, steps)
+                check_logprobs(model, context, answer)
+            more = prompts(9, 2, 3, 1, 4, seed=round_)
+            contexts = [c + a.token_ids + m for c, [a], m in zip(contexts, answers, more, strict=True)]
+        assert engine.stats().prompt_tokens <= len({c[:end] for c in contexts for end in range(1, len(c) + 1)})
+
+
+# -- the index of prefixes ---------------------------------------------------------------------------------------------
+
+_CONTEXT = st.lists(st.sampled_from([0, 1]), min_size=1, max_size=12).map(
+    lambda bits: tuple(bit for bit in bits for _ in range(WORTH_STORING // 4))
+)
+
+
+@given_any(st.lists(_CONTEXT, max_size=12), st.integers(WORTH_STORING // BLOCK, 60))
+def test_what_is_found_is_what_was_stored(contexts: list[tuple[int, ...]], capacity: int) -> None:
+    """Each block holds the tokens that it is found for, whatever was dropped; within the capacity all are found."""
+    index, content = PrefixIndex(), dict[int, tuple[int, ...]]()
+    for context in contexts:
+        start, blocks = index.add(context, 0, capacity)
+        for number, block in enumerate(blocks):
+            content[block] = context[: start + (number + 1) * BLOCK]
+        for other in contexts:
+            found = index.find(other)
+            assert [content[block] for block in found] == [other[: end * BLOCK] for end in range(1, len(found) + 1)]
+        found = index.find((*context, 2))
+        assert len(found) == (min(len(context) // BLOCK, capacity) if len(context) >= WORTH_STORING else 0)
+    assert set(content) <= set(range(capacity))
+
+
+def test_the_end_of_what_was_used_least_recently_is_dropped_first() -> None:
+    index = PrefixIndex()
+    first, second, third = ((value,) * 64 for value in (1, 2, 3))
+    index.add(first, 0, capacity=40)
+    index.add(second, 0, capacity=40)
+    index.find((*first, 0))
+    index.add(third, 0, capacity=40)  # 16 blocks, of which 8 are free
+    assert len(index.find((*first, 0))) == 16
+    assert len(index.find((*second, 0))) == 8
+
+
+def test_what_is_kept_over_a_change_of_weights_outlives_one() -> None:
+    index, context = PrefixIndex(), (1,) * 64
+    index.add(context, 0, capacity=32)
+    index.age()
+    assert len(index.find((*context, 0))) == 16
+    index.add(context + (2,) * 32, 0, capacity=32)  # computed on top of it
+    index.age()
+    assert index.find((*context, 0)) == []
+    assert index.add(context, 0, capacity=32) == (0, [])  # in a slot for two changes
+    assert index.add(context, 1, capacity=32)[1] != []
+
+
+# -- in the engine -----------------------------------------------------------------------------------------------------
+
+
+def test_where_nothing_is_shared_one_sequence_in_eight_is_stored_until_one_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_cache, "UNUSED", 16)
+    with engine_of(tiny_causal_lm()) as engine:
+        kept = [  # too short to be stored before they leave their slot
+            context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids for context in prompts(*[20] * 32)
+        ]
+        find = engine._runner.cache.prefixes.find
+        found = [bool(find(context)) for context in kept[-16:]]
+        assert sum(found) == 2
+        one(engine, kept[-16 + found.index(True)], max_tokens=1)  # from now on all are stored again
+        [context] = prompts(20)
+        assert find(context + one(engine, context, max_tokens=20, ignore_eos=True).token_ids)
+
+
+async def test_what_a_request_computed_is_used_while_it_runs_and_after_it_was_aborted() -> None:
+    model = tiny_causal_lm()
+    [prompt] = prompts(101)
+    counter = StepCounter(copy.deepcopy(model), hold_at=20)
+    with engine_of(counter.model) as engine:
+        long = request(prompt, max_tokens=300, ignore_eos=True, request_id="first")
+        first = asyncio.create_task(engine.agenerate(long))
+        assert await asyncio.to_thread(counter.held.wait, 10.0)
+        second = asyncio.create_task(engine.agenerate(request(prompt, max_tokens=6, ignore_eos=True)))
+        await asyncio.to_thread(eventually, lambda: engine.stats().waiting == 1, "the second to wait")
+        counter.go_on.set()  # the first is still in its slot
+        answers = await second
+        engine.abort("first")
+        [part] = await first
+        answers += await engine.agenerate(request(prompt, n=3, max_tokens=6, ignore_eos=True))
+        stats = engine.stats()
+        assert (stats.prompt_tokens, stats.reused_tokens) == (101 + 2, 200)
+        context = prompt + part.token_ids
+        await asyncio.to_thread(check_greedy, engine, model, context, 5)
+        assert engine.stats().reused_tokens == 200 + (len(context) - 1) // BLOCK * BLOCK
+    for answer in (*answers, part):
+        check_logprobs(model, prompt, answer)
+
+
+def test_a_beginning_that_several_newcomers_share_is_computed_once() -> None:
+    model = tiny_causal_lm()
+    system, *ends = prompts(100, *[5] * 6)
+    asked = [system + end for end in (*ends, ends[0])]
+    with engine_of(copy.deepcopy(model)) as engine, ThreadPoolExecutor(1) as pool:
+        engine.gate.pause(timeout=10.0)
+        asking = pool.submit(engine.generate, [request(prompt, max_tokens=4, **GREEDY) for prompt in asked])
+        eventually(lambda: engine.stats().waiting == 7, "all to wait")
+        engine.gate.resume()
+        assert [answer.token_ids for [answer] in asking.result(60.0)] == [greedy_oracle(model, p, 4) for p in asked]
+        assert (engine.stats().prompt_tokens, engine.stats().reused_tokens) == (105 + 5 * 5, 5 * 100)
+
+
+def test_kept_keys_and_values_outlive_one_swap_and_the_logprobs_are_those_sampled_from() -> None:
+    old, new = tiny_causal_lm(seed=1), tiny_causal_lm(seed=2)
+    [prompt] = prompts(65)
+    with engine_of(copy.deepcopy(old), keep_kv=True) as engine:
+        one(engine, prompt, max_tokens=1)
+        for swap in range(1, 4):
+            engine.stage_weights_from_tensor(named(new))
+            engine.swap_weights()
+            answer = one(engine, prompt, max_tokens=1, temperature=0.0)
+            if swap == 1:
+                assert engine.stats().reused_tokens == 64
+                kept = old(torch.tensor([prompt[:64]]), use_cache=True).past_key_values
+                with torch.no_grad():
+                    logits = new(torch.tensor([prompt[64:]]), past_key_values=kept).logits[0, -1]
+                assert answer.logprobs[0] == pytest.approx(float(logits.log_softmax(-1).max()), abs=1e-4)
+            else:
+                check_logprobs(new, prompt, answer)
+        assert engine.stats().reused_tokens == 64 + 64  # of the old weights after one swap, of the new after another
+
+
+def test_a_store_that_is_too_small_drops_and_never_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_STORE_BYTES", 0)  # as many positions as the slots
+    model = tiny_causal_lm()
+    given = prompts(*[40 + 7 * i for i in range(8)])
+    with engine_of(copy.deepcopy(model), max_running=2) as engine:
+        for prompt in sorted(given * 2) * 3:
+            check_logprobs(model, prompt, one(engine, prompt, max_tokens=5, ignore_eos=True))
+        assert 0 < engine.stats().reused_tokens < 4 * sum(map(len, given))

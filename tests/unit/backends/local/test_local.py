@@ -1,5 +1,6 @@
-"""PolicyWorker: verl's engine against a float64 model that this file runs by itself."""
+"""PolicyWorker: verl's engine against a float64 model of this file; and what a trainer is built from."""
 
+import gc
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,13 +24,25 @@ import torch
 import transformers
 from support import train_ranks
 from support.samples import random_samples
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
 
 from atropos_verl import verl_plugin
+from atropos_verl.assets import demo_model_path
+from atropos_verl.backends.local import trainer as trainer_module
 from atropos_verl.backends.local import worker as worker_module
-from atropos_verl.backends.local.worker import PolicyWorker, _meet, _verl_prints_to_log, split_for_ranks
+from atropos_verl.backends.local.run import paused_collection
+from atropos_verl.backends.local.trainer import AtroposTrainer, share_cores
+from atropos_verl.backends.local.worker import (
+    PolicyWorker,
+    _meet,
+    _verl_prints_to_log,
+    held_interrupts,
+    split_for_ranks,
+)
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.engine.runner import WORTH_SEVERAL_THREADS, engine_threads, multiply_adds_per_layer
 from atropos_verl.errors import CheckpointError, ConfigError
+from atropos_verl.storage import locked
 from atropos_verl.training.losses import advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
 from atropos_verl.types import TrainingSample
 
@@ -391,3 +406,121 @@ def test_other_ranks_are_asked_nothing_after_a_gather_that_ctrl_c_ended(
         worker.save_checkpoint(Path("there"), 1) if gives_up_first else next(tensors)
     worker.close()
     assert worker.asked == ["named_tensors"]
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 259}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL, LARGE = Qwen2Config(**SIZES), Qwen2Config(**SIZES | {"hidden_size": 1024, "intermediate_size": 3072})
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "device", "omp", "cores", "expected"),
+    [
+        # Both sides compute at once: they share the cores.
+        (LARGE, {}, "cpu", None, 8, (None, None)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 8, (4, 4)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 1, (1, 1)),
+        (LARGE, {"mode": "overlap"}, "cpu", None, 3, (1, 2)),
+        (LARGE, {"mode": "overlap"}, "cuda", None, 8, (None, None)),
+        (LARGE, {"mode": "overlap"}, "cpu", "1", 8, (None, None)),
+        (LARGE, {"mode": "overlap", "inference": {"num_threads": 6}}, "cpu", None, 8, (6, 2)),
+        (LARGE, {"mode": "overlap", "trainer": {"num_threads": 7}}, "cpu", None, 8, (4, 7)),
+        # The engine of a small model gets one thread.
+        (SMALL, {}, "cpu", None, 8, (1, None)),
+        (SMALL, {"mode": "overlap"}, "cpu", None, 8, (1, 7)),
+        (SMALL, {"inference": {"num_threads": 3}}, "cpu", None, 8, (3, None)),
+        (SMALL, {"inference": {"max_running": 1024}}, "cpu", None, 8, (None, None)),  # enough sequences, enough work
+        (SMALL, {}, "cuda", None, 8, (None, None)),
+    ],
+)
+def test_threads_of_engine_and_trainer(
+    monkeypatch: pytest.MonkeyPatch, model: Any, settings: Any, device: str, omp: str | None, cores: int, expected: Any
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert share_cores(RunConfig.from_mapping(settings), device, model, cores) == expected
+
+
+def test_work_is_counted_from_the_matrices_of_a_real_model_also_under_other_names_of_its_sizes() -> None:
+    larger = Qwen2Config(**SIZES | {"num_hidden_layers": 3, "vocab_size": 1000})
+    for config in (SMALL, larger, LlamaConfig(**SIZES, head_dim=16)):
+        model = AutoModelForCausalLM.from_config(config)
+        linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        assert multiply_adds_per_layer(config, 8) == 8 * linear // config.num_hidden_layers
+    gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100)
+    assert multiply_adds_per_layer(gpt2, 1) == (2 * (2 * 64 * 16 * 8 + 3 * 64 * 256) + 64 * 100) // 2
+    experts = MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2)
+    assert multiply_adds_per_layer(experts, 1) == multiply_adds_per_layer(SMALL, 1) + 3 * 128 * 384
+    # The threshold divides one thread from the default.
+    rows = -(-WORTH_SEVERAL_THREADS // multiply_adds_per_layer(SMALL, 1))
+    assert [engine_threads(SMALL, *of) for of in ((rows, 8), (rows - 1, 8), (rows, None))] == [8, 1, None]
+
+
+def test_nothing_is_collected_during_imports_and_nothing_of_them_later() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with paused_collection():
+            with paused_collection():
+                kept = [[] for _ in range(1000)]
+            assert not gc.isenabled()  # the inner block is not the one that ends it
+        assert gc.isenabled() and gc.get_freeze_count() >= before + len(kept)
+        with pytest.raises(ImportError), paused_collection():
+            raise ImportError("no such library")
+        assert gc.isenabled(), "also after an import that failed"
+        gc.unfreeze()
+        gc.disable()  # by the user: it stays off
+        with paused_collection():
+            pass
+        assert (gc.isenabled(), gc.get_freeze_count()) == (False, 0)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def test_the_engine_takes_the_tokenizer_of_the_settings_and_code_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model_path(), model, ignore=shutil.ignore_patterns("token*", "*.jinja", "special*"))
+    bases = "from transformers import Qwen2Config, Qwen2ForCausalLM\n\n\n"
+    own = 'class OwnConfig(Qwen2Config):\n    model_type = "own"\n\n\n'
+    code = f"{bases}{own}class OwnForCausalLM(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    (model / "own_model.py").write_text(code)
+    settings = json.loads((model / "config.json").read_text()) | {"model_type": "own"}
+    settings["auto_map"] = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnForCausalLM"}
+    (model / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(trainer_module, "import_verl", lambda config: "cpu")
+    monkeypatch.setattr(trainer_module, "PolicyWorker", Mock())
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own_settings = {"path": str(model), "tokenizer_path": str(demo_model_path()), "trust_remote_code": True}
+    settings = {"model": own_settings, "sync": {"canary": False}, "atropos": {"api_url": "http://127.0.0.1:9"}}
+    with AtroposTrainer(RunConfig.from_mapping(settings | {"run_dir": str(tmp_path / "run")})) as trainer:
+        assert trainer.engine.tokenizer is trainer.tokenizer
+        assert type(trainer.engine.model).__name__ == "OwnForCausalLM"
+
+
+def test_a_trainer_whose_sample_settings_fail_closes_its_parts_and_frees_the_run_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed: list[str] = []
+
+    def build(self: Any, held: ExitStack, _: Any) -> None:
+        self.engine = SimpleNamespace(vocab_size=9)
+        held.callback(closed.append, "parts")
+
+    monkeypatch.setattr(AtroposTrainer, "_build", build)
+    monkeypatch.setattr(trainer_module, "sample_settings", Mock(side_effect=ValueError("no such function")))
+    settings = {"run_dir": str(tmp_path), "atropos": {"api_url": "http://127.0.0.1:9"}}
+    with pytest.raises(ValueError, match="no such function") as caught:
+        AtroposTrainer(RunConfig.from_mapping(settings))
+    with locked(tmp_path / "lock", "another run"):  # while the traceback still holds the trainer
+        assert caught.tb is not None
+    assert closed == ["parts"]
+
+
+def test_an_interrupt_that_is_held_is_answered_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Symptom: Ctrl-C in a step of a large model had no visible effect for half a minute."""
+    with held_interrupts(deliver=False):
+        signal.raise_signal(signal.SIGINT)
+        assert capsys.readouterr().err.startswith("stopping: the trainer ends its step and writes its checkpoint")
