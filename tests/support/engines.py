@@ -1,7 +1,6 @@
 """Tiny embedded engines, and the plain forward passes their answers are checked against."""
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,7 +101,7 @@ def named(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 
 class StepCounter:
-    """Counts decode steps of a model, can hold it before one ("mid-generation"), and fail."""
+    """Counts decode steps of a model, and can hold it before one ("mid-generation")."""
 
     def __init__(self, model: Any, hold_at: int | None = None) -> None:
         self.model = model
@@ -111,9 +110,6 @@ class StepCounter:
         self.hold_at = hold_at
         self.held = threading.Event()
         self.go_on = threading.Event()
-        self.fail_with: BaseException | None = None
-        self.fails: Callable[[int], bool] = lambda step: True
-        """Which steps fail, when ``fail_with`` is set."""
         model.forward = self._counted
 
     def go_on_once_shut(self, gate: RequestGate) -> None:
@@ -131,6 +127,4 @@ class StepCounter:
                 self.held.set()
                 assert self.go_on.wait(30.0)
             self.steps += 1
-            if self.fail_with is not None and self.fails(self.steps):
-                raise self.fail_with
         return self._forward(**kwargs)

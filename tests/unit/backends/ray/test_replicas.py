@@ -53,6 +53,7 @@ class _Replica:
         limit = min(len(self.script), done + sampling_params["max_tokens"])
         end = min([limit, *(at for at in self.abort_at if at > done)])
         extra: dict[str, Any] = dict.fromkeys(("min_global_steps", "max_global_steps", "global_steps"), version)
+        extra["asked"] = sampling_params.get("prompt_logprobs")
         if end == limit:
             extra["finish_reason"] = "stop" if end == len(self.script) else "length"
         output = TokenOutput(
@@ -236,13 +237,12 @@ async def test_what_no_replica_can_do_and_tokens_without_logprobs_are_refused_by
 
 async def test_prompt_logprobs_hold_the_prompts_own_token_beside_the_best() -> None:
     def score(output: Any) -> None:
-        own = replica.calls[-1]["prompt_logprobs"] == 0
+        own = output.extra_fields["asked"] == 0
         rows = [[2], [3], [0]] if own else [[9, 8], [3, 9], [0, 0]]
         values = [[-5.0], [-0.5], [0.0]] if own else [[-1.0, -2.0], [-0.5, -3.0], [0.0, 0.0]]
         output.extra_fields |= {"prompt_ids": rows, "prompt_logprobs": values}
 
-    replica = _Replica([_EOS], change=score)
-    own, best = [await _one(_engine(replica), prompt_logprobs=k) for k in (0, 2)]
+    own, best = [await _one(_engine(_Replica([_EOS], change=score)), prompt_logprobs=k) for k in (0, 2)]
     assert own.prompt_logprobs == (None, {2: -5.0}, {3: -0.5})
     assert best.prompt_logprobs == (None, {2: -5.0, 9: -1.0, 8: -2.0}, {3: -0.5, 9: -3.0})
 
@@ -327,15 +327,17 @@ async def test_a_request_that_had_not_reached_the_engine_is_aborted_as_well() ->
 
 
 async def test_a_replica_that_nobody_has_started_again_yet_is_a_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica.ray, "get_actor", Mock(side_effect=ValueError("Failed to look up actor")))
+    look_up = Mock(side_effect=ValueError("Failed to look up actor"))
+    monkeypatch.setattr(replica.ray, "get_actor", look_up)
     adapter = TransformersServerAdapter.__new__(TransformersServerAdapter)
     bucket = SimpleNamespace(update_weights_bucket_megabytes=1)
     adapter.config = SimpleNamespace(name="transformers", checkpoint_engine=bucket)
     adapter.replica_rank, adapter.server_handle = 3, None
     await adapter.resume(["weights"])
     await adapter.update_weights(iter([("a", torch.zeros(1))]), global_steps=1)
-    with pytest.raises(RayActorError, match="transformers_server_3_0"):
+    with pytest.raises(RayActorError, match="Failed to look up actor"):
         await adapter.release()
+    assert {call.args for call in look_up.mock_calls} == {("transformers_server_3_0",)}
 
 
 # -- buckets of weights ------------------------------------------------------------------------------------------------
