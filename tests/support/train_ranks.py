@@ -65,7 +65,12 @@ def _train(worker: PolicyWorker, checkpoint: Path) -> dict[str, object]:
         "figures": outputs,
         "logprobs": [row.tolist() for row in logprobs],
         "after_load": [row.tolist() for row in after_load],
-        "weights": {name: float(tensor.double().abs().sum()) for name, tensor in worker.named_tensors()},
+        # Softmax does not see a bias of the keys: its gradient is rounding, of which AdamW makes a step.
+        "weights": {
+            name: float(tensor.double().abs().sum())
+            for name, tensor in worker.named_tensors()
+            if not name.endswith("k_proj.bias")
+        },
     }
 
 
