@@ -77,6 +77,8 @@ class _HeadRequest(NamedTuple):
 class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     """verl's engine with the update that this module promises."""
 
+    optimizer_config: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keeps_dropout = os.environ.get(DROPOUT_VARIABLE) == "1"
@@ -324,7 +326,7 @@ class _GatedSilu(torch.autograd.Function):
         return functional.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
 
@@ -339,7 +341,7 @@ class _Normalised(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, scale, weight = ctx.saved_tensors
         normal = x * scale
         product = gradient * normal
@@ -350,23 +352,23 @@ class _Normalised(torch.autograd.Function):
 def keep_less(model: torch.nn.Module) -> None:
     """Layers whose class has the code of Llama's compute the same, and keep less of it for the backward."""
 
-    def is_like(layer: torch.nn.Module, model: type[torch.nn.Module]) -> bool:
-        codes = [getattr(kind.forward, "__code__", None) for kind in (type(layer), model)]
-        own, other = [code and (code.co_code, code.co_names, code.co_consts) for code in codes]
-        return own == other
+    def code_of(kind: type[torch.nn.Module]) -> object:
+        code = getattr(kind.forward, "__code__", None)
+        return code and (code.co_code, code.co_names, code.co_consts)
 
     def gated(layer: Any, x: torch.Tensor) -> Any:
-        return layer.down_proj(_GatedSilu.apply(layer.gate_proj(x), layer.up_proj(x)))
+        return layer.down_proj(_GatedSilu.apply(layer.gate_proj(x), layer.up_proj(x)))  # type: ignore[no-untyped-call]
 
     def normalised(layer: Any, original: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor) -> Any:
         if not hidden_states.dtype == layer.weight.dtype == torch.float32:
             return original(hidden_states)  # which rounds between its steps
-        return _Normalised.apply(hidden_states, layer.weight, layer.variance_epsilon)
+        return _Normalised.apply(hidden_states, layer.weight, layer.variance_epsilon)  # type: ignore[no-untyped-call]
 
     for layer in model.modules():
-        if is_like(layer, LlamaMLP) and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
+        code = code_of(type(layer))
+        if code == code_of(LlamaMLP) and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
             layer.forward = functools.partial(gated, layer)
-        elif is_like(layer, LlamaRMSNorm):
+        elif code == code_of(LlamaRMSNorm):
             layer.forward = functools.partial(normalised, layer, layer.forward)
 
 

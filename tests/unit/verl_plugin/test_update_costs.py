@@ -49,8 +49,13 @@ def _gradients(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], int]:
 
 @pytest.mark.parametrize(
     ("name", "dtype", "of_layer", "at_end"),
-    [("Llama", "float32", 3, 1), ("Qwen2", "float32", 3, 1), ("Qwen3", "float32", 5, 1), ("Gemma", "float32", 0, 0)]
-    + [("Llama", "bfloat16", 3, 1)],
+    [
+        ("Llama", "float32", 3, 1),
+        ("Llama", "bfloat16", 3, 1),
+        ("Qwen2", "float32", 3, 1),
+        ("Qwen3", "float32", 5, 1),
+        ("Gemma", "float32", 0, 0),
+    ],
 )
 def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_layer: int, at_end: int) -> None:
     torch.manual_seed(0)
@@ -75,7 +80,7 @@ def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_laye
 
 @pytest.mark.parametrize("budget", [40, 4096])
 def test_a_tied_head_gets_the_gradient_of_the_embedding_too(tmp_path: Path, budget: int) -> None:
-    """Also of a micro-batch without a trained token. AdamW is in one kernel, as the loop over parameters computes it."""
+    """Also of a micro-batch without a trained token. AdamW's one kernel computes what the loop does."""
     build_tiny_tokenizer(tmp_path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL | {"vocab_size": 258, "tie_word_embeddings": True})
