@@ -190,8 +190,7 @@ class SelectiveHeadEngine(UpdateEngine):
 
     def _install_head(self) -> bool:
         head = self.module.get_output_embeddings()
-        config = self.module.config
-        changed = [name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
+        changed = [name for name in _LOGIT_TRANSFORMS if getattr(self.module.config, name, None) not in (None, 1, 1.0)]
         if not isinstance(head, torch.nn.Linear) or changed:
             return False
         full_forward = head.forward
@@ -215,8 +214,9 @@ class SelectiveHeadEngine(UpdateEngine):
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
         embedding = self.module.get_input_embeddings()
-        if embedding.weight is head.weight and get_device_name() == "cpu":
-            embedding.sparse = True  # the rows of its tokens are added to the gradient of the head, which comes first
+        # The rows of its tokens are then added to the head's gradient, which comes first; others would round each time.
+        is_tied = embedding.weight is head.weight and self._autocast_dtype == torch.float32
+        embedding.sparse = is_tied and get_device_name() == "cpu"
         return True
 
     def _joins(self, data: Any) -> bool:

@@ -384,9 +384,7 @@ async def test_an_engine_for_which_a_known_request_fails_too_is_given_up_and_say
 
 
 @pytest.mark.parametrize("attended", [True, False])
-def test_weights_that_a_failure_damaged_are_never_sampled_from(
-    attended: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_a_failure_damaged_are_never_sampled_from(attended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, new, damaged = (tiny_causal_lm(seed=seed) for seed in (1, 2, 1))
     [prompt] = prompts(8)
     spoil = lambda call, _: call == 4 and damaged.lm_head.weight.data[:, 0].add_(1.0) is not None  # noqa: E731
