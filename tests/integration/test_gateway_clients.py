@@ -1,122 +1,145 @@
-"""The clients that really call the gateway, over real HTTP: the ``openai`` package and atroposlib's own servers.
+"""What atroposlib's own servers get from the gateway over real HTTP, token by token; the ledger knows all that is sent.
 
-Tokens come from the fake engine, so that every token, logprob and mask is known by hand.
+Tokens come from the fake engine, so that every token, logprob, version and mask is known by hand.
 """
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
+import httpx
+import numpy as np
 import pytest
 from support.atropos_clients import HI, HI_PROMPT, managed_server, server_manager
 from support.fake_engine import FakeEngine, logprob_of, text_reply
-from support.serving import eventually, serving
+from support.serving import serving
 
-from atropos_verl.engine.protocol import RequestGate
+from atropos_verl.provenance.attribution import SequenceQuery, look_up
+from atropos_verl.provenance.ledger import Ledger
+from atropos_verl.types import NO_LOGPROB, UNKNOWN_VERSION, SequenceMatch
 
-KEY = "integration-key"
-EOS = 258
-YES, NO = [88, 68, 82, EOS], [77, 78, EOS]  # "yes", "no": byte - 33, then <|im_end|>
+YES, NO = [88, 68, 82, 258], [77, 78, 258]  # "yes", "no": byte - 33, then <|im_end|>
+
+
+class SwappingEngine(FakeEngine):
+    """New weights before every second token: token k of a request is of version ``base + k // 2``."""
+
+    base = 0
+
+    async def _turn(self, position: int) -> None:
+        await super()._turn(position)
+        self.policy_version = self.base + position // 2
+
+    def versions(self, count: int) -> list[int]:
+        return [self.base + k // 2 for k in range(count)]
+
+
+Served = tuple[SwappingEngine, Ledger, httpx.Client]
 
 
 @pytest.fixture(scope="module")
-def served(model_dir: Path, tokenizer: Any) -> Iterator[tuple[FakeEngine, RequestGate, str]]:
-    engine, gate = FakeEngine(), RequestGate()
-    with serving(engine, tokenizer, gate=gate, model_name=str(model_dir), api_key=KEY) as client:
-        yield engine, gate, str(client.base_url).rstrip("/")
+def served(model_dir: Path, tokenizer: Any) -> Iterator[Served]:
+    engine, ledger = SwappingEngine(), Ledger()
+    with serving(engine, tokenizer, ledger=ledger, model_name=str(model_dir), api_key="K") as client:
+        client.headers["authorization"] = "Bearer K"
+        yield engine, ledger, client
 
 
 @pytest.fixture
-def engine(served: tuple[FakeEngine, RequestGate, str], tokenizer: Any) -> FakeEngine:
-    served[0].reset(text_reply(tokenizer, "yes<|im_end|>", "no<|im_end|>"))
-    return served[0]
+def ledger(served: Served) -> Ledger:
+    return served[1]
 
 
 @pytest.fixture
-def url(served: tuple[FakeEngine, RequestGate, str], engine: FakeEngine) -> str:
+def client(served: Served) -> httpx.Client:
     return served[2]
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
+def at(client: httpx.Client, model_dir: Path) -> dict[str, Any]:
+    """Where the clients find it."""
+    return {"url": str(client.base_url).rstrip("/"), "model_dir": model_dir, "api_key": "K"}
+
+
+@pytest.fixture(autouse=True)
+def engine(served: Served, tokenizer: Any) -> SwappingEngine:
+    served[0].reset(text_reply(tokenizer, "yes<|im_end|>", "no<|im_end|>"))
+    served[0].base += 10  # another oracle for every test
+    return served[0]
 
 
 def logprobs(index: int, count: int) -> list[float]:
     return [logprob_of(index, position) for position in range(count)]
 
 
-# the openai package -------------------------------------------------------------------------------------------------
+def find(ledger: Ledger, prompt: list[int], completion: list[int]) -> tuple[SequenceMatch, list[int], list[float]]:
+    """What is known of a completion, with its versions and logprobs."""
+    tokens = np.array([*prompt, *completion], dtype=np.int64)
+    [match] = look_up(ledger, [SequenceQuery(token_ids=tokens, loss_mask=np.arange(len(tokens)) >= len(prompt))])
+    return match, match.versions[len(prompt) :].tolist(), match.logprobs[len(prompt) :].tolist()
 
 
-def test_openai_errors_arrive_as_the_packages_own_exceptions(
-    client: openai.OpenAI, url: str, engine: FakeEngine
+# -- every dialect is written down -----------------------------------------------------------------------------------
+
+SHARED = {"n": 2, "temperature": 0.7}
+FORM = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
+DIALECTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", {"messages": HI, **SHARED}, {"response_format": {"type": "json_object"}}),
+    "responses": ("/v1/responses", {"input": HI}, {"text": {"format": FORM}}),
+    "messages": ("/v1/messages", {"messages": HI, "max_tokens": 9}, {"output_config": {"format": FORM}}),
+    "completions": ("/v1/completions", {"prompt": "ab", **SHARED}, {}),
+    "vllm": ("/generate", {"prompt": {"prompt_token_ids": [64, 65]}, **SHARED}, {}),
+    "sglang": ("/generate", {"input_ids": [64, 65], "sampling_params": SHARED}, {}),
+    "trl": ("/generate/", {"prompts": ["ab"], **SHARED}, {}),
+}
+"""Path, body, and what constrains its tokens."""
+CASES = [(name, streamed, True) for name in list(DIALECTS)[:3] for streamed in (False, True)]
+CASES += [(name, streamed, False) for name in list(DIALECTS)[:4] for streamed in (False, True)]
+CASES += [(name, False, False) for name in list(DIALECTS)[4:]]
+
+
+@pytest.mark.parametrize(("dialect", "streamed", "constrained"), CASES)
+def test_every_dialect_is_written_down_and_constrained_tokens_have_no_logprob(
+    served: Served, tokenizer: Any, dialect: str, streamed: bool, constrained: bool
 ) -> None:
-    stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
-    with stranger, pytest.raises(openai.AuthenticationError, match="API key"):
-        stranger.completions.create(model="m", prompt="a")
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(model="m", prompt="a" * 600)
-    assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
-    with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.completions.create(model="m", prompt="a", presence_penalty=1.0)
-    with pytest.raises(openai.NotFoundError):
-        client.embeddings.create(model="m", input="a")
-    engine.fail_with = RuntimeError("boom")
-    with pytest.raises(openai.InternalServerError):
-        client.completions.create(model="m", prompt="a")
+    engine, ledger, client = served
+    path, body, form = DIALECTS[dialect]
+    answer = client.post(path, json={**body, **({"stream": True} if streamed else {}), **(form if constrained else {})})
+    assert answer.status_code == 200, answer.text
+    prompt, several = tokenizer.encode(HI_PROMPT if HI in body.values() else "ab"), "temperature" in str(body)
+    for index, tokens in enumerate((YES, NO)[: 1 + several]):
+        match, versions, values = find(ledger, prompt, tokens)
+        assert match.unmatched_spans == 0 and (match.temperature == 0.7 or not several)
+        assert versions == engine.versions(len(tokens))
+        assert values == ([NO_LOGPROB] * len(tokens) if constrained else logprobs(index, len(tokens)))
 
 
-# atroposlib's servers -----------------------------------------------------------------------------------------------
+def test_figures_are_in_the_gateways_metrics(ledger: Ledger, client: httpx.Client) -> None:
+    client.post("/v1/completions", json={"prompt": "figures", "n": 2})
+    stats, text = ledger.stats(), client.get("/metrics").text
+    assert f"atropos_verl_gateway_ledger_spans {float(stats.spans)}\n" in text and stats.spans >= 2
+    assert f"atropos_verl_gateway_ledger_bytes {float(stats.bytes)}\n" in text
+
+
+# -- atroposlib's servers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
-async def test_tokens_and_logprobs_arrive_exactly(kind: str, url: str, model_dir: Path, engine: FakeEngine) -> None:
+async def test_tokens_and_logprobs_arrive_exactly(kind: str, at: dict[str, Any], engine: SwappingEngine) -> None:
     engine.logprob = lambda index, position: -0.1 - index / 3 - position / 7  # not exact in binary on purpose
-    async with server_manager(kind, url, model_dir, api_key=KEY) as manager:
+    async with server_manager(kind, **at) as manager:
         prompt, tokens, values, reasons = await manager.tokens_and_logprobs_completion(
             prompt="ab", n=2, max_tokens=16, temperature=0.7, top_p=0.9, stop=["END"]
         )
-    assert prompt == [64, 65]
-    assert tokens == [YES, NO]
+    assert (prompt, tokens) == ([64, 65], [YES, NO])
     assert values == [[-0.1 - i / 3 - p / 7 for p in range(len(t))] for i, t in enumerate([YES, NO])]
-    assert reasons == (["stop", "stop"] if kind == "vllm" else [{"type": "stop", "matched": EOS}] * 2)
+    assert reasons == (["stop", "stop"] if kind == "vllm" else [{"type": "stop", "matched": 258}] * 2)
     sent = next(request for request in engine.requests if request.prompt_token_ids == (64, 65))
     assert (sent.n, sent.max_tokens, sent.temperature, sent.top_p, sent.stop) == (2, 16, 0.7, 0.9, ("END",))
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-async def test_managed_server_masks_and_logprobs_over_two_turns(
-    kind: str, url: str, model_dir: Path, engine: FakeEngine, tokenizer: Any
-) -> None:
-    first_prompt = tokenizer.encode(HI_PROMPT)
-    async with managed_server(kind, url, model_dir, tokenizer, api_key=KEY) as managed:
-        answer = await managed.chat_completion(messages=HI, n=1, max_tokens=16, temperature=1.0)
-        assert answer.choices[0].message.content == "yes" and answer.choices[0].finish_reason == "stop"
-        (node,) = managed.get_state()["nodes"]
-        assert node.tokens == first_prompt + YES
-        assert node.masked_tokens == [-100] * len(first_prompt) + YES
-        assert node.logprobs == [1.0] * len(first_prompt) + logprobs(0, 4)
-
-        messages = [*HI, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
-        await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
-        (node,) = managed.get_state()["nodes"]
-        # atroposlib extends the node by the text after "yes": its own <|im_end|> doubles the one the policy wrote
-        between = tokenizer.encode("<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n")
-        assert node.tokens == first_prompt + YES + between + YES
-        assert node.masked_tokens == [-100] * len(first_prompt) + YES + [-100] * len(between) + YES
-        assert node.logprobs == [1.0] * len(first_prompt) + logprobs(0, 4) + [1.0] * len(between) + logprobs(0, 4)
-    assert [r.prompt_token_ids for r in engine.requests if r.max_tokens == 16] == [
-        tuple(first_prompt),
-        tuple(first_prompt + YES + between),
-    ]
-
-
-async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path) -> None:
-    async with server_manager("vllm", url, model_dir, api_key=KEY) as manager:
+async def test_prompt_logprobs_through_the_vllm_client(at: dict[str, Any]) -> None:
+    async with server_manager("vllm", **at) as manager:
         answer = await manager.servers[0].get_logprobs(input_ids=[5, 6, 7], top_k=2)
     assert answer == {
         "prompt_tokens": [5, 6, 7],
@@ -127,8 +150,8 @@ async def test_prompt_logprobs_through_the_vllm_client(url: str, model_dir: Path
 
 
 @pytest.mark.parametrize("kind", ["openai", "vllm", "sglang"])
-async def test_chat_and_completion_of_every_server_type(kind: str, url: str, model_dir: Path) -> None:
-    async with server_manager(kind, url, model_dir, api_key=KEY) as manager:
+async def test_chat_and_completion_of_every_server_type(kind: str, at: dict[str, Any]) -> None:
+    async with server_manager(kind, **at) as manager:
         chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16, temperature=1.0)
         text = await manager.completion(prompt="a", n=2, max_tokens=16)
     assert [choice.message.content for choice in chat.choices] == ["yes", "no"]
@@ -142,24 +165,68 @@ async def test_trl_client(model_dir: Path, tokenizer: Any) -> None:
         async with server_manager("trl", str(client.base_url).rstrip("/"), model_dir) as manager:
             chat = await manager.chat_completion(messages=HI, n=2, max_tokens=16)
             text = await manager.completion(prompt="a", n=1, max_tokens=16)
-    assert [choice.message.content for choice in chat.choices] == ["yes<|im_end|>", "no"]
-    assert [choice.finish_reason for choice in chat.choices] == ["stop", "length"]  # it looks for eos itself
+    shown = [(choice.message.content, choice.finish_reason) for choice in chat.choices]
+    assert shown == [("yes<|im_end|>", "stop"), ("no", "length")]  # it looks for eos itself
     assert text.choices[0].text == "yes<|im_end|>"
     assert engine.requests[0].prompt_token_ids == tuple(tokenizer.encode(HI_PROMPT))
 
 
-async def test_health_checks_of_atropos_hold_during_a_weight_sync(
-    url: str, model_dir: Path, served: tuple[FakeEngine, RequestGate, str]
+def as_query(node: Any, group: int = 0, *, with_logprobs: bool = False) -> SequenceQuery:
+    logprobs = np.array(node.logprobs)
+    return SequenceQuery(
+        token_ids=np.array(node.tokens, dtype=np.int64),
+        loss_mask=np.array(node.masked_tokens) != -100,
+        logprobs=np.where(logprobs == 1.0, np.nan, logprobs) if with_logprobs else None,
+        group=group,
+    )
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+async def test_a_managed_conversation_has_the_tokens_of_the_policy_and_is_matched(
+    kind: str, at: dict[str, Any], engine: SwappingEngine, ledger: Ledger, tokenizer: Any
 ) -> None:
-    _, gate, _ = served
-    async with server_manager("vllm", url, model_dir, api_key=KEY) as manager:
-        await asyncio.to_thread(gate.pause, 5.0)
-        try:
-            waiting = asyncio.create_task(manager.tokens_and_logprobs_completion(prompt="ab", n=1, max_tokens=16))
-            await asyncio.to_thread(eventually, lambda: gate.waiting == 1, "the request to wait at the gate")
-            await asyncio.sleep(1.5)  # more than one round of its health check
-            assert manager.servers[0].server_healthy and not waiting.done() and gate.waiting == 1
-        finally:
-            gate.resume()
-        _, tokens, _, _ = await asyncio.wait_for(waiting, timeout=20.0)
-    assert tokens == [YES]
+    # atroposlib extends the node by the text after "yes": its own <|im_end|> doubles the one the policy wrote
+    again = tokenizer.encode("<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n")
+    tokens, masks, values = list[int](), list[int](), list[float]()
+    async with managed_server(kind, tokenizer=tokenizer, **at) as managed:
+        messages = [{"role": "user", "content": kind}]
+        for turn in range(3):
+            answer = await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
+            assert answer.choices[0].message.content == "yes" and answer.choices[0].finish_reason == "stop"
+            new = again if turn else tokenizer.encode(HI_PROMPT.replace("hi", kind))
+            asked = next(request for request in reversed(engine.requests) if request.max_tokens == 16)
+            assert asked.prompt_token_ids == (*tokens, *new)
+            tokens += new + YES
+            masks += [-100] * len(new) + YES
+            values += [1.0] * len(new) + logprobs(0, 4)
+            (node,) = managed.get_state()["nodes"]
+            assert (node.tokens, node.masked_tokens, node.logprobs) == (tokens, masks, values)
+            messages += [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+    [match] = look_up(ledger, [as_query(node)])
+    assert (match.spans, match.unmatched_spans, match.ambiguous_spans) == (3, 0, 0)
+    mask = np.array(masks) != -100
+    assert match.versions[mask].tolist() == engine.versions(4) * 3
+    assert (match.versions[~mask] == UNKNOWN_VERSION).all()
+    np.testing.assert_array_equal(match.logprobs[mask], np.float32(values)[mask])
+
+
+async def test_a_group_of_identical_prompts_is_matched_one_to_one(
+    at: dict[str, Any], engine: SwappingEngine, ledger: Ledger, tokenizer: Any
+) -> None:
+    """n = 12, which atroposlib splits into 8 and 4: six times "yes", six times "no"; another group asks the same."""
+    groups = []
+    for _ in range(2):
+        base = engine.base
+        engine.logprob = lambda index, position, base=base: logprob_of(index, position) - base / 64  # other weights
+        async with managed_server("vllm", tokenizer=tokenizer, **at) as managed:
+            await managed.chat_completion(messages=[{"role": "user", "content": "group"}], n=12, max_tokens=3)
+            groups.append((engine.versions(3), list(managed.get_state()["nodes"])))
+        engine.base += 10
+    assert [len(nodes) for _, nodes in groups] == [12, 12]
+    for number, (versions, nodes) in reversed(list(enumerate(groups))):
+        queries = [as_query(node, number, with_logprobs=True) for node in nodes]
+        for query, match in zip(queries, look_up(ledger, queries), strict=True):
+            assert (match.unmatched_spans, match.ambiguous_spans) == (0, 0)
+            assert query.logprobs is not None
+            np.testing.assert_array_equal(match.logprobs[query.loss_mask], np.float32(query.logprobs[query.loss_mask]))
+            assert match.versions[query.loss_mask].tolist() == versions

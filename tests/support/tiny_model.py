@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,20 +15,24 @@ CHATML_TEMPLATE = (
 )
 
 
-def build_tiny_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer: 256 single-byte tokens, then endoftext 256, im_start 257, im_end 258.
+def build_tiny_tokenizer(
+    path: str | Path | None = None, *, merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer: 256 single-byte tokens, then endoftext 256, im_start 257, im_end 258, then ``merges``.
 
-    No merges, so a text of k UTF-8 bytes is exactly k tokens, and any split of the text encodes alike. ``eos`` is
+    Without these a text of k UTF-8 bytes is exactly k tokens, and any split of the text encodes alike. ``eos`` is
     ``<|im_end|>``, ``pad`` is ``<|endoftext|>``. Written to ``path`` when given.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words += [*specials, *map("".join, merges)] if merges else []
+    backend = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[*merges]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    backend.add_special_tokens([AddedToken(word, special=True) for word in specials])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
     tokenizer.chat_template = CHATML_TEMPLATE
     if path is not None:

@@ -1,132 +1,161 @@
-"""Seeded requests over all routes of the gateway: no answer is a failure of the server, and nothing is kept of them.
+"""Seeded requests over all routes of the gateway: no answer is a failure of the server, and every rollout is sound.
 
 ``ATROPOS_VERL_FUZZ=500000`` (``make fuzz``) sends so many, and looks at the memory.
 """
 
 import gc
+import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from support.fake_engine import FakeEngine, counting_reply, text_reply
-from support.request_fuzz import FuzzedRoute, RequestFuzzer, answer_of, check_answer
+from support.request_fuzz import FuzzedRequest, FuzzedRoute, RequestFuzzer, answer_of, check_answer
+from support.sdks import blocks_of, items_of
+from support.sessions import OracleEngine, trained_samples
 from support.tiny_model import build_tiny_tokenizer
 
 from atropos_verl.gateway.app import create_app
+from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.types import GenerationRequest
 
-_SAMPLING = {"n": 2, "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3}
-_SHARED = {**_SAMPLING, "stop": ["x", 258], "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False}
-_CALL = {"id": "c", "type": "function", "function": {"name": "w", "arguments": '{"city": "Rome"}'}}
-_MESSAGES: list[dict[str, Any]] = [
-    {"role": "developer", "content": [{"type": "text", "text": "hi"}]},
-    {"role": "assistant", "content": None, "tool_calls": [_CALL]},
-    {"role": "tool", "tool_call_id": "c", "content": "ok"},
+COUNT = int(os.environ.get("ATROPOS_VERL_FUZZ", 3000))
+JSON = {"content-type": "application/json"}
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+FORMAT = {"type": "json_schema", "name": "n", "schema": SCHEMA}
+TEXT = {"type": "text", "text": "hi"}
+FUNCTION = {"name": "w", "parameters": SCHEMA}
+TOOL = {"type": "function", "function": FUNCTION}
+CALL = {"id": "c", "type": "function", "function": {"name": "w", "arguments": '{"city": "Rome"}'}}
+ONE = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
+SAMPLING = {"n": 2, "max_tokens": 3, "top_k": 5, "min_p": 0.1, **ONE}
+SHARED = {**SAMPLING, "stop": ["x", 258], "stop_token_ids": [3], "ignore_eos": True, "skip_special_tokens": False}
+FIRST = {"role": "user", "content": [TEXT]}
+MESSAGES: list[dict[str, Any]] = [
+    {**FIRST, "role": "developer"},
+    {"role": "assistant", "content": "a", "reasoning_content": "hm", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": [TEXT]},
 ]
-_CHAT = {"messages": _MESSAGES, "tools": [{"type": "function", "function": {"name": "w"}}], "tool_choice": "auto"}
-_CHAT |= {"chat_template_kwargs": {"x": 1}, "logprobs": True, "return_token_ids": True, "add_generation_prompt": False}
-_SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
-_FORMAT = {"type": "json_schema", "json_schema": {"name": "n", "schema": _SCHEMA}}
-_ONE = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
-_TOOL = {"type": "function", "function": {"name": "w", "parameters": _SCHEMA}}
-_ITEMS: list[dict[str, Any]] = [
-    {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
-    {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
-    {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
-    {"type": "function_call", "call_id": "c", "name": "w", "arguments": "{}"},
-    {"type": "function_call_output", "call_id": "c", "output": "ok"},
-]
-_RESPONSES = {"tools": [{"type": "function", "name": "w", "parameters": _SCHEMA}], "instructions": "s", **_ONE}
-_RESPONSES |= {"max_output_tokens": 9, "text": {"format": {"type": "json_schema", "name": "n", "schema": _SCHEMA}}}
-_TEXT = {"type": "text", "text": "r"}
-_BLOCKS: list[dict[str, Any]] = [
-    {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-    {
-        "role": "assistant",
-        "content": [
-            {"type": "thinking", "thinking": "hm", "signature": "s"},
-            {"type": "text", "text": "a"},
-            {"type": "tool_use", "id": "t", "name": "w", "input": {"x": 1}},
-        ],
-    },
-    {
-        "role": "user",
-        "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "r"}]}],
-    },
-]
-_ANTHROPIC = {"max_tokens": 9, "system": [{"type": "text", "text": "s"}], "stop_sequences": ["x"], **_ONE}
-_ANTHROPIC |= {"tools": [{"name": "w", "input_schema": _SCHEMA}], "tool_choice": {"type": "any"}}
-_ANTHROPIC |= {"thinking": {"type": "enabled", "budget_tokens": 9}, "messages": _BLOCKS}
-_PROMPT = {"prompt": {"prompt_token_ids": [1, 2]}}
-_BODIES: dict[str, list[Any]] = {
+CHAT = {"messages": MESSAGES, "tools": [TOOL], "tool_choice": "auto", "chat_template_kwargs": {"x": 1}, **SHARED}
+CHAT |= {"logprobs": True, "return_token_ids": True, "add_generation_prompt": False}
+STREAMED = {"messages": [FIRST], "stream": True, "stream_options": {"include_usage": True}, **SAMPLING}
+FORCED = {"messages": [FIRST], "tools": [TOOL], "tool_choice": TOOL, "max_tokens": 60}
+FORCED |= {"response_format": {"type": "json_schema", "json_schema": FORMAT}}
+RESPONSES = {"instructions": "s", "max_output_tokens": 9, "text": {"format": FORMAT}, **ONE}
+RESPONSES |= {"tools": [{"type": "function", **FUNCTION}]}
+ANTHROPIC = {
+    "messages": [*blocks_of([FIRST, *MESSAGES[1:]])],
+    "max_tokens": 9,
+    "system": [TEXT],
+    "stop_sequences": ["x"],
+    **ONE,
+}
+ANTHROPIC |= {"tools": [{"name": "w", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}
+ANTHROPIC |= {"thinking": {"type": "enabled", "budget_tokens": 9}}
+BODIES: dict[str, list[Any]] = {
     "/v1/chat/completions": [
-        {**_CHAT, **_SHARED},
-        {"messages": _MESSAGES[:1], "stream": True, "stream_options": {"include_usage": True}, **_SAMPLING},
-        {"messages": _MESSAGES[:1], "chat_template": "{{ 1 }}"},
-        {
-            "messages": _MESSAGES[:1],
-            "tools": [_TOOL],
-            "tool_choice": _TOOL,
-            "response_format": _FORMAT,
-            "max_tokens": 60,
-        },
-        {"messages": _MESSAGES, "tools": [_TOOL], "stream": True, "logprobs": True, "top_logprobs": 2},
+        CHAT,
+        STREAMED,
+        {"messages": [FIRST], "chat_template": "{{ 1 }}"},
+        FORCED,
+        {"messages": MESSAGES, "tools": [TOOL], "stream": True, "logprobs": True, "top_logprobs": 2},
     ],
     "/v1/responses": [
-        {"input": _ITEMS, **_RESPONSES, "tool_choice": {"type": "function", "name": "w"}},
-        {"input": "hi", "stream": True, **_RESPONSES, "previous_response_id": None, "parallel_tool_calls": False},
+        {"input": [*items_of([FIRST, *MESSAGES[1:]])], **RESPONSES, "tool_choice": {"type": "function", "name": "w"}},
+        {"input": "hi", "stream": True, **RESPONSES, "previous_response_id": None, "parallel_tool_calls": False},
     ],
-    "/v1/messages": [_ANTHROPIC, {**_ANTHROPIC, "stream": True, "output_config": {"format": _FORMAT}}],
-    "/v1/messages/count_tokens": [_ANTHROPIC],
-    "/v1/completions": [{"prompt": ["a", [1]], "logprobs": 1, **_SHARED}, {"prompt": "a", "stream": True, **_SHARED}],
+    "/v1/messages": [ANTHROPIC, {**ANTHROPIC, "stream": True, "output_config": {"format": FORMAT}}],
+    "/v1/messages/count_tokens": [ANTHROPIC],
+    "/v1/completions": [{"prompt": ["a", [1]], "logprobs": 1, **SHARED}, {"prompt": "a", "stream": True, **SHARED}],
     "/generate": [
-        {**_PROMPT, "logprobs": 0, "prompt_logprobs": 1, **_SHARED},
-        {"prompt": "ab", **_SAMPLING},
-        {"input_ids": [[1], [2]], "sampling_params": _SHARED, "return_logprob": True, "logprob_start_len": 0},
+        {"prompt": {"prompt_token_ids": [1, 2]}, "logprobs": 0, "prompt_logprobs": 1, **SHARED},
+        {"prompt": "ab", **SAMPLING},
+        {"input_ids": [[1], [2]], "sampling_params": SHARED, "return_logprob": True, "logprob_start_len": 0},
         {"text": ["a"], "sampling_params": {"max_new_tokens": 2}, "return_text_in_logprobs": True},
     ],
-    "/generate/": [{"prompts": ["a", "b"], **_SHARED}],
+    "/generate/": [{"prompts": ["a", "b"], **SHARED}],
 }
+TOKENIZER = build_tiny_tokenizer()
+WRITTEN = text_reply(TOKENIZER, '<think>h</think>a<tool_call>{"name": "w"}</tool_call>b<tool_call>{<|im_end|>')
 
 
-_WRITTEN = text_reply(
-    build_tiny_tokenizer(), '<think>h</think>a<tool_call>{"name": "w"}</tool_call>b<tool_call>{<|im_end|>'
-)
-
-
-def _reply(request: GenerationRequest, index: int) -> Sequence[int]:
+def reply(request: GenerationRequest, index: int) -> Sequence[int]:
     """Text with calls where it has room."""
-    wants = request.max_tokens is not None and request.max_tokens > 50
-    return _WRITTEN(request, index) if wants else counting_reply(request, index)
+    return (WRITTEN if (request.max_tokens or 0) > 50 else counting_reply)(request, index)
 
 
 @pytest.mark.parametrize("key", [None, "K"])
 async def test_no_request_makes_the_gateway_fail(key: str | None, caplog: pytest.LogCaptureFixture) -> None:
-    count = int(os.environ.get("ATROPOS_VERL_FUZZ", 3000)) // 2
-    if count > 100_000:
+    count, measured = COUNT // 2, COUNT > 200_000
+    if measured:
         caplog.set_level(logging.CRITICAL, "atropos_verl")  # pytest keeps every record
-    tokenizer = build_tiny_tokenizer()
-    engine = FakeEngine(_reply, max_context_len=700)
-    app = create_app(engine, tokenizer, model_name="tiny", api_key=key, allowed_hosts=("localhost",))
-    headers = {"content-type": "application/json", **({} if key is None else {"authorization": f"Bearer {key}"})}
+    engine = FakeEngine(reply, max_context_len=700)
+    app = create_app(engine, TOKENIZER, model_name="tiny", api_key=key, allowed_hosts=("localhost",))
+    headers = JSON if key is None else {**JSON, "authorization": f"Bearer {key}"}
     gets = [FuzzedRoute("GET", path, (), headers) for path in ("/health", "/v1/models", "/metrics")]
-    posts = [FuzzedRoute("POST", path, bodies, headers) for path, bodies in _BODIES.items()]
+    posts = [FuzzedRoute("POST", path, bodies, headers) for path, bodies in BODIES.items()]
     sizes, statuses, served = [], set(), set()
     for number, request in zip(range(count), RequestFuzzer(1 if key else 0, [*gets, *8 * posts]), strict=False):
         status, answer = await answer_of(app, request)
         check_answer(request, status, answer)
         statuses.add(status)
-        if status == 200:
-            served.add(request.target)
+        served |= {request.target} if status == 200 else set()
         if number % max(100, count // 50) == 0:
             assert not engine.active
-            engine.reset(_reply, max_context_len=700)
-            if count > 100_000:
+            engine.reset(reply, max_context_len=700)
+            if measured:
                 gc.collect()
                 sizes.append(psutil.Process().memory_info().rss / 2**20)
-    assert {200, 400, 403, 404, 405, 415} <= statuses and served >= _BODIES.keys()
-    if count > 100_000:
-        assert sizes[-1] - sizes[len(sizes) // 5] < 50, f"memory grows (MiB): {sizes}"
+    assert {200, 400, 403, 404, 405, 415} <= statuses and served >= BODIES.keys()
+    assert not measured or sizes[-1] - sizes[len(sizes) // 5] < 50, f"memory grows (MiB): {sizes}"
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+OPENING = {"group": "g", "task": "t", "metadata": {"a": [1, {"b": None}]}, "ttl": 60.5, "size": 8}
+REWARD = {"reward": 0.5, "per_turn": [1, 0.5], "finished": False, "info": {"why": "x"}}
+ASKED = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+PROMPTS = [{"prompt": ["a", [1]], "max_tokens": 2}, {"prompt": "ab", "stream": True}]
+
+
+async def test_no_request_makes_a_session_fail(tmp_path: Path) -> None:
+    engine, store = OracleEngine(max_context_len=256), SessionStore(tmp_path)
+    app = create_app(engine, TOKENIZER, model_name="tiny", api_key="K", sessions=store)
+    headers = {**JSON, "host": "localhost", "authorization": "Bearer K"}
+
+    async def ask(method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        status, answer = await answer_of(app, FuzzedRequest(method, path, headers, json.dumps(body).encode()))
+        return status, json.loads(answer)
+
+    statuses, rollouts, seeds = set(), 0, range(COUNT // 120)
+    for seed in seeds:
+        opened = [(await ask("POST", "/sessions", {"group": "g"}))[1] for _ in range(2)]
+        (session, other), key = (f"/sessions/{one['id']}" for one in opened), opened[0]["api_key"]
+        base, own = session.replace("sessions", "s"), {**headers, "authorization": f"Bearer {key}"}
+        routes = [
+            FuzzedRoute("POST", "/sessions", [OPENING], headers),
+            FuzzedRoute("POST", f"{session}/reward", [REWARD] * 7 + [{"reward": 1}], headers),
+            FuzzedRoute("POST", f"{other}/abort", [{"reason": "x"}, {}], headers),
+            FuzzedRoute("POST", f"{base}/v1/chat/completions", [{**ASKED, "n": 2}, {**ASKED, "stream": True}], own),
+            FuzzedRoute("POST", "/v1/completions", PROMPTS, own),
+        ] * 3
+        gets = (session, f"{session}/rollout", other, f"{base}/v1/models")
+        routes += [FuzzedRoute("GET", path, (), headers) for path in gets]
+        engine.samples.clear()
+        for _, request in zip(range(40), RequestFuzzer(seed, routes), strict=False):
+            status, answer = await answer_of(app, request)
+            check_answer(request, status, answer)
+            statuses.add(status)
+        assert (await ask("POST", f"{session}/reward", {"reward": 1}))[0] in (200, 409)
+        status, rollout = await ask("GET", f"{session}/rollout")
+        trained = trained_samples(rollout)
+        assert len(trained) <= len(engine.samples) and all(sample in engine.samples for sample in trained)
+        assert status == 200 and not engine.active
+        rollouts += bool(trained)
+    assert {200, 400, 401, 404, 405, 409, 410, 415} <= statuses, statuses
+    assert rollouts > len(seeds) // 2
+    store.close()

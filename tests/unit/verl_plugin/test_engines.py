@@ -322,6 +322,19 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
     assert said == [f"{name}ForCausalLM computes prefixes that sequences share for each of them: {why}"]
 
 
+@pytest.mark.parametrize("least", [0, 2**28])
+def test_the_backward_of_a_large_model_hands_memory_back(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(engines, "TRIM_BYTES", least)
+    monkeypatch.setattr(engines, "trim_memory", lambda: calls.append(None))
+    worker = _worker(model_path)
+    worker.train(branching_samples(3)[:2])
+    layers = worker._worker.engine.module.config.num_hidden_layers
+    assert len(calls) == (0 if least else min(layers, 4) + 1)  # and when the step is over
+
+
 @pytest.mark.parametrize("budget", [64, 4096])
 def test_every_distinct_prefix_is_computed_once_and_logprobs_are_those_of_padded_rows(
     model_path: Path, budget: int
