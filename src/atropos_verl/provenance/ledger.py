@@ -533,7 +533,7 @@ def _logprobs(generation: Generation) -> NDArray[np.float32]:
 
 
 def _holds(record: SpanRecord, sequence: bytes, stop: int) -> bool:
-    """True when ``sequence`` is prompt and completion of ``record``, as far as position ``stop``."""
+    """True when ``sequence`` is prompt and completion of ``record``, as far as position ``stop``, at most its own."""
     start = len(record.prompt.ids)
-    end = stop * IDS.itemsize
-    return sequence[start:end] == record.ids[: end - start] and sequence.startswith(record.prompt.ids)
+    written = record.ids[: stop * IDS.itemsize - start]
+    return sequence.startswith(written, start) and sequence.startswith(record.prompt.ids)
