@@ -41,11 +41,7 @@ def load_example(name: str) -> ModuleType:
 
 SPELL = load_example("environments/spell_backward.py")
 SUMS = load_example("environments/sums.py").SumsEnv
-
-
-@pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    return load_example("demo_model/pretrain.py")
+PRETRAIN = load_example("demo_model/pretrain.py")
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +113,11 @@ def test_defaults_run_by_hand() -> None:
     assert 13 + 5 + config.max_answer_tokens < config.max_token_length
 
 
-async def test_words_are_split_by_a_hash_and_follow_the_seed(pretrain: ModuleType) -> None:
+async def test_words_are_split_by_a_hash_and_follow_the_seed() -> None:
     # First byte of sha256 by coreutils: able b0, actor 50, cat 77, neon 1b, table 0d; held out when divisible by 16.
     words = ("able", "ABLE", "actor", "cat", "neon", "table")
     assert [SPELL.is_held_out(word) for word in words] == [True] * 3 + [False] * 3
-    train, kept = pretrain.split_words()
+    train, kept = PRETRAIN.split_words()
     assert not any(map(SPELL.is_held_out, train)) and all(map(SPELL.is_held_out, kept))
     assert 0.04 < len(kept) / (len(train) + len(kept)) < 0.085  # one in 16 is 0.0625
     envs = [await environment(seed=seed, eval_words=600) for seed in (0, 0, 1)]
@@ -144,17 +140,14 @@ async def test_reward_by_hand() -> None:
     assert found == pytest.approx([1.0, 1.0, 1.0, 0.75, 0.75, 0.5, 0.8, 0.0])
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"min_word_len": 6, "max_word_len": 5}, r"--env\.min_word_len 6 is above --env\.max_word_len 5"),
-        ({"min_word_len": 30, "max_word_len": 40}, r"30-40 letters"),
-        ({"max_answer_tokens": 64}, r"--env\.max_answer_tokens 64 leaves no room"),
-    ],
-)
-async def test_settings_without_a_task_are_refused(settings: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        await environment(**settings)
+async def test_settings_without_a_task_are_refused() -> None:
+    for message, settings in {
+        r"--env\.min_word_len 6 is above --env\.max_word_len 5": {"min_word_len": 6, "max_word_len": 5},
+        r"30-40 letters": {"min_word_len": 30, "max_word_len": 40},
+        r"--env\.max_answer_tokens 64 leaves no room": {"max_answer_tokens": 64},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            await environment(**settings)
 
 
 async def test_a_group_is_token_exact(server: Any, tokenizer: Any) -> None:
@@ -243,7 +236,7 @@ def test_the_model_is_a_small_standard_qwen2_and_readable_by_all(model: Any, tok
 
 
 def test_the_tokenizer_keeps_text_spells_words_and_is_one_that_transformers_4_and_5_know(
-    pretrain: ModuleType, tokenizer: Any, tmp_path: Path
+    tokenizer: Any, tmp_path: Path
 ) -> None:
     prompt = f"<|im_start|>user\n{QUESTION}neon<|im_end|>\n<|im_start|>assistant\n"
     for text in ("\n", "line one\r\n\tline  two \n\n", "héllo — 日本語 🙂", prompt):
@@ -253,33 +246,33 @@ def test_the_tokenizer_keeps_text_spells_words_and_is_one_that_transformers_4_an
     assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == prompt
     pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode("<|im_start|>user\na neon<|im_end|>"))
     assert pieces == ["<|im_start|>", *"user", "Ċ", "a", "Ġ", *"neon", "<|im_end|>"]
-    assert pretrain.Examples(tokenizer, ["neon"], seed=0).prompt("neon") == tokenizer.encode(prompt)
+    assert PRETRAIN.Examples(tokenizer, ["neon"], seed=0).prompt("neon") == tokenizer.encode(prompt)
     # transformers 5 saves TokenizersBackend, which transformers 4, and so every environment, cannot load.
     shipped = json.loads((demo_model_path() / "tokenizer_config.json").read_text())
     assert shipped["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in shipped
-    pretrain.save_tokenizer(pretrain.build_tokenizer(), tmp_path)
+    PRETRAIN.save_tokenizer(PRETRAIN.build_tokenizer(), tmp_path)
     for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (demo_model_path() / name).read_bytes(), name
 
 
-def test_success_on_held_out_words_is_as_documented(pretrain: ModuleType, model: Any, tokenizer: Any) -> None:
-    train, held_out = pretrain.split_words()
-    examples = pretrain.Examples(tokenizer, train, seed=0)
+def test_success_on_held_out_words_is_as_documented(model: Any, tokenizer: Any) -> None:
+    train, held_out = PRETRAIN.split_words()
+    examples = PRETRAIN.Examples(tokenizer, train, seed=0)
     words = random.Random(7).sample(held_out, 64)
-    assert pretrain.success_rate(model, examples, words, greedy=True) >= 0.9
+    assert PRETRAIN.success_rate(model, examples, words, greedy=True) >= 0.9
     torch.manual_seed(0)
-    sampled = pretrain.success_rate(model, examples, words, greedy=False, samples=8)
+    sampled = PRETRAIN.success_rate(model, examples, words, greedy=False, samples=8)
     assert 0.15 <= sampled <= 0.45
 
 
 @pytest.mark.usefixtures("model")  # its threads are given back
 def test_a_short_pretraining_runs_and_saves_a_loadable_model(
-    pretrain: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, held_out = pretrain.split_words()
-    monkeypatch.setattr(pretrain, "split_words", lambda: (train, held_out[:20]))
+    train, held_out = PRETRAIN.split_words()
+    monkeypatch.setattr(PRETRAIN, "split_words", lambda: (train, held_out[:20]))
     settings = ["--seed", "5", "--clean-steps", "2", "--mixed-steps", "1", "--batch-size", "8", "--threads", "1"]
-    result = pretrain.main(["--out", str(tmp_path), *settings])
+    result = PRETRAIN.main(["--out", str(tmp_path), *settings])
     assert "step 3/3" in capsys.readouterr().out
     assert (result["parameters"], result["greedy_success"]) == (822_016, 0.0)  # three steps teach nothing
     assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path).parameters()) == 822_016

@@ -27,21 +27,14 @@ def found() -> dict[str, Any]:
     return json.loads(answer.stdout)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(
-    ("name", "waits"),
-    [
-        *((f"training, {kind}", MICRO_BATCH) for kind in ("weighted", "clipped ratio")),
-        *((name, TOKEN) for name in ("prefill", "prefill behind a stored prefix", "decode", "decode, the same rows")),
-        ("padded loss", {"nonzero compute_advantage_weighted_sft_loss": 1, "tolist _means": 1}),
-    ],
-)
-def test_the_processor_waits_at_these_places(found: dict[str, Any], name: str, waits: dict[str, int]) -> None:
-    copies = {place: count for place, count in found[name].items() if place.startswith("copy to the GPU")}
-    assert found[name] == {**waits, **copies}
-    if name == "decode, the same rows":
-        assert sum(copies.values()) == 3, "tokens, positions and random numbers go to the device"
-
-
-def test_the_probe_runs_on_one_device_and_tensors_of_two_are_refused(found: dict[str, Any]) -> None:
+def test_the_processor_waits_for_the_device_at_these_places(found: dict[str, Any]) -> None:
+    waits = {
+        **dict.fromkeys(("training, weighted", "training, clipped ratio"), MICRO_BATCH),
+        **dict.fromkeys(("prefill", "prefill behind a stored prefix", "decode", "decode, the same rows"), TOKEN),
+        "padded loss": {"nonzero compute_advantage_weighted_sft_loss": 1, "tolist _means": 1},
+    }
+    copies = {name: {at: n for at, n in found[name].items() if at.startswith("copy to the GPU")} for name in waits}
+    assert {name: found[name] for name in waits} == {name: {**waits[name], **copies[name]} for name in waits}
+    assert sum(copies["decode, the same rows"].values()) == 3, "tokens, positions and random numbers"
     assert found["probe"]
     assert found["mixed"] == "add: tensors of both devices, [(3,)]"

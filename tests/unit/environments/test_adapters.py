@@ -53,14 +53,12 @@ def test_what_is_no_setting_or_ecosystem_is_refused(read: Callable[[Any], object
         read(given)
 
 
-@pytest.mark.parametrize(
-    ("found", "told"),
-    [(Mock(side_effect=serve.metadata.PackageNotFoundError), "has none"), (lambda _: "0.1.14", r"has 0\.1\.14")],
-)
-def test_a_missing_package_is_told_by_name(monkeypatch: pytest.MonkeyPatch, found: Any, told: str) -> None:
-    monkeypatch.setattr(serve.metadata, "version", found)
-    with pytest.raises(ConfigError, match=f"needs verifiers 0.4 in .*{told}: pip install 'verifiers==0.4"):
-        adapter_of("verifiers:gsm8k")
+def test_a_missing_package_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = Mock(side_effect=serve.metadata.PackageNotFoundError)
+    for found, told in ((missing, "has none"), (lambda _: "0.1.14", r"has 0\.1\.14")):
+        monkeypatch.setattr(serve.metadata, "version", found)
+        with pytest.raises(ConfigError, match=f"needs verifiers 0.4 in .*{told}: pip install 'verifiers==0.4"):
+            adapter_of("verifiers:gsm8k")
 
 
 async def test_the_last_tasks_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:

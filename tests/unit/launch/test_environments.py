@@ -130,32 +130,19 @@ def test_weights_become_shares_of_every_batch() -> None:
         assert [int(batch_size * (share or 0.0)) for share in shares.values()] == expected, environments
 
 
-@pytest.mark.parametrize(
-    ("environments", "own_api", "warning", "shares"),
-    [
-        (
-            {"a": {"weight": 9}, "b": {}},
-            True,
-            "environments.b: its share of a batch of 64 is less than one group of 8; it gets what the others leave",
-            [True, False],
-        ),
+def test_what_will_be_otherwise_than_the_settings_read_is_warned_of() -> None:
+    alone: dict[str, Any] = {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}}
+    too_few = "environments.b: its share of a batch of 64 is less than one group of 8; it gets what the others leave"
+    for environments, own_api, warning, has_share in (
+        ({"a": {"weight": 9}, "b": {}}, True, too_few, [True, False]),
         ({"a": {"weight": 3}, "b": {}}, False, "shares of the trained sequences will not follow them", [False] * 2),
         ({"a": {"group_size": 24}, "b": {"group_size": 12}}, True, "some batches will be smaller", [False] * 2),
-        (
-            {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}},
-            True,
-            "groups of a, b have one sequence (group_size=1), whose advantage is 0 with algorithm.adv_e",
-            [False] * 3,
-        ),
-    ],
-)
-def test_what_will_be_otherwise_than_the_settings_read_is_warned_of(
-    environments: dict[str, Any], own_api: bool, warning: str, shares: list[bool]
-) -> None:
-    services, [said] = plan(environments, own_api=own_api)
-    assert warning in said
-    assert ["--env.min_batch_allocation" in item.command for item in services] == shares
-    assert "group_size=1" not in warning or plan(environments, algorithm={"adv_estimator": "plain"})[1] == []
+        (alone, True, "groups of a, b have one sequence (group_size=1), whose advantage is 0 with", [False] * 3),
+    ):
+        services, [said] = plan(environments, own_api=own_api)
+        assert warning in said
+        assert ["--env.min_batch_allocation" in item.command for item in services] == has_share
+    assert plan(alone, algorithm={"adv_estimator": "plain"})[1] == []
 
 
 def test_a_virtual_environment_is_an_interpreter(tmp_path: Path) -> None:
