@@ -225,29 +225,23 @@ def _model(path: Path, parameters: int, context: int) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "context", "lr", "length"),
-    [
+def test_settings_that_suit_the_demo_only_are_chosen_by_the_model(tmp_path: Path) -> None:
+    for parameters, context, lr, length in (
         (900_000, 1024, 5e-4, None),
         (135_000_000, 8192, 2e-5, 1024),
         (1_500_000_000, 512, 5e-6, 256),
         (8_000_000_000, 40960, 1e-6, 1024),
-    ],
-)
-def test_settings_that_suit_the_demo_only_are_chosen_by_the_model(
-    tmp_path: Path, parameters: int, context: int, lr: float, length: int | None
-) -> None:
-    path = _model(tmp_path / "model", parameters, context)
-    for config in (load_config([f"model.path={path}"]), fitted_to_model({"model": {"path": path}})):
-        assert (config.optim.lr, config.data.max_prompt_length) == (lr, length or 64)
-        assert config.max_response_length == (length or 32)
-        assert len(config.notes) == (0 if length is None else 3)
-        assert all(path in note for note in config.with_values(optim={"betas": (0.8, 0.9)}).notes)
-    if length is not None:
-        assert config.notes[0] == f"optim.lr={lr:g}, chosen by the size of {path}; set it otherwise"
-    own = load_config([f"model.path={path}", "optim.lr=5e-4", "max_response_length=32"])
-    assert (own.optim.lr, own.max_response_length) == (5e-4, 32)
-    assert len(own.notes) == (0 if length is None else 1)
+    ):
+        path = _model(tmp_path / str(parameters), parameters, context)
+        for config in (load_config([f"model.path={path}"]), fitted_to_model({"model": {"path": path}})):
+            assert (config.optim.lr, config.data.max_prompt_length) == (lr, length or 64)
+            assert config.max_response_length == (length or 32)
+            assert len(config.notes) == (0 if length is None else 3)
+            assert all(path in note for note in config.with_values(optim={"betas": (0.8, 0.9)}).notes)
+        assert length is None or config.notes[0] == f"optim.lr={lr:g}, chosen by the size of {path}; set it otherwise"
+        own = load_config([f"model.path={path}", "optim.lr=5e-4", "max_response_length=32"])
+        assert (own.optim.lr, own.max_response_length) == (5e-4, 32)
+        assert len(own.notes) == (0 if length is None else 1)
 
 
 def test_the_demo_keeps_its_settings_and_a_file_its_own() -> None:

@@ -38,6 +38,12 @@ PLANNED = {
 RAY_FILES = sorted(path.stem for path in SHIPPED.glob("*.yaml") if backend_of([], SHIPPED, path.stem) == "ray")
 
 
+@pytest.fixture(autouse=True)
+def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")
+    monkeypatch.setattr("atropos_verl.launch.environments._TMPDIR_BYTES", 1000)  # however long pytest's path is
+
+
 def plan_of(*words: str, name: str = "local_demo") -> LaunchPlan:
     return build_plan(*load_launch(words, config_name=name))
 
@@ -246,12 +252,6 @@ def test_relative_paths_are_those_of_the_launcher(tmp_path: Path, monkeypatch: p
     assert json.loads(text)["actor_rollout_ref"]["model"]["path"] == f"{tmp_path}/models/mine"
     local = plan_of("model.path=models/mine", "model.tokenizer_path=models/mine").config.model
     assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
-
-
-@pytest.fixture(autouse=True)
-def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")
-    monkeypatch.setattr("atropos_verl.launch.environments._TMPDIR_BYTES", 1000)  # however long pytest's path is
 
 
 def test_the_trainer_of_a_launch_takes_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

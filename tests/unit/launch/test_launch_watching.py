@@ -109,14 +109,14 @@ def test_the_gateways_counters_are_read() -> None:
 
 def test_tokens_count_when_sampled_and_a_launchs_own_request_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     poller = Poller(RunConfig(), None)
-    clock = iter(range(9))
+    clock = iter(range(5, 14))
     monkeypatch.setattr("atropos_verl.launch.probes.time.monotonic", lambda: float(next(clock)))
     seen = []
-    for sampled in (0.0, 40.0, 40.0):  # two looks within one step of the engine: it goes on
+    for sampled in (10.0, 50.0, 50.0):  # two looks within one step of the engine: it goes on
         poller._count({"sampled_tokens_total": sampled, "generated_tokens_total": 0.0, "served_total": sampled})
         seen.append((poller.tokens_per_second, poller.served))
         poller.generated_at = 1.0
-    assert seen == [(None, 0), (40.0, 39), (20.0, 39)]
+    assert seen == [(None, 10), (40.0, 49), (20.0, 49)]
     poller.expect_new_gateway()
     for _ in range(2):
         poller._count({"generated_tokens_total": 0.0})
