@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ PATH = {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{SUPPORT}"}
 SETTINGS = {
     "verifiers": ("agent.runtime.type=subprocess", "taskset.turns=2"),
     "openenv": ("seeds=8", "max_turns=2"),
+    "nemo-gym": ("skip_venv_if_present=true", "tasks=tools.jsonl"),
     "harbor": (
         "agent.import_path=harbor_parts:AsksTwice",
         "environment.import_path=harbor_parts:Directory",
@@ -53,52 +54,18 @@ def served(prefix: str, tmp_path: Path) -> Iterator[str]:
                 yield url
             finally:
                 server.kill()
+    elif prefix == "nemo-gym":
+        write_gym(tmp_path)
+        yield "resources_servers/words/words.yaml"
     else:
         yield "offline_v1"
 
 
-def environment(prefix: str, target: str, settings: tuple[str, ...], weight: int = 1) -> list[str]:
-    """The words of a launch for an environment of this ecosystem, which has its name."""
-    name = prefix.replace("-", "_")
-    args = json.dumps([word for setting in settings for word in ("--set", setting)])
-    values = {"ecosystem": f"'{prefix}:{target}'", "python": interpreter(prefix), "args": args, "weight": weight}
-    return [f"environments.{name}.{key}={value}" for key, value in values.items()]
-
-
-def check_steps(tmp_path: Path, prefix: str, target: str, settings: tuple[str, ...]) -> None:
-    words = [*SMALL, "batch_size=8", "steps=3", "data.max_prompt_length=400", "max_response_length=40"]
-    words += [f"envs=[{prefix.replace('-', '_')}]", *environment(prefix, target, settings)]
-    with LaunchRun(words, run_dir=tmp_path / "run", env=PATH) as run:
-        run.must_end(0)
-    lines = run.metrics()
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert all(line["data/unmatched_tokens"] == 0 < line["data/trained_tokens"] for line in lines)
-
-
-def check_rewards(named: str, settings: tuple[str, ...], cwd: Path = SUPPORT) -> None:
-    python = f"{interpreter(named.partition(':')[0])}/bin/python"
-    command = [python, str(SUPPORT / "compare.py"), named, *settings]
-    done = subprocess.run(command, env={**os.environ, **PATH}, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rewards = json.loads(done.stdout.splitlines()[-1])
-    assert rewards["adapter"] == rewards["native"]
-    assert len(rewards["adapter"]) == 8
-    assert len(set(rewards["adapter"])) > 2
-
-
-@pytest.mark.parametrize("prefix", SETTINGS)
-def test_rewards_are_the_native_ones_and_tokens_are_trained(prefix: str, tmp_path: Path) -> None:
-    with served(prefix, tmp_path) as target:
-        check_rewards(f"{prefix}:{target}", SETTINGS[prefix])
-        check_steps(tmp_path, prefix, target, SETTINGS[prefix])
-
-
-def test_nemo_gym(tmp_path: Path) -> None:
-    python = interpreter("nemo-gym")
-    shutil.copytree(SUPPORT / "words", tmp_path / "resources_servers" / "words")
+def write_gym(directory: Path) -> None:
+    shutil.copytree(SUPPORT / "words", directory / "resources_servers" / "words")
     for server in ("resources_servers/words", "responses_api_agents/simple_agent", "responses_api_models/openai_model"):
-        (tmp_path / server).mkdir(parents=True, exist_ok=True)
-        (tmp_path / server / ".venv").symlink_to(python)  # as Gym's own, which would be installed by uv
+        (directory / server).mkdir(parents=True, exist_ok=True)
+        (directory / server / ".venv").symlink_to(interpreter("nemo-gym"))  # as Gym's own, installed by uv
     hint = {"type": "function", "name": "hint", "description": "", "strict": True}
     hint["parameters"] = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
     for file, tools in (("tools.jsonl", [hint]), ("plain.jsonl", [])):
@@ -107,10 +74,37 @@ def test_nemo_gym(tmp_path: Path) -> None:
             params = {"input": [{"role": "user", "content": f"Spell this word backward (example: sun -> nus): {word}"}]}
             params |= {"tools": tools} if tools and number % 2 else {}
             rows.append(json.dumps({"responses_create_params": params, "word": word}))
-        (tmp_path / file).write_text("\n".join(rows))
-    config, start = "resources_servers/words/words.yaml", "skip_venv_if_present=true"
-    check_rewards(f"nemo-gym:{config}", ("tasks=tools.jsonl", start), cwd=tmp_path)
-    check_steps(tmp_path, "nemo-gym", config, ("tasks=plain.jsonl", start))
+        (directory / file).write_text("\n".join(rows))
+
+
+def environment(prefix: str, target: str, settings: Sequence[str], weight: int = 1) -> list[str]:
+    """The words of a launch for an environment of this ecosystem, which has its name."""
+    name = prefix.replace("-", "_")
+    args = json.dumps([word for setting in settings for word in ("--set", setting)])
+    values = {"ecosystem": f"'{prefix}:{target}'", "python": interpreter(prefix), "args": args, "weight": weight}
+    return [f"environments.{name}.{key}={value}" for key, value in values.items()]
+
+
+@pytest.mark.parametrize("prefix", SETTINGS)
+def test_rewards_are_the_native_ones_and_tokens_are_trained(prefix: str, tmp_path: Path) -> None:
+    with served(prefix, tmp_path) as target:
+        python = f"{interpreter(prefix)}/bin/python"
+        command = [python, str(SUPPORT / "compare.py"), f"{prefix}:{target}", *SETTINGS[prefix]]
+        cwd, env = tmp_path if prefix == "nemo-gym" else SUPPORT, {**os.environ, **PATH}
+        done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        rewards = json.loads(done.stdout.splitlines()[-1])
+        assert rewards["adapter"] == rewards["native"]
+        assert len(rewards["adapter"]) == 8
+        assert len(set(rewards["adapter"])) > 2
+        settings = [setting.replace("tools.jsonl", "plain.jsonl") for setting in SETTINGS[prefix]]
+        words = [*SMALL, "batch_size=8", "steps=3", "data.max_prompt_length=400", "max_response_length=40"]
+        words += [f"envs=[{prefix.replace('-', '_')}]", *environment(prefix, target, settings)]
+        with LaunchRun(words, run_dir=tmp_path / "run", env=PATH) as run:
+            run.must_end(0)
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["data/unmatched_tokens"] == 0 < line["data/trained_tokens"] for line in lines)
 
 
 def test_three_ecosystems_hold_their_shares_and_outlast_a_kill(tmp_path: Path) -> None:
