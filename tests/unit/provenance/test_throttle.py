@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 from support.engines import request
+from support.ledgers import holding, wrote
 from support.trajectory_server import turns
 
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.provenance.throttle import StalenessThrottle
-from atropos_verl.types import Generation
 
 
 def throttle(bound: int, ledger: Ledger | None = None, now: list[float] | None = None) -> StalenessThrottle:
@@ -18,15 +18,15 @@ def throttle(bound: int, ledger: Ledger | None = None, now: list[float] | None =
     return made
 
 
-async def ask(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> None:
-    """Begin when there is room, and end at once."""
-    async with limit.admitted([request(prompt, n=n, max_tokens=max_tokens) for prompt in prompts or ((1, 2),)]):
+async def ask(limit: StalenessThrottle, *prompts: tuple[int, ...], max_tokens: int = 16) -> None:
+    """Begin four sequences of each prompt when there is room, and end at once."""
+    async with limit.admitted([request(prompt, n=4, max_tokens=max_tokens) for prompt in prompts or ((1, 2),)]):
         pass
 
 
-async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], n: int = 4, max_tokens: int = 16) -> bool:
+async def begins(limit: StalenessThrottle, *prompts: tuple[int, ...], max_tokens: int = 16) -> bool:
     """True when this may begin at once; it then ends at once."""
-    asking = asyncio.create_task(ask(limit, *prompts, n=n, max_tokens=max_tokens))
+    asking = asyncio.create_task(ask(limit, *prompts, max_tokens=max_tokens))
     await turns()
     begun = asking.done()
     asking.cancel()
@@ -43,6 +43,15 @@ async def test_one_batch_and_no_more_may_be_under_way_with_bound_zero() -> None:
     assert limit.expected_staleness == 1 and not await begins(limit)  # what begins now is trained on after that batch
     limit.batch_done()
     assert limit.expected_staleness == 0 and await begins(limit)
+    limit.queue_is(80)
+    assert not await begins(limit)
+    limit.active = False  # an evaluation after the last step
+    assert await begins(limit)
+
+
+async def test_a_bound_of_two_lets_two_more_batches_begin() -> None:
+    limit = throttle(2)
+    assert [await begins(limit) for _ in range(7)] == [True] * 6 + [False]
 
 
 async def test_while_groups_are_left_out_as_stale_fewer_sequences_are_under_way() -> None:
@@ -58,20 +67,6 @@ async def test_while_groups_are_left_out_as_stale_fewer_sequences_are_under_way(
         limit.batch_done(stale=1)
     limit.queue_is(0)
     assert await begins(limit)  # one batch may always be under way
-
-
-async def test_nothing_is_held_while_nobody_trains() -> None:
-    limit = throttle(0)
-    limit.queue_is(80)
-    assert not await begins(limit)
-    limit.active = False  # an evaluation after the last step
-    assert await begins(limit)
-
-
-async def test_a_bound_of_two_lets_two_more_batches_begin() -> None:
-    limit = throttle(2)
-    started = [await begins(limit) for _ in range(7)]
-    assert started == [True] * 6 + [False]
 
 
 async def test_what_the_environment_dropped_is_not_waited_for_longer_than_usual() -> None:
@@ -94,10 +89,7 @@ async def test_prompts_of_one_request_are_counted_together() -> None:
 
 
 async def test_next_turns_and_health_checks_are_not_held() -> None:
-    ledger = Ledger()
-    generation = Generation(token_ids=(3,), logprobs=(-1.0,), finish_reason="stop", policy_version_runs=((0, 1),))
-    ledger.record((1, 2), [generation])
-    limit = throttle(0, ledger)
+    limit = throttle(0, holding((1, 2), wrote([3])))
     limit.batch_fetched()
     assert not await begins(limit, (1, 2)) and not await begins(limit, (1, 2, 4))
     assert await begins(limit, (1, 2, 3)) and await begins(limit, (1, 2, 3, 70, 71))
@@ -108,8 +100,7 @@ async def test_next_turns_and_health_checks_are_not_held() -> None:
 async def test_whoever_waits_goes_on_when_there_is_room_and_leaves_nothing_when_cancelled() -> None:
     limit = throttle(0)
     limit.batch_fetched()
-    waiting = asyncio.create_task(ask(limit))
-    leaving = asyncio.create_task(ask(limit))
+    waiting, leaving = (asyncio.create_task(ask(limit)) for _ in range(2))
     await turns()
     assert not waiting.done() and not leaving.done()
     leaving.cancel()
