@@ -1,8 +1,19 @@
-"""Seeded training samples for tests of worker and trainer."""
+"""Seeded training samples for tests of worker and trainer, and samples made of groups as they are posted."""
+
+from typing import Any
 
 import numpy as np
 
-from atropos_verl.types import TrainingSample
+from atropos_verl.protocol.wire import decode_batch
+from atropos_verl.training.advantages import RunningMoments
+from atropos_verl.training.samples import build_samples
+from atropos_verl.types import SampleReport, SampleSettings, TrainingSample
+from support.scripted_api import batch_of
+
+
+def built(*groups: dict[str, Any], running: RunningMoments | None = None, **settings: Any) -> SampleReport:
+    """Of groups as environments post them."""
+    return build_samples(decode_batch(batch_of(groups)), SampleSettings(**settings), running=running)
 
 
 def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int = 24) -> list[TrainingSample]:

@@ -16,24 +16,22 @@ from atropos_verl.training.quarantine import QuarantineStore, parse_quarantine_f
 from atropos_verl.types import QuarantinedGroup, ScoredGroup
 
 
-def put(directory: Path, raw: bytes, reason: str) -> Any:
-    return QuarantineStore(directory / "quarantine").put(QuarantinedGroup(group=decode_group(raw), reason=reason))
+def put(directory: Path, group: bytes | ScoredGroup, reason: str = "scores: missing", **settings: Any) -> Any:
+    group = decode_group(group) if isinstance(group, bytes) else group
+    return QuarantineStore(directory, **settings).put(QuarantinedGroup(group=group, reason=reason))
 
 
 def test_a_group_is_kept_as_it_came(tmp_path: Path) -> None:
     raw = b'{"tokens": [[5, 6]],  "masks": [[-100, 7]], "scores": [1e0], "env_id": 3}'
-    path = put(tmp_path, raw, "masks[0][1] = 7: must be -100 or the token id 6")
+    reason = "masks[0][1] = 7: must be -100 or the token id 6"
+    path = put(tmp_path / "quarantine", raw, reason)
     group_id = xxhash.xxh3_128_hexdigest(raw)[:16]
     assert path == tmp_path / "quarantine" / f"{group_id}.json"
-    assert json.loads(path.read_text()) == {
-        "reason": "masks[0][1] = 7: must be -100 or the token id 6",
-        "group_id": group_id,
-        "env_id": 3,
-        "group": {"tokens": [[5, 6]], "masks": [[-100, 7]], "scores": [1.0], "env_id": 3},
-    }
+    group = {"tokens": [[5, 6]], "masks": [[-100, 7]], "scores": [1.0], "env_id": 3}
+    assert json.loads(path.read_text()) == {"reason": reason, "group_id": group_id, "env_id": 3, "group": group}
     # Two spaces and 1e0 included: the id is a hash of these.
-    assert parse_quarantine_file(path.read_bytes()) == ("masks[0][1] = 7: must be -100 or the token id 6", raw)
-    assert put(tmp_path, raw, "again") == path
+    assert parse_quarantine_file(path.read_bytes()) == (reason, raw)
+    assert put(tmp_path / "quarantine", raw, "again") == path
     assert len(list(path.parent.iterdir())) == 1
 
 
@@ -41,14 +39,13 @@ def test_a_group_is_kept_as_it_came(tmp_path: Path) -> None:
     ("raw", "key", "stored"),
     [
         (b'{"tokens": [[5]], "scores": [NaN]}', "raw", '{"tokens": [[5]], "scores": [NaN]}'),
-        (b'{"tokens": [[5', "raw", '{"tokens": [[5'),
         (b"\xff\xfe{}", "raw_base64", base64.b64encode(b"\xff\xfe{}").decode()),
         (b"[" * 5000, "raw", "[" * 5000),
         (b'"just text"', "group", "just text"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_json_is_kept_too(tmp_path: Path, raw: bytes, key: str, stored: str) -> None:
-    path = put(tmp_path, raw, "scores[0] = NaN: must be finite")
+    path = put(tmp_path, raw)
     content = json.loads(path.read_text())
     assert content[key] == stored
     assert set(content) == {"reason", "group_id", "env_id", key}
@@ -69,15 +66,10 @@ def test_the_oldest_go_beyond_the_bound_and_never_the_one_just_written(tmp_path:
         raw = b'{"tokens": [[%d]], "padding": "%s"}' % (number, b"x" * 400)
         newest = store.put(QuarantinedGroup(group=decode_group(raw), reason="scores: missing"))
         os.utime(newest, ns=(number, number))
-        assert newest.exists()
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 4000 * 17 / 16
-    assert sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir()) == list(
-        range(60 - len(list(tmp_path.iterdir())), 60)
-    )
-    huge = QuarantineStore(tmp_path, bound=10)
-    raw = b'{"tokens": [[1]]}'
-    assert huge.put(QuarantinedGroup(group=decode_group(raw), reason="larger than the bound")).exists()
-    assert len(list(tmp_path.iterdir())) == 1
+    times = sorted(path.stat().st_mtime_ns for path in tmp_path.iterdir())
+    assert times == list(range(60 - len(times), 60))
+    assert [put(tmp_path, b'{"tokens": [[1]]}', bound=10)] == list(tmp_path.iterdir())  # larger than the bound
 
 
 def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path) -> None:
@@ -89,13 +81,12 @@ def test_a_group_that_never_was_bytes_is_written_from_its_arrays(tmp_path: Path)
         overrides=({"temperature": 2},),
         group_id="../../etc/passwd",
     )
-    path = QuarantineStore(tmp_path).put(QuarantinedGroup(group=group, reason="scores[0] = nan: must be finite"))
-    raw = (
+    path = put(tmp_path, group)
+    assert path == tmp_path / "______etc_passwd.json"
+    assert json.loads(path.read_text())["raw"] == (
         '{"tokens": [[5, 6]], "masks": [[-100, 6]], "scores": [NaN], "advantages": [null], '
         '"overrides": [{"temperature": 2}]}'
     )
-    assert path == tmp_path / "______etc_passwd.json"
-    assert json.loads(path.read_text())["raw"] == raw
 
 
 @pytest.mark.parametrize(
@@ -114,5 +105,5 @@ def test_what_is_no_quarantine_file_is_refused(content: bytes, fault: str) -> No
 
 def test_a_disk_that_takes_no_group_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "quarantine").write_text("where the directory would be")
-    assert put(tmp_path, b"{}", "no tokens") is None
+    assert put(tmp_path / "quarantine", b"{}", "no tokens") is None
     assert "group quarantined: no tokens (and it is not kept: " in caplog.text

@@ -1,169 +1,125 @@
 """AtroposShardingManager: the order of its calls, its exceptions, its canary."""
 
-from collections.abc import Iterable
-from functools import partialmethod
+import inspect
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-import torch
 
 from atropos_verl.errors import WeightSyncError
-from atropos_verl.training.weight_sync import AtroposShardingManager, Canary
+from atropos_verl.training.weight_sync import AtroposShardingManager, Canary, PausableGate, SyncableEngine, WeightSource
+
+PARTS = (WeightSource, SyncableEngine, PausableGate)
+ONE_BUFFER = [name for part in PARTS for name in vars(part) if not name.startswith("_")]
+TWO_BUFFERS = [*ONE_BUFFER, "stage_weights_from_tensor", "swap_weights"]
+ENTER = ["resume_memory_occupation", "named_tensors", "update_weights_from_tensor", "resume"]
 
 
-class _Recorder:
-    """Engine, gate and source in one, writing down what is called."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.policy_version = 3
-        self.weights: dict[str, float] = {}
-        self.fail_on = ""
-
-    def _note(self, name: str) -> None:
-        self.calls.append(name)
-        if self.fail_on == name:
-            raise RuntimeError(f"{name} failed")
-
-    def named_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        yield "w", torch.tensor(float(self.policy_version))
-
-    def update_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        self._note("update")
-        self.weights = {name: float(tensor) for name, tensor in named_tensors}
-        return 4 * len(self.weights)
-
-    resume_memory_occupation = partialmethod(_note, "resume_memory")
-    release_memory_occupation = partialmethod(_note, "release_memory")
-    resume = partialmethod(_note, "open")
-
-    def pause(self, timeout: float) -> None:
-        self._note("pause")
+def make_parts(names: list[str], **fails: Exception) -> Mock:
+    """Engine, gate and source in one."""
+    parts = Mock(spec_set=names, policy_version=3)
+    for name, error in fails.items():
+        getattr(parts, name).side_effect = error
+    return parts
 
 
-class _VersionedRecorder(_Recorder):
-    version = -1
-
-    def update_weights_from_tensor(  # type: ignore[override]
-        self, named_tensors: Iterable[tuple[str, torch.Tensor]], policy_version: int
-    ) -> int:
-        self.version = policy_version
-        return super().update_weights_from_tensor(named_tensors)
+def calls(parts: Mock) -> list[str]:
+    return [call[0] for call in parts.mock_calls]
 
 
-def _manager(parts: _Recorder, canary: Canary | None = None) -> AtroposShardingManager:
+def manager(parts: Mock, canary: Canary | None = None) -> AtroposShardingManager:
     return AtroposShardingManager(parts, parts, gate=parts, canary=canary)
 
 
-def _canary(engine: list[float], trainer: list[float], staged: Any = None, threshold: float = 0.1) -> Canary:
+def make_canary(engine: list[float], trainer: list[float], staged: Any = None, threshold: float = 0.1) -> Canary:
     return Canary(
         trainer_logprobs=lambda: trainer, engine_logprobs=lambda: engine, staged_logprobs=staged, threshold=threshold
     )
 
 
-@pytest.mark.parametrize("parts", [_Recorder(), _VersionedRecorder()], ids=["plain", "takes a version"])
-def test_every_enter_copies_the_newest_weights_before_the_gate_opens(parts: _Recorder) -> None:
-    manager = _manager(parts)
-    for version in (3, 4):
-        parts.policy_version = version
-        parts.calls.clear()
-        with manager:
-            parts.calls.append("body")
-            assert parts.weights == {"w": float(version)}
-        assert parts.calls == ["resume_memory", "update", "open", "body", "pause", "release_memory"]
-        assert (manager.last_sync.policy_version, manager.last_sync.bytes_copied) == (version, 4)
-        assert manager.last_sync.canary_max_abs_logprob_diff is None
-        assert getattr(parts, "version", version) == version
-    assert manager.syncs == 2
+def versioned(named_tensors: Any, policy_version: int) -> int: ...
 
 
-@pytest.mark.parametrize("fail_on", ["pause", "release_memory"])
-def test_a_failure_on_exit_is_raised_and_never_masks_the_exception_of_the_body(fail_on: str) -> None:
-    parts = _Recorder()
-    parts.fail_on = fail_on
-    with pytest.raises(RuntimeError, match=f"{fail_on} failed"), _manager(parts):
+@pytest.mark.parametrize("takes_version", [False, True])
+def test_every_enter_copies_the_newest_weights_before_the_gate_opens(takes_version: bool) -> None:
+    parts = make_parts(ONE_BUFFER)
+    if takes_version:
+        parts.update_weights_from_tensor.__signature__ = inspect.signature(versioned)
+    parts.update_weights_from_tensor.return_value = 4
+    manages, update = manager(parts), parts.update_weights_from_tensor
+    for parts.policy_version in (3, 4):
+        parts.reset_mock()
+        with manages:
+            assert calls(parts) == ENTER
+        assert calls(parts) == [*ENTER, "pause", "release_memory_occupation"]
+        with_version = {"policy_version": parts.policy_version} if takes_version else {}
+        update.assert_called_once_with(parts.named_tensors.return_value, **with_version)
+        last = manages.last_sync
+        assert (last.policy_version, last.bytes_copied, last.paused_seconds) == (parts.policy_version, 4, None)
+        assert last.canary_max_abs_logprob_diff is None
+    assert manages.syncs == 2
+
+
+@pytest.mark.parametrize("name", ["pause", "release_memory_occupation"])
+def test_a_failure_on_exit_is_raised_and_never_masks_the_exception_of_the_body(name: str) -> None:
+    parts = make_parts(ONE_BUFFER, **{name: RuntimeError("leaving failed")})
+    with pytest.raises(RuntimeError, match="leaving failed"), manager(parts):
         pass
-    with pytest.raises(KeyError, match="body") as caught, _manager(parts):
+    with pytest.raises(KeyError, match="body") as caught, manager(parts):
         raise KeyError("body")
-    assert f"leaving the rollout phase failed as well: RuntimeError('{fail_on} failed')" in caught.value.__notes__[0]
+    assert "leaving the rollout phase failed as well: RuntimeError('leaving failed')" in caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("stage", ["resume_memory", "update"])
-def test_entering_again_after_a_failure_works(stage: str) -> None:
-    parts = _Recorder()
-    parts.fail_on = stage
-    manager = _manager(parts)
-    with pytest.raises(RuntimeError, match=f"{stage} failed"), manager:
+@pytest.mark.parametrize("name", ["resume_memory_occupation", "update_weights_from_tensor"])
+def test_entering_again_after_a_failure_works(name: str) -> None:
+    parts = make_parts(ONE_BUFFER, **{name: RuntimeError("no memory")})
+    manages = manager(parts)
+    with pytest.raises(RuntimeError, match="no memory"), manages:
         pytest.fail("the body must not run")
-    assert "open" not in parts.calls
-    parts.fail_on = ""
-    with manager:
-        assert parts.calls[-1] == "open"
-
-
-class _TwoBuffers(_Recorder):
-    """With a second buffer of weights."""
-
-    staged: dict[str, float]
-
-    def stage_weights_from_tensor(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        self._note("stage")
-        self.staged = {name: float(tensor) for name, tensor in named_tensors}
-        return 4 * len(self.staged)
-
-    def swap_weights(self, policy_version: int) -> None:
-        self._note(f"swap {policy_version}")
-        self.weights = self.staged
+    assert "resume" not in calls(parts)
+    getattr(parts, name).side_effect = None
+    with manages:
+        assert calls(parts)[-1] == "resume"
 
 
 def test_a_swap_copies_and_checks_while_the_gate_is_open() -> None:
-    parts = _TwoBuffers()
-
-    def staged() -> list[float]:
-        parts.calls.append("canary of the staged weights")
-        return [-1.0]
-
-    with _manager(parts, _canary([-1.25], [-1.0], staged, threshold=0.3)) as manager:
-        assert manager.last_sync.canary_max_abs_logprob_diff == 0.25
-        parts.calls.clear()
+    parts, staged = make_parts(TWO_BUFFERS), Mock(return_value=[-1.0])
+    parts.stage_weights_from_tensor.return_value = 4
+    with manager(parts, make_canary([-1.25], [-1.0], staged, threshold=0.3)) as manages:
+        assert manages.last_sync.canary_max_abs_logprob_diff == 0.25
+        parts.reset_mock()
         parts.policy_version = 4
-        report = manager.swap()
-        assert parts.calls == ["stage", "canary of the staged weights", "pause", "swap 4", "open"]
-        assert parts.weights == {"w": 4.0}
+        staged.side_effect = lambda: parts.pause.assert_not_called() or [-1.0]
+        report = manages.swap()
+        assert calls(parts) == ["named_tensors", "stage_weights_from_tensor", "pause", "swap_weights", "resume"]
+        parts.stage_weights_from_tensor.assert_called_once_with(parts.named_tensors.return_value)
+        parts.swap_weights.assert_called_once_with(policy_version=4)
+    staged.assert_called_once_with()
     assert (report.policy_version, report.bytes_copied, report.canary_max_abs_logprob_diff) == (4, 4, 0.0)
-    assert report is manager.last_sync
+    assert report is manages.last_sync and manages.syncs == 2
     assert 0.0 <= report.paused_seconds <= report.seconds
-    assert manager.syncs == 2
 
 
-def test_weights_that_the_canary_refuses_are_never_served() -> None:
-    parts = _TwoBuffers()
-    with _manager(parts, _canary([-1.0], [-1.0], lambda: [-1.5])) as manager:
-        parts.calls.clear()
-        parts.policy_version = 4
-        with pytest.raises(WeightSyncError, match=r"up to 0.5"):
-            manager.swap()
-        assert parts.calls == ["stage", "pause"], "shut, and the old weights still in place"
-        assert parts.weights == {"w": 3.0}
-
-
-@pytest.mark.parametrize("stage", ["stage", "pause", "swap 3"])
-def test_a_swap_that_fails_anywhere_leaves_the_gate_shut(stage: str) -> None:
-    parts = _TwoBuffers()
-    with pytest.raises(RuntimeError), _manager(parts) as manager:
-        parts.calls.clear()
-        parts.fail_on = stage
-        with pytest.raises(RuntimeError, match=f"{stage} failed"):
-            manager.swap()
-        assert parts.calls[-1] == "pause"
-        assert "open" not in parts.calls
-        raise RuntimeError("the run ends")
+@pytest.mark.parametrize("name", ["stage_weights_from_tensor", "the canary", "pause", "swap_weights"])
+def test_a_swap_that_fails_anywhere_leaves_the_gate_shut(name: str) -> None:
+    parts, error, staged = make_parts(TWO_BUFFERS), RuntimeError("no memory"), [-1.0]
+    with pytest.raises(LookupError), manager(parts, make_canary([-1.0], [-1.0], lambda: staged)) as manages:
+        parts.reset_mock()
+        if name == "the canary":
+            staged, error = [-1.5], WeightSyncError("up to 0.5")
+        else:
+            getattr(parts, name).side_effect = error
+        with pytest.raises(type(error), match=str(error)):
+            manages.swap()
+        assert calls(parts)[-1] == "pause" and "resume" not in calls(parts)
+        assert ("swap_weights" in calls(parts)) == (name == "swap_weights")
+        raise LookupError("the run ends")
 
 
 def test_an_engine_with_one_buffer_cannot_swap() -> None:
-    parts = _Recorder()
-    with _manager(parts) as manager, pytest.raises(WeightSyncError, match="has no second buffer for weights"):
-        manager.swap()
+    refused = pytest.raises(WeightSyncError, match="has no second buffer for weights")
+    with manager(make_parts(ONE_BUFFER)) as manages, refused:
+        manages.swap()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +132,7 @@ def test_an_engine_with_one_buffer_cannot_swap() -> None:
     ],
 )
 def test_the_gate_stays_shut_when_the_canary_fails(engine: list[float], message: str) -> None:
-    parts = _Recorder()
-    with pytest.raises(WeightSyncError, match=message), _manager(parts, _canary(engine, [-1.0, -2.0])):
+    parts = make_parts(ONE_BUFFER)
+    with pytest.raises(WeightSyncError, match=message), manager(parts, make_canary(engine, [-1.0, -2.0])):
         pytest.fail("the body must not run")
-    assert parts.calls == ["resume_memory", "update"]
+    assert calls(parts) == ENTER[:-1]
