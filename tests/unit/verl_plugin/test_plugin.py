@@ -14,19 +14,11 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
 from atropos_verl.verl_plugin import activate, ray_environment, shims
 
-_PLATFORM = "from verl.utils.device import get_device_name; print(get_device_name())"
 
-
-def _run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")}
-    command = [sys.executable, "-W", "ignore", "-c", code]
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_") and k != "PYTHONWARNINGS"}
+    command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=plain | environment)
-
-
-def test_cpu_is_chosen_where_verl_is_imported_already_but_has_picked_none() -> None:
-    first = "import verl.utils.tensordict_utils; from atropos_verl import verl_plugin"
-    done = _run(f"{first}; verl_plugin.activate('cpu'); {_PLATFORM}")
-    assert done.stdout.split() == ["cpu"], done.stderr[-2000:]
 
 
 def test_a_choice_made_before_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +30,12 @@ def test_a_choice_made_before_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         activate("cpu")
 
 
+def test_cpu_is_chosen_where_verl_is_imported_already_but_has_picked_none() -> None:
+    code = "import verl.utils.tensordict_utils; from atropos_verl import verl_plugin; verl_plugin.activate('cpu');"
+    done = _run("-W", "ignore", "-c", f"{code} from verl.utils.device import get_device_name; print(get_device_name())")
+    assert done.stdout.split() == ["cpu"], done.stderr[-2000:]
+
+
 def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_asks() -> None:
     code = (
         "from verl.utils.device import get_device_name\n"
@@ -46,16 +44,16 @@ def test_with_its_environment_verl_knows_platform_and_rollouts_before_anyone_ask
         "print(get_device_name(), get_rollout_replica_class('transformers').__name__,"
         " get_rollout_class('transformers').__name__)"
     )
-    done = _run(code, **ray_environment("cpu"))
+    done = _run("-W", "ignore", "-c", code, **ray_environment("cpu"))
     assert done.stdout.split()[-3:] == ["cpu", "TransformersReplica", "TransformersServerAdapter"], done.stderr[-2000:]
 
 
 def test_modules_that_the_user_named_stay_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", "theirs")
-    once = ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"]
-    assert once == "theirs,atropos_verl.verl_plugin.plugin"
-    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", once)
-    assert ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"] == once
+    for _ in range(2):
+        found = ray_environment("cpu")["VERL_USE_EXTERNAL_MODULES"]
+        assert found == "theirs,atropos_verl.verl_plugin.plugin"
+        monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", found)
 
 
 def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(tmp_path: Path) -> None:
@@ -65,8 +63,7 @@ def test_building_a_trainer_warns_of_nothing_and_leaves_the_users_filters_alone(
         " 'trainer': {'device': 'cpu'}}, reward_fn=len).close(); assert warnings.filters == before;"
         "warnings.warn('of the user')"
     )
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("VERL_") and k != "PYTHONWARNINGS"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=plain)
+    done = _run("-c", code)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr.splitlines() == ["<string>:1: UserWarning: of the user"]
 

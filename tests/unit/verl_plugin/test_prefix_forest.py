@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atropos_verl.verl_plugin import prefix_forest
-from atropos_verl.verl_plugin.prefix_forest import build_forest, fill, joined, partition, sort_by_prefix
+from atropos_verl.verl_plugin.prefix_forest import build_forest, fill, partition, sort_by_prefix
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_size=1, max_size=14)
 
@@ -18,57 +18,38 @@ SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=25), min_s
 @given(rows=SEQUENCES, dense=st.sampled_from([4, 16, 256]))
 def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[list[int]], dense: int) -> None:
     sequences = [np.array(row) for row in rows]
-    flat = np.concatenate(sequences)
+    flat, size = np.concatenate(sequences), dense // 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefix_forest, "DENSE_TOKENS", dense)
+        patch.setattr(prefix_forest, "FLEX_BLOCK", size)
         forest = build_forest(sequences)
+        blocks = forest.block_mask(torch.device("cpu"))
     assert (flat[forest.first][forest.place] == flat).all()
     assert len(forest.first) == len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
     sees = np.zeros((len(forest.first), len(forest.first)), dtype=np.bool_)
+    for place in np.split(forest.place, np.cumsum([len(row) for row in rows])[:-1]):
+        for at, token in enumerate(place):
+            sees[token, place[: at + 1]] = True
     assert [call.start for call in forest.calls] == [0, *(call.end for call in forest.calls[:-1])]
     for call in forest.calls:
         calls = [*(forest.calls[at] for at in call.above), call]
         keys = np.concatenate([np.arange(one.start, one.end) for one in calls])
         length = call.end - call.start
-        inside = np.tri(length, dtype=np.bool_) if call.mask is None else call.mask.numpy()
         assert call.mask is None or length <= dense
-        own = np.concatenate([np.ones((length, len(keys) - length), dtype=np.bool_), inside], axis=1)
-        sees[np.ix_(np.arange(call.start, call.end), keys)] = own
-    size = dense // 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefix_forest, "FLEX_BLOCK", size)
-        blocks = forest.block_mask(torch.device("cpu"))
+        inside = np.tri(length, dtype=np.bool_) if call.mask is None else call.mask.numpy()
+        said = np.zeros((length, len(sees)), dtype=np.bool_)
+        said[:, keys] = np.concatenate([np.ones((length, len(keys) - length), dtype=np.bool_), inside], axis=1)
+        assert (said == sees[call.start : call.end]).all()
     at = torch.arange(len(sees))
     assert (blocks.mask_mod(0, 0, at[:, None], at[None]).numpy() == sees).all()
     for query, key in np.ndindex(blocks.kv_indices.shape[-2:]):
         tile = sees[query * size :, key * size :][:size, :size]
+        is_whole = tile.all() and key < query and len(tile) == size
         for table, counts, wanted in (
-            (blocks.full_kv_indices, blocks.full_kv_num_blocks, tile.all() and key < query and len(tile) == size),
-            (
-                blocks.kv_indices,
-                blocks.kv_num_blocks,
-                tile.any() and not (tile.all() and key < query and len(tile) == size),
-            ),
+            (blocks.full_kv_indices, blocks.full_kv_num_blocks, is_whole),
+            (blocks.kv_indices, blocks.kv_num_blocks, tile.any() and not is_whole),
         ):
             assert (key in table[0, 0, query, : counts[0, 0, query]]) == wanted
-    for start, row in zip(np.cumsum([0, *map(len, rows)]), rows, strict=False):
-        place = forest.place[start : start + len(row)]
-        for at, token in enumerate(place):
-            assert sorted(np.flatnonzero(sees[token])) == sorted(place[: at + 1])
-
-
-def test_a_prompt_with_three_answers_by_hand() -> None:
-    forest = build_forest([np.array([7, 7, 7, 7, 1, 2]), np.array([7, 7, 7, 7, 1, 3]), np.array([7, 7, 7, 7, 5])])
-    # 7 7 7 7, below it 1 with 2 and 3, and 5.
-    assert forest.first.tolist() == [0, 1, 2, 3, 4, 5, 11, 16]
-    assert forest.place.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 6, 0, 1, 2, 3, 7]
-    assert len(forest.calls) == 1
-
-
-def test_sequences_end_to_end() -> None:
-    row = joined([3, 1])
-    assert row.place.tolist() == row.first.tolist() == [0, 1, 2, 3]
-    assert [(call.start, call.end, call.above, call.mask) for call in row.calls] == [(0, 3, [], None), (3, 4, [], None)]
 
 
 @settings(deadline=None)
