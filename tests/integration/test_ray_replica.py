@@ -9,17 +9,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.ray_cluster import (
-    Cluster,
-    break_the_engine,
-    count_weights,
-    kill,
-    logprobs,
-    received_bytes,
-    started_cluster,
-    stats,
-    zero_one_tensor,
-)
+import torch
+from support import ray_cluster
+from support.ray_cluster import Cluster, started_cluster, stats
 from support.serving import eventually
 from support.tiny_model import build_tiny_tokenizer
 
@@ -37,8 +29,6 @@ _STANDALONE = [  # what verl's separate_async asks of the configuration; it chan
     "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=atropos_verl.backends.ray.weight_transfer",
 ]
 _KEY = "+actor_rollout_ref.rollout.engine_kwargs.transformers.api_key=of-the-replica"
-_PARAMS = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
-
 
 pytestmark = pytest.mark.usefixtures("ray")
 
@@ -51,10 +41,21 @@ def cluster(model_path: Path, ray: None) -> Iterator[Cluster]:
         yield cluster
 
 
-def _call(cluster: Cluster, method: str, *args: Any, **kwargs: Any) -> Any:
-    import ray
+def _replicas(cluster: Cluster, servers: Any = None) -> Replicas:
+    servers = servers or cluster.servers
+    return Replicas(cluster.workers, [servers], lambda: [servers])
 
-    return ray.get(getattr(cluster.server, method).remote(*args, **kwargs))
+
+def _gateway(cluster: Cluster, **options: Any) -> ClusterGateway:
+    return ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer(), **options)
+
+
+def _client(gateway: ClusterGateway) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=gateway.url, timeout=120.0)
+
+
+def _completion(prompt: list[int], **settings: Any) -> dict[str, Any]:
+    return {"prompt": {"prompt_token_ids": prompt}, "n": 2, "logprobs": 0, "ignore_eos": True, **settings}
 
 
 async def _generated(cluster: Cluster, tokens: int) -> None:
@@ -78,60 +79,64 @@ def test_with_lora_the_base_travels_once_and_then_only_adapters_and_the_engine_f
         pid = address.rpartition(":")[2]  # without a key nothing listens: no port, but a name
         assert psutil.Process(int(pid)).cmdline()[0].startswith("ray::TransformersServer")
         received = [0]
-        cluster.call(count_weights)
+        cluster.call(ray_cluster.count_weights)
         for step in range(3):
-            trained = cluster.workers.nudge(step, 0.1)
+            assert cluster.workers.nudge(step, 0.1) == [28]
             if step:
                 assert cluster.canary(_TOKENS) > 1e-2
             cluster.checkpoints.sleep_replicas()
             cluster.checkpoints.update_weights(step)
             assert cluster.canary(_TOKENS) < 1e-5
-            received.append(cluster.call(received_bytes))
-            # 2 layers, 7 projections with factors A and B: r * (in + out) float32 numbers each, q k v o gate up down
-            sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
-            adapter_bytes = 2 * 4 * 4 * sum(a + b for a, b in sizes)
-            assert trained == [28]
+            received.append(cluster.call(ray_cluster.received_bytes))
         # Another server in its place has no base weights either.
-        replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
         ray.kill(cluster.server)
-        assert replicas.replace_dead() == 1
+        assert _replicas(cluster).replace_dead() == 1
         cluster.checkpoints.update_weights(3)
         assert cluster.canary(_TOKENS) < 1e-5
-        base, first, second = (after - before for before, after in pairwise(received))
-        assert first == second == adapter_bytes
-        assert base > 2 * adapter_bytes  # rollout.load_format=dummy: the replica had no base weights
+    base, first, second = (after - before for before, after in pairwise(received))
+    # 2 layers, 7 projections with factors A and B: r * (in + out) float32 numbers each, q k v o gate up down
+    sizes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
+    assert first == second == 2 * 4 * 4 * sum(a + b for a, b in sizes)
+    assert base > 2 * first  # rollout.load_format=dummy: the replica had no base weights
 
 
-def test_the_replica_has_the_trainers_weights_after_an_update_and_not_before(cluster: Cluster) -> None:
-    assert cluster.canary(_TOKENS) < 1e-5
+def test_the_replica_has_the_trainers_weights_and_the_canary_finds_a_sync_that_was_skipped_or_torn(
+    cluster: Cluster,
+) -> None:
+    canary = _replicas(cluster).canary(SyncConfig(), build_tiny_tokenizer(), exact=True)
     for step in (1, 2):
+        cluster.workers.nudge(step, 0.05)
+        with pytest.raises(WeightSyncError, match=r"rollout replica 0: after .*atropos\.sync\.canary_threshold=0\.001"):
+            canary.check()
         cluster.checkpoints.sleep_replicas()
         assert cluster.call(stats)["weight_bytes"] == 0  # memory really is given back
-        cluster.workers.nudge(step, 0.05)
         cluster.checkpoints.update_weights(step)
-        assert cluster.canary(_TOKENS) < 1e-5
+        assert max(canary.check(), cluster.canary(_TOKENS)) < 1e-5
         assert cluster.call(stats)["policy_version"] == step
-    cluster.workers.nudge(3, 0.05)  # a sync that is skipped is seen
-    assert cluster.canary(_TOKENS) > 1e-2
+    cluster.call(ray_cluster.zero_one_tensor)
+    with pytest.raises(WeightSyncError, match="rollout replica 0: "):
+        canary.check()
     cluster.checkpoints.update_weights(3)
+    assert canary.check() < 1e-5
 
 
 async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_made_it(cluster: Cluster) -> None:
     from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 
     prompt = _TOKENS[:8]
+    params = {"temperature": 1.0, "logprobs": True, "ignore_eos": True}
     client, own = cluster.servers.get_client(), cluster.servers.get_client(FullyAsyncLLMServerClient)
-    plain = asyncio.ensure_future(client.generate("a", prompt_ids=prompt, sampling_params=dict(_PARAMS)))
-    continued = asyncio.ensure_future(own.generate("b", prompt_ids=prompt, sampling_params=dict(_PARAMS)))
+    plain = asyncio.ensure_future(client.generate("a", prompt_ids=prompt, sampling_params={**params}))
+    continued = asyncio.ensure_future(own.generate("b", prompt_ids=prompt, sampling_params={**params}))
     await _generated(cluster, 60)
     await cluster.checkpoints.abort_replicas()
     output = await asyncio.wait_for(plain, 30)
     assert output.stop_reason == "aborted" and 0 < len(output.token_ids) < 192
-    expected = await cluster.server.__ray_call__.remote(logprobs, [*prompt, *output.token_ids])
+    expected = await cluster.server.__ray_call__.remote(ray_cluster.logprobs, [*prompt, *output.token_ids])
     assert output.log_probs == pytest.approx(expected[len(prompt) - 1 :], abs=1e-5)
 
     await cluster.checkpoints.abort_replicas(reject_request=True)  # a replica that leaves turns newcomers away
-    turned_away = await asyncio.wait_for(client.generate("c", prompt_ids=prompt, sampling_params=dict(_PARAMS)), 30)
+    turned_away = await asyncio.wait_for(client.generate("c", prompt_ids=prompt, sampling_params={**params}), 30)
     assert turned_away.token_ids == [] and turned_away.stop_reason == "aborted"
 
     await asyncio.to_thread(cluster.step, 4)
@@ -141,45 +146,48 @@ async def test_abort_hands_back_what_there_is_with_logprobs_of_the_policy_that_m
     assert (whole.extra_fields["min_global_steps"], whole.extra_fields["max_global_steps"]) == (3, 4)
 
 
-def test_a_bad_request_is_named_and_the_replica_lives_on(cluster: Cluster) -> None:
-    import ray
-
-    with pytest.raises(ray.exceptions.RayTaskError, match="repetition_penalty"):
-        _call(cluster, "generate", _TOKENS[:4], {"repetition_penalty": 1.5}, "bad")
-    assert _call(cluster, "generate", _TOKENS[:4], {"max_tokens": 3}, "good").stop_reason == "completed"
-
-
 def test_its_http_address_answers_like_our_gateway_to_who_has_its_key(cluster: Cluster) -> None:
     [address] = cluster.servers.get_addresses()
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "logprobs": True, "model": "m"}
-    with httpx.Client(base_url=f"http://{address}", timeout=30.0) as client:
-        assert client.post("/v1/chat/completions", json=body).status_code == 401
-        answer = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer of-the-replica"})
+    url, key = f"http://{address}/v1/chat/completions", {"authorization": "Bearer of-the-replica"}
+    assert httpx.post(url, json=body, timeout=30.0).status_code == 401
+    answer = httpx.post(url, json=body, timeout=30.0, headers=key)
     assert answer.status_code == 200
     assert answer.json()["policy_version"] == cluster.call(stats)["policy_version"]
 
 
-async def test_environments_requests_outlast_every_kind_of_weight_update(cluster: Cluster, model_path: Path) -> None:
+async def test_requests_and_sessions_outlast_every_kind_of_weight_update(
+    cluster: Cluster, model_path: Path, tmp_path: Path
+) -> None:
     """Concurrent HTTP requests through the gateway while weights are updated, with sleep, with abort, and live.
 
     Nothing fails, nothing is short, every token has its logprob, and the logprobs of a run of one policy are those of
-    that policy's weights.
+    that policy's weights. A session is one row, although the weights were updated between its turns, or within them.
     """
-    tokenizer = build_tiny_tokenizer()
-    steps, answers = 6, []
+    steps, answers, store = 6, [], SessionStore(tmp_path)
     start = cluster.call(stats)["policy_version"]
     stop = asyncio.Event()
-    scorers: dict[int, Any] = {start: (await asyncio.to_thread(cluster.workers.weights))[0]}
+    weights: dict[int, Any] = {start: (await asyncio.to_thread(cluster.workers.weights))[0]}
 
     async def environment(client: httpx.AsyncClient, number: int) -> None:
         sent = 0
         while not stop.is_set():
             prompt = [number + 1, sent % 250, 7, 8]
-            body = {"prompt": {"prompt_token_ids": prompt}, "n": 2, "max_tokens": 60, "logprobs": 0, "ignore_eos": True}
-            answer = await client.post("/generate", json=body)
+            answer = await client.post("/generate", json=_completion(prompt, max_tokens=60))
             assert answer.status_code == 200, answer.text
             answers.append((prompt, answer.json()))
             sent += 1
+
+    async def agent(client: httpx.AsyncClient) -> dict[str, Any]:
+        session = (await client.post("/sessions", json={"group": "g"})).json()
+        messages: list[dict[str, str]] = []
+        for turn in range(3):
+            messages.append({"role": "user", "content": f"question {turn}"})
+            body = {"messages": messages, "max_tokens": 40, "ignore_eos": True}
+            answer = await client.post(f"/s/{session['id']}/v1/chat/completions", json=body)
+            messages.append(answer.json()["choices"][0]["message"])
+        await client.post(f"/sessions/{session['id']}/reward", json={"reward": 1})
+        return dict((await client.get(f"/sessions/{session['id']}/rollout")).json())
 
     async def update(step: int) -> None:
         kind = step % 3
@@ -192,71 +200,68 @@ async def test_environments_requests_outlast_every_kind_of_weight_update(cluster
         if kind == 0:
             await cluster.checkpoints.resume_generation_replicas()
 
-    with ClusterGateway(cluster.servers.get_client(), tokenizer) as gateway:
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
+    with _gateway(cluster, sessions=store) as gateway:
+        async with _client(gateway) as client:
             clients = [asyncio.ensure_future(environment(client, number)) for number in range(4)]
+            conversation = asyncio.ensure_future(agent(client))
             for step in range(start + 1, start + 1 + steps):
                 await _generated(cluster, 200)
                 await update(step)
                 gateway.release(step)
-                [scorers[step]] = await asyncio.to_thread(cluster.workers.weights)
+                [weights[step]] = await asyncio.to_thread(cluster.workers.weights)
                 assert (await client.get("/health")).json()["policy_version"] == step
             await _generated(cluster, 200)
             stop.set()
             await asyncio.gather(*clients)
-
-    spans = [tuple(span) for _, answer in answers for span in answer["policy_versions"]]
-    assert len(answers) >= 8
-    assert any(first < last for first, last in spans)  # some were really on their way
-    for prompt, answer in answers:
-        rows = zip(answer["token_ids"], answer["logprobs"], answer["policy_versions"], strict=True)
-        for number, (tokens, entries, (first, last)) in enumerate(rows):
-            logprobs = [next(iter(row[0].values())) for row in entries]
-            assert len(tokens) == len(logprobs) == 60
-            if number == 0:
-                made_by = _policies(
-                    model_path, {v: scorers[v] for v in range(first, last + 1)}, prompt, tokens, logprobs
-                )
-                assert (made_by[0], made_by[-1]) == (first, last)
-
-
-async def test_a_session_before_replicas_whose_weights_change(cluster: Cluster, tmp_path: Path) -> None:
-    """One row, although the weights were updated between its turns, or within them."""
-    store, tokenizer = SessionStore(tmp_path), build_tiny_tokenizer()
-    start = cluster.call(stats)["policy_version"]
-    with ClusterGateway(cluster.servers.get_client(), tokenizer, sessions=store) as gateway:
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
-            session = (await client.post("/sessions", json={"group": "g"})).json()
-            messages: list[dict[str, str]] = []
-            for turn in range(3):
-                messages.append({"role": "user", "content": f"question {turn}"})
-                body = {"messages": messages, "max_tokens": 40, "ignore_eos": True}
-                asked = asyncio.ensure_future(client.post(f"/s/{session['id']}/v1/chat/completions", json=body))
-                await cluster.checkpoints.abort_replicas()
-                await cluster.checkpoints.sleep_replicas()
-                await asyncio.to_thread(cluster.checkpoints.update_weights, start + 1 + turn)
-                await cluster.checkpoints.resume_generation_replicas()
-                gateway.release(start + 1 + turn)
-                messages.append((await asked).json()["choices"][0]["message"])
-            await client.post(f"/sessions/{session['id']}/reward", json={"reward": 1})
-            rollout = (await client.get(f"/sessions/{session['id']}/rollout")).json()
+            [row] = (await conversation)["rows"]
     store.close()
-    [row] = rollout["rows"]
+
     assert row["turns"] == [0, 1, 2] and [stop - start for start, stop in row["spans"]] == [40] * 3
     versions = [version for span in row["spans"] for version in row["versions"][slice(*span)]]
-    assert versions == sorted(versions) and start <= versions[0] < versions[-1] <= start + 3
+    assert versions == sorted(versions) and start <= versions[0] < versions[-1] <= start + steps
     assert all(value <= 0 for span in row["spans"] for value in row["logprobs"][slice(*span)])
+    assert len(answers) >= 8
+    spans = [tuple(span) for _, answer in answers for span in answer["policy_versions"]]
+    assert any(first < last for first, last in spans)  # some were really on their way
+    for prompt, answer in answers:
+        rows = [[next(iter(place[0].values())) for place in row] for row in answer["logprobs"]]
+        assert [len(tokens) for tokens in answer["token_ids"]] == [len(row) for row in rows] == [60, 60]
+        first, last = answer["policy_versions"][0]
+        policies = {version: weights[version] for version in range(first, last + 1)}
+        made_by = _policies(model_path, policies, prompt, answer["token_ids"][0], rows[0])
+        assert (made_by[0], made_by[-1]) == (first, last)
 
 
-@pytest.mark.parametrize("death", [kill, break_the_engine])
+def _policies(
+    model: Path, weights: dict[int, dict[str, Any]], prompt: list[int], tokens: list[int], logprobs: list[float]
+) -> list[int]:
+    """Finds the policy that each token's logprob is of: a plain model with its weights gives the same. Fails when none
+    does, or when an older policy follows a newer one."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    scores = {}
+    for version, state in weights.items():
+        plain.load_state_dict(state)
+        with torch.no_grad():
+            logits = plain(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].double()
+        scores[version] = torch.log_softmax(logits, -1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+    made_by = [min(weights)]
+    for position, value in enumerate(logprobs):
+        fits = [v for v in sorted(weights) if v >= made_by[-1] and abs(scores[v][position] - value) < 1e-4]
+        assert fits, f"token {position}: {value} is of none of the policies {sorted(weights)} from {made_by[-1]} on"
+        made_by.append(fits[0])
+    return made_by[1:]
+
+
+@pytest.mark.parametrize("death", [ray_cluster.kill, ray_cluster.break_the_engine])
 async def test_a_dead_replica_is_replaced_and_the_environments_requests_go_on(cluster: Cluster, death: Any) -> None:
     """The request that was cut is answered whole; what the new server writes is of the newest weights."""
-    replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
+    replicas = _replicas(cluster)
     canary = replicas.canary(SyncConfig(), build_tiny_tokenizer(), exact=True)
-    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=120.0) as client:
-            body = {"prompt": {"prompt_token_ids": _TOKENS[:8]}, "n": 2, "max_tokens": 180, "logprobs": 0}
-            request = asyncio.ensure_future(client.post("/generate", json=body | {"ignore_eos": True}))
+    with _gateway(cluster) as gateway:
+        async with _client(gateway) as client:
+            request = asyncio.ensure_future(client.post("/generate", json=_completion(_TOKENS[:8], max_tokens=180)))
             await _generated(cluster, 60)
             before = cluster.server
             await asyncio.gather(before.__ray_call__.remote(death), return_exceptions=True)
@@ -274,31 +279,15 @@ async def test_a_dead_replica_is_replaced_and_the_environments_requests_go_on(cl
     assert cluster.server != before and await asyncio.to_thread(replicas.replace_dead) == 0
 
 
-def test_the_canary_finds_a_sync_that_was_skipped_or_torn(cluster: Cluster) -> None:
-    replicas = Replicas(cluster.workers, [cluster.servers], lambda: [cluster.servers])
-    canary = replicas.canary(SyncConfig(), build_tiny_tokenizer(), exact=True)
-    version = cluster.call(stats)["policy_version"] + 1
-    cluster.workers.nudge(version, 0.05)
-    with pytest.raises(WeightSyncError, match=r"rollout replica 0: after .*atropos\.sync\.canary_threshold=0\.001"):
-        canary.check()
-    cluster.checkpoints.update_weights(version)
-    assert canary.check() < 1e-5
-    cluster.call(zero_one_tensor)
-    with pytest.raises(WeightSyncError, match="rollout replica 0: "):
-        canary.check()
-    cluster.checkpoints.update_weights(version + 1)
-    assert canary.check() < 1e-5
-
-
 async def test_a_client_that_leaves_frees_the_replicas_slots(cluster: Cluster) -> None:
-    with ClusterGateway(cluster.servers.get_client(), build_tiny_tokenizer()) as gateway:
+    with _gateway(cluster) as gateway:
         await asyncio.to_thread(cluster.checkpoints.abort_replicas)  # it stays unanswered
         before = await cluster.server.__ray_call__.remote(stats)
 
         def counted(name: str) -> bool:
             return bool(cluster.call(stats)[name] == before[name] + 3)
 
-        async with httpx.AsyncClient(base_url=gateway.url, timeout=60.0) as client:
+        async with _client(gateway) as client:
             asked = asyncio.ensure_future(client.post("/generate", json={"prompt": "abc", "n": 3}))
             await asyncio.to_thread(eventually, lambda: counted("requests"), "the requests to arrive", 60.0)
             asked.cancel()
@@ -314,20 +303,20 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
 
     standalone = LLMServerManager.create(config=cluster.config, start_rank=1)
     [replica] = standalone.get_replicas()
-    manager = CheckpointEngineManager(
-        config=omega_conf_to_dataclass(cluster.config.actor_rollout_ref.rollout.checkpoint_engine),
-        actor_wg=cluster.workers,
-        replicas=[replica],
-    )
-    assert cluster.call(stats, server=replica.server_handle)["gate"] == "paused"  # random weights generate nothing
+    config = omega_conf_to_dataclass(cluster.config.actor_rollout_ref.rollout.checkpoint_engine)
+    manager = CheckpointEngineManager(config=config, actor_wg=cluster.workers, replicas=[replica])
+
+    def state() -> tuple[int, str]:
+        found = cluster.call(stats, server=replica.server_handle)
+        return found["policy_version"], found["gate"]
+
+    assert state()[1] == "paused"  # random weights generate nothing
     for step in (100, 101):
         cluster.workers.nudge(step, 0.05)
-        metrics = manager.update_weights(step)
-        assert metrics["weight_sync/bytes"] > 0
+        assert manager.update_weights(step)["weight_sync/bytes"] > 0
         assert cluster.canary(_TOKENS, replica.server_handle) < 1e-5
-        found = cluster.call(stats, server=replica.server_handle)
-        assert (found["policy_version"], found["gate"]) == (step, "open")
-    replicas = Replicas(cluster.workers, [standalone], lambda: [standalone])
+        assert state() == (step, "open")
+    replicas = _replicas(cluster, standalone)
     for victim in (replica.server_handle, replica.workers[0]):
         ray.kill(victim)
         assert replicas.replace_dead() == 1 and replicas.replace_dead() == 0
@@ -335,30 +324,3 @@ def test_a_standalone_replica_gets_the_weights_through_the_object_store(cluster:
         assert cluster.canary(_TOKENS, replica.server_handle) < 1e-5
     for actor in (replica.server_handle, *replica.workers):
         ray.kill(actor)
-
-
-def _policies(
-    model: Path, weights: dict[int, dict[str, Any]], prompt: list[int], tokens: list[int], logprobs: list[float]
-) -> list[int]:
-    """Finds the policy that each token's logprob is of: a plain model with its weights gives the same.
-
-    Fails when none does, or when an older policy follows a newer one.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(model)
-    sequence = torch.tensor([[*prompt, *tokens]])
-    scores = {}
-    for version, state in weights.items():
-        plain.load_state_dict(state)
-        with torch.no_grad():
-            logp = torch.log_softmax(plain(sequence).logits[0, len(prompt) - 1 : -1].double(), dim=-1)
-        scores[version] = logp.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-    made_by: list[int] = []
-    for position, value in enumerate(logprobs):
-        oldest = made_by[-1] if made_by else min(weights)
-        fits = [v for v in sorted(weights) if v >= oldest and abs(scores[v][position] - value) < 1e-4]
-        assert fits, f"token {position}: {value} is of none of the policies {sorted(weights)} from {oldest} on"
-        made_by.append(fits[0])
-    return made_by
