@@ -39,6 +39,7 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         self._is_special[list(special)] = True
         edges = {*_SPACES, *(text.encode() for text in special.values() if text)}
         self._edges = tuple(sorted(edges, key=len, reverse=True))
+        self._first_bytes, self._last_bytes = ({edge[at] for edge in edges} for at in (0, -1))
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         normalize = str if normalizer is None else normalizer.normalize_str
         self._normalize = normalize if normalize(_PLAIN) == _PLAIN and normalize(_COMPOSED) != _COMPOSED else str
@@ -101,17 +102,17 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
     def core(self, text: bytes, start: int = 0, stop: int | None = None) -> tuple[int, int]:
         """``[start, stop)`` of a text without the white space and the special tokens at both ends."""
         stop = len(text) if stop is None else stop
-        while start < stop and text.startswith(self._edges, start, stop):
+        while start < stop and text[start] in self._first_bytes and text.startswith(self._edges, start, stop):
             start += next(len(edge) for edge in self._edges if text.startswith(edge, start, stop))
-        while start < stop and text.endswith(self._edges, start, stop):
+        while start < stop and text[stop - 1] in self._last_bytes and text.endswith(self._edges, start, stop):
             stop -= next(len(edge) for edge in self._edges if text.endswith(edge, start, stop))
         return start, max(start, stop)
 
-    def cores(self, token_ids: NDArray[np.int32]) -> list[bytes]:
-        """The texts of a completion that an environment may post: without the white space and the special tokens at
-        both ends, and those between shown or left out."""
+    def cores(self, token_ids: NDArray[np.int32], text: bytes) -> list[bytes]:
+        """The texts of a completion, whose whole one is ``text``, that an environment may post: without the white space
+        and the special tokens at both ends, and those between shown or left out."""
         plain = np.flatnonzero(~self._is_special.take(token_ids, mode="clip"))
         is_mixed = plain.size and plain.size <= plain[-1] - plain[0]
-        texts = [*([self.text(token_ids[plain])] if is_mixed else []), self.text(token_ids)]
-        forms = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
-        return list(dict.fromkeys(text[slice(*self.core(text))] for text in forms))
+        texts = [*([self.text(token_ids[plain])] if is_mixed else []), text]
+        forms = [form if form.isascii() else self._normalize(form.decode()).encode() for form in texts]
+        return list(dict.fromkeys(form[slice(*self.core(form))] for form in forms))

@@ -79,10 +79,8 @@ class RequestGate:
             return self._shut_seconds + running
 
     def pause(self, timeout: float = 60.0) -> None:
-        """Hold new steps and requests back, and return once no step is running: a token boundary.
-
-        Requests in flight are not waited for; they stay where they are until ``resume``. ``timeout``: seconds.
-        """
+        """Hold new steps and requests back until ``resume``, and return once no step is running: a token boundary.
+        ``timeout``: seconds."""
         with self._condition:
             if self.state != "paused":
                 self._shut("pausing", timeout)

@@ -97,10 +97,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-        """One token for each running sequence: ``tokens`` [n] stand at positions ``lengths`` [n] of slots 0 .. n-1.
-
-        Returns [n, V] logits of the tokens after them.
-        """
+        """[n, V] logits of what follows ``tokens`` [n], which stand at positions ``lengths`` [n] of slots 0 .. n-1."""
         width = max(lengths) + 1
         self.cache.reserve(len(tokens), width, self.max_context_len)
         positions = torch.tensor(lengths).unsqueeze(-1).to(self.device)
@@ -118,10 +115,7 @@ class ModelRunner:
     def prompt_logprobs(
         self, token_ids: Sequence[int], best: int, temperature: float
     ) -> tuple[dict[int, float] | None, ...]:
-        """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None.
-
-        Computed chunk by chunk, which bounds the memory of the logits.
-        """
+        """[P] per position {token: logprob} of the ``best`` alternatives and the token itself; position 0 None."""
         check_tokens("token_ids", token_ids, self.vocab_size)
         chunk = max(16, self.max_prefill_logits)
         cache = DynamicCache(config=self.model.config) if len(token_ids) > chunk else None
@@ -159,10 +153,8 @@ class ModelRunner:
 
 
 def multiply_adds_per_layer(config: Any, rows: int) -> int:
-    """Multiply-adds of the matrix products of a decode step of ``rows`` sequences, over the number of layers.
-
-    Without attention over the cached keys, which reads memory; of a mixture of experts, those of one token.
-    """
+    """Multiply-adds of the matrix products of a decode step of ``rows`` sequences, over the number of layers; of a
+    mixture of experts, those of one token."""
     text = config.get_text_config(decoder=True)
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
     heads = int(text.num_attention_heads)

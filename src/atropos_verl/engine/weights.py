@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import difflib
 from collections.abc import Container, Iterable, Mapping
 
@@ -11,8 +9,6 @@ import torch
 
 from atropos_verl.errors import WeightSyncError
 
-TRIM_BYTES = 2**28
-"""Of the weights of a model that is worth it: pages that are taken again cost time (0.4 ms per MB, measured)."""
 _WORTH_PACKING = 2**16  # elements of a matrix below which a product costs less than the call of the packed one
 _PACKED_FOR = 32  # rows for which the layout is chosen; from 1 to 2,048 others are at most a few per cent better
 
@@ -63,19 +59,9 @@ def pack_linear_layers(model: torch.nn.Module) -> list[PackedLinear]:
     return [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
 
 
-def trim_memory() -> None:
-    """Hands freed memory that the C library keeps back to the system: after a training step glibc keeps four times the
-    weights (docs/performance.md)."""
-    with contextlib.suppress(AttributeError, OSError):  # a C library without it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class WeightStore:
-    """Parameters of a model by Hugging Face name; tied ones are one tensor under several names.
-
-    ``ready``: their content may be used. Not after memory was released, nor after an update that failed half-way (the
-    weights are then a mixture of two policies), until a full update.
-    """
+    """Parameters of a model by Hugging Face name; tied ones are one tensor under several names. ``ready``: they may be
+    used. Not after they were released, nor after an update that failed half-way, until a full update."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._packed = pack_linear_layers(model)

@@ -388,7 +388,7 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
     verl_plugin.activate("cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* engine is not available")  # verl's, of packages nobody asked for
-        from atropos_verl.verl_plugin.engines import install_packed_attention
+        from atropos_verl.verl_plugin.engines import install_packed_attention, keep_less
     from atropos_verl.verl_plugin.prefix_forest import joined
 
     how: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
@@ -409,6 +409,7 @@ def shape_of(model_path: Path, compute: int, *, trust_remote_code: bool = False)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **how).eval()
+                keep_less(model)
                 packed = {"packed_row": joined([_PROBE_TOKENS])} if install_packed_attention(model) else {}
                 ids, positions = torch.ones(1, _PROBE_TOKENS, dtype=torch.int64), torch.arange(_PROBE_TOKENS)[None]
                 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

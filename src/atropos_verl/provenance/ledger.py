@@ -248,7 +248,8 @@ class Ledger:
 
         encode = msgspec.msgpack.encode
         rows.append(("state", 0, (0, self._orders, self._resumes)))
-        changes = [(table, _signed(key), None if row is None else encode(row)) for table, key, row in rows]
+        # Hashes of 64 bits become the signed integers that SQLite has.
+        changes = [(table, key - (key >> 63 << 64), None if row is None else encode(row)) for table, key, row in rows]
         store.write(changes).add_done_callback(written)
         return done
 
@@ -474,11 +475,6 @@ def _read(store: RecordStore) -> _Rows:
 def _remove(directory: Path) -> None:
     for file in directory.glob("ledger*.sqlite*"):
         file.unlink(missing_ok=True)
-
-
-def _signed(key: int) -> int:
-    """A 64-bit hash as the signed integer that SQLite can hold."""
-    return key - (1 << 64) if key >= 1 << 63 else key
 
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:

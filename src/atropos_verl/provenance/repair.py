@@ -91,9 +91,8 @@ class Repairer:
         self._lengths = Lengths()  # of prompts
         self._text: Callable[[bytes], bytes] = lru_cache(_CACHED)(lambda ids: texts.text(np.frombuffer(ids, IDS)))
         self._cores: Callable[[bytes], list[bytes]] = lru_cache(_CACHED)(
-            lambda ids: texts.cores(np.frombuffer(ids, IDS))
+            lambda ids: texts.cores(np.frombuffer(ids, IDS), self._text(ids))
         )
-
         self._ends: Callable[[bytes], tuple[int, bytes]] = lru_cache(_CACHED)(self._read_ends)
 
     def _read_ends(self, ids: bytes) -> tuple[int, bytes]:

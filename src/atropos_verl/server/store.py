@@ -122,12 +122,6 @@ class _State(msgspec.Struct, kw_only=True):
     environments: int = 0
 
 
-def steady_clock() -> Callable[[], float]:
-    """Seconds since the epoch by a clock that is never set: leases last as long as they say."""
-    begun = time.time() - time.monotonic()
-    return lambda: begun + time.monotonic()
-
-
 @dataclass(slots=True)
 class Counters:
     """Since this process started."""
@@ -156,7 +150,8 @@ class Store:
         """Open the data directory, if there is one, and go on where the last process ended. Raises ``ConfigError``
         where 0.1.0 wrote it, ``StorageError`` where it cannot be used."""
         self.settings = settings
-        self.now = now or steady_clock()
+        begun = time.time() - time.monotonic()  # a clock that is never set: leases last as long as they say
+        self.now = now or (lambda: begun + time.monotonic())
         self.wants_packed = False  # the trainer takes the packed wire: groups are packed when they come
         self.trainer_heard = self._registered_at = self._refused_seconds = 0.0
         self._opened_at = -math.inf

@@ -1,15 +1,7 @@
 """``BatchSource``: the one way of batches from the trajectory API to an optimiser step, for both backends.
 
-Durable writes of one batch, in this order:
-
-1. ``journal/batch_N.meta.json`` (with the lease), then ``batch_N.json``: the answer of the API, before it is decoded.
-2. ``batch_N.ledger.msgpack``: which policy version wrote which token.
-3. ``batch_N.meta.json`` again: the step that consumed the batch (``trained``). From here the step can be repeated.
-4. The lease is acked (``ack``), after the new weights are served.
-5. A checkpoint of that step, after which the journal forgets the batch (``discard_through``).
-
 ``backends.local`` takes one batch a step (``take``), ``backends.ray`` fills slots of TransferQueue (``next``).
-``protocol.leases`` has the crash table. This module imports no torch, so a run can register before the policy is there.
+docs/internals.md has the order of its writes. It imports no torch, so a run can register before the policy is there.
 """
 
 import logging

@@ -396,11 +396,11 @@ def staleness_metrics(samples: Sequence[TrainingSample], policy_version: int) ->
 
 def encode_matches(matches: BatchMatches) -> bytes:
     """Writes a file that ``decode_matches`` reads. Logprobs are in float32."""
-    return zlib.compress(msgspec.msgpack.encode(matches, enc_hook=_array_bytes))
 
+    def as_bytes(array: FloatArray | IntArray) -> bytes:
+        return array.astype(np.float32 if array.dtype == np.float64 else array.dtype).tobytes()
 
-def _array_bytes(array: FloatArray | IntArray) -> bytes:
-    return array.astype(np.float32 if array.dtype == np.float64 else array.dtype).tobytes()
+    return zlib.compress(msgspec.msgpack.encode(matches, enc_hook=as_bytes))
 
 
 def _array_of(kind: Any, content: bytes) -> FloatArray | IntArray:

@@ -6,6 +6,7 @@ otherwise. No optimiser step has a learning rate of 0 in its warm-up, or nothing
 """
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -14,15 +15,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import SiLUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from atropos_verl.engine.weights import TRIM_BYTES, trim_memory
 from atropos_verl.errors import ConfigError
 from atropos_verl.training.lm_head import linear_teacher_kl, linear_token_figures, linear_token_logprobs
 from atropos_verl.training.losses import kl_loss, reference_kl
@@ -51,9 +54,6 @@ _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.0
 BRANCH_BLOCK = 512  # tokens of a long branch that attend to what is above them in one call
 MASK_ELEMENTS = 2**18
 """The backward keeps the mask of each call in each layer; larger ones are made again instead, with their attention."""
-BACKWARD_TRIMS = 4
-"""Times that the backward of a large model on a CPU hands memory back. glibc would keep activations that are freed
-while the gradients grow beside them."""
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_soft_cap")
 """Config keys of architectures that change the logits after the head; those take verl's own path."""
 _NEED_LOGITS = ("calculate_sum_pi_squared", "distillation_use_topk")
@@ -77,6 +77,8 @@ class _HeadRequest(NamedTuple):
 class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     """verl's engine with the update that this module promises."""
 
+    optimizer_config: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.keeps_dropout = os.environ.get(DROPOUT_VARIABLE) == "1"
@@ -97,11 +99,7 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def initialize(self) -> None:
         super().initialize()
-        self._trims = sum(parameter.nbytes for parameter in self.module.parameters()) >= TRIM_BYTES
-        layers = [layer for layer in self.module.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if self._trims and get_device_name() == "cpu":
-            for layer in layers[:: max(1, len(layers) // BACKWARD_TRIMS)]:
-                layer.register_forward_hook(_trim_in_backward)
+        keep_less(self.module)
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
@@ -112,9 +110,15 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         """The gradient norm. A batch without a trained token changes neither weights nor AdamW's moments."""
         norm = float(super().optimizer_step()) if self._has_trained_tokens else 0.0
         self.optimizer_zero_grad()  # verl keeps the gradients until the next step begins: a copy of the model's size
-        if self._trims:
-            trim_memory()
         return norm
+
+    def _build_optimizer(self, module: Any) -> Any:
+        """verl's, in one kernel on a CPU: torch's own choice there is a loop over the parameters in Python."""
+        settings = self.optimizer_config
+        if get_device_name() == "cpu" and (settings.optimizer_impl, settings.optimizer) == ("torch.optim", "AdamW"):
+            options = {"fused": True, **(settings.override_optimizer_config or {})}
+            self.optimizer_config = dataclasses.replace(settings, override_optimizer_config=options)
+        return super()._build_optimizer(module)
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """verl's schedule, but step n of a warm-up of W trains at n / W of the rate (verl: (n - 1) / W, from 0 on)."""
@@ -138,12 +142,6 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         used = float(self.lr_scheduler.get_last_lr()[0])
         super().lr_scheduler_step()
         return used
-
-
-def _trim_in_backward(layer: Any, inputs: Any, output: Any) -> None:
-    hidden = output[0] if isinstance(output, tuple) else output
-    if hidden.requires_grad:
-        hidden.register_hook(lambda gradient: trim_memory())
 
 
 def _let_checkpoint(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -192,8 +190,7 @@ class SelectiveHeadEngine(UpdateEngine):
 
     def _install_head(self) -> bool:
         head = self.module.get_output_embeddings()
-        config = self.module.config
-        changed = [name for name in _LOGIT_TRANSFORMS if getattr(config, name, None) not in (None, 1, 1.0)]
+        changed = [name for name in _LOGIT_TRANSFORMS if getattr(self.module.config, name, None) not in (None, 1, 1.0)]
         if not isinstance(head, torch.nn.Linear) or changed:
             return False
         full_forward = head.forward
@@ -216,6 +213,10 @@ class SelectiveHeadEngine(UpdateEngine):
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
+        embedding = self.module.get_input_embeddings()
+        # The rows of its tokens are then added to the head's gradient, which comes first; others would round each time.
+        is_tied = embedding.weight is head.weight and self._autocast_dtype == torch.float32
+        embedding.sparse = is_tied and get_device_name() == "cpu"
         return True
 
     def _joins(self, data: Any) -> bool:
@@ -314,6 +315,61 @@ class SelectiveHeadEngine(UpdateEngine):
             packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, repeated)
             outputs[name] = torch.nested.nested_tensor_from_jagged(packed, ids.offsets())
         return outputs
+
+
+class _GatedSilu(torch.autograd.Function):
+    """``silu(gate) * up``; the backward computes ``silu(gate)`` again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
+
+
+class _Normalised(torch.autograd.Function):
+    """``weight * x / sqrt(mean(x**2) + eps)`` of x ``[..., D]``, which alone is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, scale, weight = ctx.saved_tensors
+        normal = x * scale
+        product = gradient * normal
+        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        return (gradient * weight).sub_(normal.mul_(mean)).mul_(scale), product.flatten(0, -2).sum(0), None
+
+
+def keep_less(model: torch.nn.Module) -> None:
+    """Layers whose class has the code of Llama's compute the same, and keep less of it for the backward."""
+
+    def code_of(kind: type[torch.nn.Module]) -> object:
+        code = getattr(kind.forward, "__code__", None)
+        return code and (code.co_code, code.co_names, code.co_consts)
+
+    def gated(layer: Any, x: torch.Tensor) -> Any:
+        return layer.down_proj(_GatedSilu.apply(layer.gate_proj(x), layer.up_proj(x)))  # type: ignore[no-untyped-call]
+
+    def normalised(layer: Any, original: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor) -> Any:
+        if not hidden_states.dtype == layer.weight.dtype == torch.float32:
+            return original(hidden_states)  # which rounds between its steps
+        return _Normalised.apply(hidden_states, layer.weight, layer.variance_epsilon)  # type: ignore[no-untyped-call]
+
+    for layer in model.modules():
+        code = code_of(type(layer))
+        if code == code_of(LlamaMLP) and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
+            layer.forward = functools.partial(gated, layer)
+        elif code == code_of(LlamaRMSNorm):
+            layer.forward = functools.partial(normalised, layer, layer.forward)
 
 
 _warn_once = functools.cache(logger.warning)

@@ -324,13 +324,14 @@ def test_a_model_is_measured_without_its_weights(model_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from atropos_verl.verl_plugin.engines import install_packed_attention
+    from atropos_verl.verl_plugin.engines import install_packed_attention, keep_less
     from atropos_verl.verl_plugin.prefix_forest import joined
 
     shape = doctor.shape_of(model_path, 4)
     model = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.float32, attn_implementation="sdpa")
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert install_packed_attention(model)
+    keep_less(model)
     weights, kept = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
