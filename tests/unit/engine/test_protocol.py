@@ -1,6 +1,7 @@
 """``RequestGate``: what passes in which state, and that no wait is endless. ``PinnedEngine``: one version answers."""
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -34,6 +35,25 @@ def test_pause_returns_at_the_step_boundary_and_one_resume_undoes_any_number_of_
     gate.resume()
     gate.resume()
     assert gate.is_open
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_step_waits_for_resume_or_for_its_stop_predicate(resumed: bool) -> None:
+    gate, stop = RequestGate(), threading.Event()
+    gate.pause(timeout=1.0)
+
+    def may_run() -> bool:
+        with gate.step(timeout=30.0, stop=stop.is_set) as entered:
+            return entered
+
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(may_run)
+        if resumed:
+            gate.resume()
+        else:
+            stop.set()
+            gate.wake()
+        assert step.result(5.0) is resumed
 
 
 def test_a_pause_that_does_not_succeed_says_why_and_leaves_the_gate_shut_until_resume() -> None:
