@@ -152,7 +152,7 @@ def test_empty_batches_are_waited_for(fault_server: FaultServer, client: Atropos
     assert client.get_batch() == FetchedBatch(BATCH)
     assert fault_server.count("/batch") == 4
     assert client.poll_batch() == FetchedBatch(odd)
-    assert not {"x-atropos-lease", "x-atropos-wait"} & fault_server.last("/batch").headers.keys()
+    assert not client.leased and not {"x-atropos-lease", "x-atropos-wait"} & fault_server.last("/batch").headers.keys()
 
 
 def test_polling_goes_on_after_the_quick_tries_until_max_wait_time(fault_server: FaultServer) -> None:

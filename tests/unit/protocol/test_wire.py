@@ -39,15 +39,18 @@ def only(**changes: Any) -> ScoredGroup:
     return group
 
 
-def test_a_group_becomes_arrays() -> None:
-    group = only(env_id=3, generation_params={"temperature": 0.7}, messages=[[{"role": "user", "content": "é"}]])
+def test_a_group_becomes_arrays_and_unknown_fields_that_hold_something_are_named() -> None:
+    said = [[{"role": "user", "content": "é"}]]
+    group = only(env_id=3, generation_params={"temperature": 0.7}, messages=said, reward_model="v2", more=[], rank={})
     assert [row.tolist() for row in group.token_ids] == [[5, 6, 7], [5, 6, 8, 2]]
     assert [row.tolist() for row in group.masks] == [[-100, -100, 7], [-100, -100, 8, 2]]
     assert group.scores.tolist() == [1.0, 0.5]
     assert {row.dtype for row in (*group.token_ids, *group.masks)} == {np.dtype(np.int64)}
     assert group.scores.dtype == np.float64
     assert (group.env_id, group.generation_params, group.defect) == (3, {"temperature": 0.7}, None)
-    assert group.messages == [[{"role": "user", "content": "é"}]]
+    assert (group.messages, group.unknown_fields) == (said, ("reward_model",))
+    # printf '{}' | xxhsum -H2
+    assert decode_group(b"{}").group_id == "dc7048f8f8747f56" != decode_group(b"{} ").group_id
 
 
 @pytest.mark.parametrize("body", [b'{"batch": null}', b'{"batch": []}', b'{"batch":null,"status":"ok"}'])
@@ -89,11 +92,6 @@ def test_absence_per_sequence() -> None:
     assert [only(images=images).images for images in ([None, None], [None, "a"])] == [None, [None, "a"]]
 
 
-def test_unknown_fields_that_hold_something_are_kept_by_name() -> None:
-    group = only(reward_model="v2", extra=None, more=[], rank={})
-    assert (group.unknown_fields, group.defect, group.scores.tolist()) == (("reward_model",), None, [1.0, 0.5])
-
-
 @pytest.mark.parametrize(
     ("bad", "defect"),
     [
@@ -131,11 +129,6 @@ def test_lone_surrogates_and_broken_utf8() -> None:
     assert only(messages="\ud800").messages == "\ud800"
     first, second = decode_batch(b'{"batch": [' + RAW[:-1] + b', "messages": "\xff"},' + RAW + b"]}")
     assert (first.defect, second.defect) == ("group: not UTF-8 (byte 119)", None)
-
-
-def test_group_id_is_a_hash_of_the_raw_bytes() -> None:
-    # printf '{}' | xxhsum -H2
-    assert decode_group(b"{}").group_id == "dc7048f8f8747f56" != decode_group(b"{} ").group_id
 
 
 def test_encode_and_decode_again_from_arrays() -> None:

@@ -84,6 +84,7 @@ async def api(fresh: Api) -> Api:
 
 async def test_before_anybody_registered_and_an_early_group_does_not_brick_it(fresh: Api) -> None:
     assert await fresh.ask("/") == {"message": "AtroposLib API"}
+    assert await fresh.ask("/health") == {"status": "ok"}
     assert await fresh.ask("/info") == {"batch_size": -1, "max_token_len": -1}
     assert await fresh.ask("/wandb_info") == {"group": None, "project": None}
     status = await fresh.ask("/status")
