@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import DEFAULT, Mock
 
 import pytest
+from support.scripted_api import random_batches, scripted_api
 from support.serving import eventually
 from support.trajectory_server import Clock, TrajectoryServer, group_bytes, registration
 
@@ -202,6 +203,17 @@ def test_what_is_not_trained_is_given_back(process: Runs) -> None:
         run.release(run.fetch().entry)
         assert run.journal.pending(0) == []
         assert rest_of(run) == [1, 2]
+
+
+def test_a_batch_without_a_lease_stays_in_the_journal(tmp_path: Path) -> None:
+    bodies = random_batches(1, groups=1, group_size=4)
+    with scripted_api(bodies, batch_size=4, max_token_len=64) as api, AtroposClient(api.url, lease_seconds=9) as client:
+        run = LeasedBatches(client, BatchJournal(tmp_path))
+        assert run.poll() is None
+        held = run.fetch()
+        run.release(held.entry)  # cannot be: it exists nowhere else
+        assert [again.body for again in run.resume(0)] == bodies
+        assert train(run, held, 1) == "none"
 
 
 @pytest.mark.parametrize("acked", [False, True])

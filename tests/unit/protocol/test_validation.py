@@ -115,6 +115,8 @@ def test_a_group_is_kept_as_it_came_with_null_for_what_is_absent() -> None:
         b'"group_overrides":null,"images":null,"env_id":null,"distill_token_ids":null,"distill_logprobs":null}'
     )
     assert (checked.env_id, checked.size, checked.tokens, checked.unknown) == (None, 1, 2, ("note",))
+    # Lone surrogates, too.
+    assert json.loads(check_group(encoded(says("\ud800"))).raw)["messages"][0][0]["content"] == "\ud800"
 
 
 @pytest.mark.parametrize(
@@ -136,10 +138,6 @@ def test_numbers_are_converted_as_upstreams_server_does(fields: dict[str, Any]) 
     numbers = [stored[name] for name in ("tokens", "masks", "scores", "advantages", "inference_logprobs", "env_id")]
     assert not any(kind in json.dumps(numbers) for kind in ("true", "false", '"'))
     assert decode_group(complete(checked)).defect is None
-
-
-def test_lone_surrogates_in_a_message_are_kept() -> None:
-    assert json.loads(check_group(encoded(says("\ud800"))).raw)["messages"][0][0]["content"] == "\ud800"
 
 
 def test_a_list_is_split_without_decoding() -> None:
