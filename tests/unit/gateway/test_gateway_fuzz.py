@@ -47,6 +47,7 @@ FORCED = {"messages": [FIRST], "tools": [TOOL], "tool_choice": TOOL, "max_tokens
 FORCED |= {"response_format": {"type": "json_schema", "json_schema": FORMAT}}
 RESPONSES = {"instructions": "s", "max_output_tokens": 9, "text": {"format": FORMAT}, **ONE}
 RESPONSES |= {"tools": [{"type": "function", **FUNCTION}]}
+ITEMS = [*items_of([FIRST, *MESSAGES[1:]]), {"role": "assistant", "content": "a"}]
 ANTHROPIC = {
     "messages": [*blocks_of([FIRST, *MESSAGES[1:]])],
     "max_tokens": 9,
@@ -65,7 +66,7 @@ BODIES: dict[str, list[Any]] = {
         {"messages": MESSAGES, "tools": [TOOL], "stream": True, "logprobs": True, "top_logprobs": 2},
     ],
     "/v1/responses": [
-        {"input": [*items_of([FIRST, *MESSAGES[1:]])], **RESPONSES, "tool_choice": {"type": "function", "name": "w"}},
+        {"input": ITEMS, **RESPONSES, "tool_choice": {"type": "function", "name": "w"}},
         {"input": "hi", "stream": True, **RESPONSES, "previous_response_id": None, "parallel_tool_calls": False},
     ],
     "/v1/messages": [ANTHROPIC, {**ANTHROPIC, "stream": True, "output_config": {"format": FORMAT}}],
