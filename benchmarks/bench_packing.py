@@ -69,9 +69,9 @@ def make_worker(directory: Path, options: argparse.Namespace) -> Any:
     from atropos_verl.backends.local.worker import PolicyWorker
     from atropos_verl.config.schema import RunConfig
 
-    build_tiny_model(
-        directory, hidden=options.hidden, layers=options.layers, heads=4, kv_heads=2, intermediate=3 * options.hidden
-    )
+    sizes = {"hidden_size": options.hidden, "intermediate_size": 3 * options.hidden}
+    layers = {"num_hidden_layers": options.layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    build_tiny_model(directory, **sizes, **layers)
     trainer = {"device": "cpu", "max_token_len_per_gpu": options.budget}
     return PolicyWorker(RunConfig.from_mapping({"optim": {"lr": 0.0}, "trainer": trainer}), directory)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.power_cut import STRACE, Cut, lay_out, needs_strace, record
+from support.power_cut import STRACE, Recording, lay_out, needs_strace, record
 from support.trajectory_server import ServerProcess, group, registration
 
 from atropos_verl.protocol.journal import BatchJournal
@@ -100,23 +100,24 @@ save(8)  # once more, in the place of the one before
 @pytest.fixture
 def memory() -> Iterator[Path]:
     """A directory in memory where there is one: thousands of small files are laid out in it."""
-    where = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=where if where.is_dir() else None) as made:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as made:
         yield Path(made)
 
 
-def said(cut: Cut, word: str) -> set[int]:
+def recorded(live: Path, program: str) -> Recording:
+    live.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    return record([sys.executable, "-c", SAY + program, str(live)], live, PYTHONPATH=path)
+
+
+def said(cut: Recording, word: str) -> set[int]:
     lines = [line.split() for line in cut.said.decode().splitlines()]
     return {int(number) for line in lines if line[0] == word for number in line[1:]}
 
 
-def try_every_cut(memory: Path, program: str, check: Callable[[Cut, Path], None], step: int = 11) -> None:
-    live = memory / "live"
-    live.mkdir()
-    path = os.pathsep.join([str(TESTS), *sys.path])
-    recording = record([sys.executable, "-c", SAY + program, str(live)], live, PYTHONPATH=path)
+def try_every_cut(memory: Path, program: str, check: Callable[[Recording, Path], None], step: int = 11) -> None:
     cuts = 0
-    for cut in recording.cuts(1 if FULL else step):
+    for cut in recorded(memory / "live", program).cuts(1 if FULL else step):
         for number, disk in enumerate(cut.disks(random.Random(cut.number), 6 if FULL else 3)):
             try:
                 check(cut, lay_out(disk, memory / "disk"))
@@ -130,7 +131,7 @@ def try_every_cut(memory: Path, program: str, check: Callable[[Cut, Path], None]
 @needs_strace
 @pytest.mark.timeout(1800)
 def test_the_store_holds_every_group_whose_answer_was_sent(memory: Path) -> None:
-    def check(cut: Cut, disk: Path) -> None:
+    def check(cut: Recording, disk: Path) -> None:
         accepted, acking, acked = said(cut, "group"), said(cut, "acking"), said(cut, "acked")
         store = Store(ServerSettings(data_dir=disk / "run" / "api", fsync=True))
         held = set(store.groups)
@@ -146,7 +147,7 @@ def test_the_store_holds_every_group_whose_answer_was_sent(memory: Path) -> None
 @pytest.mark.parametrize("keep", [0, 1])
 @pytest.mark.timeout(1800)
 def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory: Path, keep: int) -> None:
-    def check(cut: Cut, disk: Path) -> None:
+    def check(cut: Recording, disk: Path) -> None:
         recorded, assigned = said(cut, "recorded"), said(cut, "assigned")
         dropping = max(said(cut, "dropping"), default=0)
         journal = BatchJournal(disk / "run" / "journal")
@@ -162,7 +163,7 @@ def test_the_journal_holds_every_recorded_batch_and_the_step_that_took_it(memory
 
 @needs_strace
 def test_no_step_is_lost_by_journal_and_checkpoints(memory: Path) -> None:
-    def check(cut: Cut, disk: Path) -> None:
+    def check(cut: Recording, disk: Path) -> None:
         state, told = RunState(), list[str]()
         directory = find_checkpoint(disk / "checkpoints", "auto", told.append)
         if directory is not None:
@@ -186,14 +187,12 @@ def test_the_harness_tells_a_program_that_does_not_wait_from_one_that_does(memor
     for durable in (False, True):
         live = memory / f"live{durable}"
         live.mkdir()
-        write = f"write_atomic(directory / 'file', b'new' * 5000, durable={durable})"
-        program = f"{SAY}\nfrom atropos_verl.storage import write_atomic\n{write}\nsay('done')"
         (live / "file").write_bytes(b"old")
-        recording = record([sys.executable, "-c", program, str(live)], live, PYTHONPATH=os.pathsep.join(sys.path))
+        write = f"write_atomic(directory / 'file', b'new' * 5000, durable={durable})"
+        recording = recorded(live, f"from atropos_verl.storage import write_atomic\n{write}\nsay('done')")
         *_, end = recording.cuts()
         assert end.said == b"done\n"
-        found = [disk["file"] for disk in end.disks(random.Random(1), 20)]
-        lost[durable] = [content != b"new" * 5000 for content in found]
+        lost[durable] = [disk["file"] != b"new" * 5000 for disk in end.disks(random.Random(1), 20)]
         calls = [name for name, arguments, _ in recording.calls if str(live) in arguments[0] and name in ORDERED]
         assert calls == (["fsync", "rename", "fsync"] if durable else ["rename"])
     assert lost[False][0] and not lost[False][1] and True in lost[False][2:]

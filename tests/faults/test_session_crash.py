@@ -7,18 +7,20 @@ has the gateway of a launch on Ray, after which the launcher starts the trainer 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from support.runs import REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
+from support.trajectory_server import free_port
 from transformers import AutoTokenizer
 
 from atropos_verl.assets import demo_model_path
@@ -49,11 +52,9 @@ class Drill:
 
     def __init__(self, url: str, tokenizer: Any, *, wait: float = WAIT, **asked: Any) -> None:
         self.tokenizer, self.wait, self.asked = tokenizer, wait, asked
-        self.threads = [threading.Thread(target=self.agent, args=(number,)) for number in range(SESSIONS)]
         self.client = httpx.Client(base_url=url, timeout=20.0, headers={"authorization": "Bearer K"})
         self.stop = threading.Event()
         self.counts: Counter[str] = Counter()
-        self.failures: list[BaseException] = []
 
     def persist(self, method: str, path: str, body: Any = None, **headers: str) -> httpx.Response:
         """Send until it is answered whole, whatever happens to the gateway."""
@@ -73,14 +74,11 @@ class Drill:
 
     def agent(self, number: int) -> None:
         """Sessions one after the other, until the drill ends."""
-        try:
-            rng = random.Random(number)
-            for count in range(10**6):
-                if self.stop.is_set():
-                    return
-                self.session(f"{number}-{count}", rng)
-        except BaseException as error:  # noqa: BLE001 - the thread's boundary
-            self.failures.append(error)
+        rng = random.Random(number)
+        for count in itertools.count():
+            if self.stop.is_set():
+                return
+            self.session(f"{number}-{count}", rng)
 
     def session(self, name: str, rng: random.Random) -> None:
         opened = self.persist("POST", "/sessions", {"group": "g"}, **{"idempotency-key": name}).json()
@@ -105,22 +103,25 @@ class Drill:
         self.counts["sessions"] += 1
 
     def start(self) -> None:
-        for thread in self.threads:
-            thread.start()
+        pool = ThreadPoolExecutor(SESSIONS)
+        self.agents = [pool.submit(self.agent, number) for number in range(SESSIONS)]
 
     def work(self, rng: random.Random) -> None:
         """Let the agents get some answers."""
         enough = self.counts["turns"] + 5
-        eventually(lambda: self.counts["turns"] > enough or self.failures, "it is at work", timeout=self.wait)
-        assert not self.failures, self.failures
+        eventually(lambda: self.counts["turns"] > enough or self.ended(), "it is at work", timeout=self.wait)
+        assert not self.ended()
         time.sleep(rng.random() * 0.5)
+
+    def ended(self) -> list[None]:
+        """What agents returned. Raises what they raised."""
+        return [agent.result() for agent in self.agents if agent.done()]
 
     def end(self) -> None:
         """Finish the sessions that are open, and check what came of all."""
         self.stop.set()
-        for thread in self.threads:
-            thread.join(2 * self.wait)
-        assert not self.failures, self.failures
+        wait(self.agents, timeout=2 * self.wait)
+        assert len(self.ended()) == SESSIONS
         logger.info("%s", dict(self.counts))
 
 
@@ -133,15 +134,11 @@ def content_of(answer: httpx.Response, stream: bool) -> str:
 
 @pytest.mark.timeout(1800)
 def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    paths = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "support.session_server", str(tmp_path), str(port)],
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    port, pid_file = free_port(), tmp_path / "child"
+    path = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "support.sessions", str(tmp_path), str(port)]
+    server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     drill = Drill(f"http://127.0.0.1:{port}", build_tiny_tokenizer())
-    pid_file = tmp_path / "child"
     try:
         eventually(pid_file.exists, "the first process serves", timeout=WAIT)
         drill.start()
@@ -163,12 +160,8 @@ def test_a_killed_gateway_loses_no_turn_and_samples_none_twice(tmp_path: Path) -
 def with_agents(directory: Path, words: Sequence[str], block: str) -> tuple[LaunchRun, Drill]:
     """A launch whose one environment are agents that spell, and agents of the drill at its gateway. ``block``: before
     the keys of the gateway."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    tasks = directory / "words.jsonl"
-    tasks.write_text(
-        "".join(f"{json.dumps(word)}\n" for word in ("sun", "moon", "star", "sky", "tree", "rain", "wind"))
-    )
+    port, tasks = free_port(), directory / "words.jsonl"
+    tasks.write_text("\n".join(map(json.dumps, ("sun", "moon", "star", "sky", "tree", "rain", "wind"))))
     words = [*words, "data.max_prompt_length=900", "envs=[speller]", "supervise.backoff=0.2"]
     words += [f"{block}gateway.port={port}", f"{block}gateway.api_key=K", f"{block}journal.keep=100"]
     words += ["agents.speller.concurrency=32", "agents.speller.agent=speller:solve", f"agents.speller.tasks={tasks}"]
@@ -179,47 +172,7 @@ def with_agents(directory: Path, words: Sequence[str], block: str) -> tuple[Laun
     return run, Drill(f"http://127.0.0.1:{port}", tokenizer, wait=3600.0, max_tokens=8)
 
 
-def kill_at_work(run: LaunchRun, drill: Drill, rng: random.Random, number: int, kill: Callable[[], None]) -> None:
-    drill.work(rng)
-    if number % 5 == 4:
-        run.wait_for_more(1)
-    kill()
-    logger.info("kill %d: %s, %d steps", number + 1, dict(drill.counts), run.trained())
-
-
-def check_run(run: LaunchRun, drill: Drill) -> None:
-    """After its end: steps of four groups, each group of agents posted once."""
-    assert run.run_dir is not None
-    assert drill.counts["sessions"] >= SESSIONS
-    assert [line["step"] for line in run.metrics()] == [*range(1, run.trained() + 1)]
-    notes = [json.loads(line) for line in (run.run_dir / "agents" / "speller.jsonl").read_text().splitlines()]
-    over = Counter(note["group"] for note in notes if "over" in note)
-    store = Store(ServerSettings(data_dir=run.run_dir / "api"))
-    try:
-        assert store.totals["groups"] == len(set(store.keys)) >= run.trained() * 4
-        assert set(over) <= set(store.keys) and set(over.values()) == {1}
-    finally:
-        store.close()
-
-
-@pytest.mark.skipif(not RUN_KILLS, reason="set ATROPOS_RUN_KILLS")
-@pytest.mark.timeout(3600)
-def test_a_killed_run_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
-    run, drill = with_agents(tmp_path, [*SMALL, "steps=10000", "save_freq=1", "max_response_length=120"], "")
-    drill.start()
-    rng = random.Random(0)
-    try:
-        for number in range(RUN_KILLS):
-            with run:  # its end is a kill -9 of all its processes
-                kill_at_work(run, drill, rng, number, lambda: None)
-        with run:
-            drill.end()
-            run.wait_for_more(2)
-    finally:
-        drill.stop.set()
-    check_run(run, drill)
-
-
+OF_TRAIN = (*SMALL, "steps=10000", "save_freq=1", "max_response_length=120")
 ON_RAY = (
     "backend=ray",
     "trainer.total_training_steps=10000",
@@ -235,21 +188,46 @@ ON_RAY = (
 )
 
 
-@pytest.mark.skipif(not RAY_KILLS, reason="set ATROPOS_RAY_KILLS")
+@pytest.mark.parametrize(
+    ("kills", "words", "block"),
+    [(RUN_KILLS, OF_TRAIN, ""), (RAY_KILLS, ON_RAY, "atropos.")],
+    ids=["every process", "the task runner of Ray"],
+)
 @pytest.mark.timeout(7200)
-def test_a_killed_task_runner_loses_no_turn_and_posts_each_group_once(tmp_path: Path) -> None:
-    """It has gateway and trainer, and its end is that of its Ray: replicas, workers and what is under way in them."""
-    run, drill = with_agents(tmp_path, ON_RAY, "atropos.")
+def test_a_killed_run_loses_no_turn_and_posts_each_group_once(
+    tmp_path: Path, kills: int, words: Sequence[str], block: str
+) -> None:
+    """The task runner has gateway and trainer, and its end is that of its Ray: replicas, workers and what is under way
+    in them."""
+    if not kills:
+        pytest.skip("set ATROPOS_RUN_KILLS and ATROPOS_RAY_KILLS")
+    run, drill = with_agents(tmp_path, words, block)
     drill.start()
     rng = random.Random(0)
     try:
         with run:
-            for number in range(RAY_KILLS):
-                kill_at_work(run, drill, rng, number, lambda: run.kill_actor("AtroposTaskRunner"))
+            for number in range(kills):
+                drill.work(rng)
+                if number % 5 == 4:
+                    run.wait_for_more(1)
+                if words is ON_RAY:
+                    run.kill_actor("AtroposTaskRunner")
+                else:
+                    run.__exit__()  # kill -9 of all its processes
+                    run.__enter__()
+                logger.info("kill %d: %s, %d steps", number + 1, dict(drill.counts), run.trained())
             drill.end()
             run.wait_for_more(2)
-            assert run.service("trainer")["restarts"] == RAY_KILLS
-            assert run.service("speller")["restarts"] == run.service("trajectory_api")["restarts"] == 0
+            if words is ON_RAY:
+                assert run.service("trainer")["restarts"] == kills
+                assert run.service("speller")["restarts"] == run.service("trajectory_api")["restarts"] == 0
     finally:
         drill.stop.set()
-    check_run(run, drill)
+    # Steps of four groups, each group of agents posted once.
+    assert drill.counts["sessions"] >= SESSIONS
+    assert [line["step"] for line in run.metrics()] == [*range(1, run.trained() + 1)]
+    notes = [json.loads(line) for line in (run.run_dir / "agents" / "speller.jsonl").read_text().splitlines()]
+    over = Counter(note["group"] for note in notes if "over" in note)
+    with closing(Store(ServerSettings(data_dir=run.run_dir / "api"))) as store:
+        assert store.totals["groups"] == len(set(store.keys)) >= run.trained() * 4
+        assert set(over) <= set(store.keys) and set(over.values()) == {1}

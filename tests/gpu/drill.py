@@ -18,11 +18,11 @@ import gc
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -71,28 +71,13 @@ class Drill:
 
     @contextlib.contextmanager
     def peak(self, into: dict[str, float], name: str) -> Iterator[None]:
-        """Most memory during the block, in MB: what torch has allocated on the card, or the resident set."""
+        """Most memory during the block, in MB: what torch has allocated on the card; else this process, so far."""
         if self.on_cuda:
             self.done()
             torch.cuda.reset_peak_memory_stats()
-            yield
-            self.done()
-            largest = torch.cuda.max_memory_allocated()
-        else:
-            over, found = threading.Event(), [_resident()]
-
-            def watch() -> None:
-                while not over.wait(0.002):
-                    found.append(max(found.pop(), _resident()))
-
-            watcher = threading.Thread(target=watch)
-            watcher.start()
-            try:
-                yield
-            finally:
-                over.set()
-                watcher.join()
-            largest = found[0]
+        yield
+        self.done()
+        largest = torch.cuda.max_memory_allocated() if self.on_cuda else _resident()
         into[name] = round(max(into.get(name, 0.0), largest / 1e6), 1)
 
     def seconds(self, work: Callable[[], Any], repeats: int = 5) -> float:
@@ -114,18 +99,14 @@ class Drill:
     # ------------------------------------------------------------------ sections
 
     def machine(self) -> dict[str, Any]:
-        packages = ("torch", "transformers", "verl", "flash-attn", "vllm", "sglang")
         found: dict[str, Any] = {"device": self.device, "python": sys.version.split()[0], "cores": os.cpu_count()}
-        for name in packages:
+        for name in ("torch", "transformers", "verl", "flash-attn", "vllm", "sglang"):
             with contextlib.suppress(metadata.PackageNotFoundError):
                 found[name] = metadata.version(name)
         if self.on_cuda:
             card = torch.cuda.get_device_properties(0)
-            found |= {
-                "card": card.name,
-                "capability": f"{card.major}.{card.minor}",
-                "memory_gb": card.total_memory / 1e9,
-            }
+            found |= {"card": card.name, "capability": f"{card.major}.{card.minor}"}
+            found["memory_gb"] = card.total_memory / 1e9
         return found
 
     def make_model(self) -> Path:
@@ -139,9 +120,8 @@ class Drill:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1")
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
         tokenizer.save_pretrained(str(path))
-        names = [name for name in self.sizes if name.startswith("num_") or name.endswith("_size")]
+        shape = {name: self.sizes[name] for name in self.sizes if name.startswith("num_") or name.endswith("_size")}
         ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 0}
-        shape = {name: self.sizes[name] for name in names}
         config = Qwen2Config(**shape, **ids, max_position_embeddings=4096, tie_word_embeddings=True)
         torch.manual_seed(0)
         with torch.device(self.device):
@@ -175,11 +155,13 @@ class Drill:
             "sync": {"canary_text": "w5 w6 w7 w8 w9 w10 w11 w12"},
         }
         trainer = self.trainer = AtroposTrainer.from_config(config, reward_fn=_share_of_even_ids)
-        memory: dict[str, float] = {}
-        seconds: dict[str, list[float]] = {}
-        self._watch(trainer.worker, "train", memory, seconds)
-        self._watch(trainer.engine, "generate", memory, seconds)
-        self._watch(trainer.sharding_manager, "sync", memory, seconds)
+        memory, seconds = dict[str, float](), dict[str, list[float]]()
+        for owner, name in (
+            (trainer.worker, "train"),
+            (trainer.engine, "generate"),
+            (trainer.sharding_manager, "sync"),
+        ):
+            self._watch(owner, name, memory, seconds)
         rng = np.random.default_rng(0)
         lines, canaries = [], []
         for step in range(sizes["steps"]):
@@ -221,16 +203,15 @@ class Drill:
     def sync(self) -> dict[str, Any]:
         trainer, found = self.trainer, dict[str, Any]()
         trainer.open_rollouts()
-        copied = trainer.engine.update_weights_from_tensor(trainer.named_tensors(), policy_version=0)
-        taken = self.seconds(lambda: trainer.engine.update_weights_from_tensor(trainer.named_tensors()), 3)
-        found["copy, GB/s"] = copied / taken / 1e9
-        taken = self.seconds(lambda: trainer.engine.stage_weights_from_tensor(trainer.named_tensors()), 3)
-        found["stage, GB/s"] = copied / taken / 1e9
+        engine = trainer.engine
+        copied = engine.update_weights_from_tensor(trainer.named_tensors(), policy_version=0)
+        for name, give in (("copy", engine.update_weights_from_tensor), ("stage", engine.stage_weights_from_tensor)):
+            taken = self.seconds(lambda give=give: give(trainer.named_tensors()), 3)
+            found[f"{name}, GB/s"] = copied / taken / 1e9
         report = trainer.sharding_manager.swap()
         found |= {"bytes": copied, "swap, seconds that generation stood still": report.paused_seconds}
         found["canary after the swap"] = report.canary_max_abs_logprob_diff
-        found["canary threshold"] = trainer.config.canary_threshold
-        return found
+        return found | {"canary threshold": trainer.config.canary_threshold}
 
     def engine(self) -> dict[str, Any]:
         from atropos_verl.types import GenerationRequest
@@ -242,8 +223,10 @@ class Drill:
         def rate(sequences: int, new_tokens: int) -> float:
             def ask() -> None:
                 prompts = rng.integers(2, sizes["vocab_size"], (sequences, sizes["prompt"])).tolist()
-                settings: dict[str, Any] = {"n": 1, "max_tokens": new_tokens, "ignore_eos": True}
-                requests = [GenerationRequest(prompt_token_ids=tuple(ids), **settings) for ids in prompts]
+                requests = [
+                    GenerationRequest(prompt_token_ids=tuple(ids), max_tokens=new_tokens, ignore_eos=True)
+                    for ids in prompts
+                ]
                 trainer.engine.generate(requests, timeout=120.0)
 
             return sequences / self.seconds(ask, 1)
@@ -262,21 +245,19 @@ class Drill:
         engine.lr_scheduler.base_lrs = [0.0] * len(engine.lr_scheduler.base_lrs)  # the same weights for both
         for group in engine.optimizer.param_groups:
             group["lr"] = 0.0
-        samples, found, figures = self._samples(), dict[str, Any](), {}
-        logprobs: dict[str, Any] = {}
+        samples, found = self._samples(), dict[str, Any]()
+        logprobs, outputs, memory = list[Any](), list[dict[str, float]](), dict[str, float]()
         for way, shares in (("whole", False), ("shared", True)):
             worker.config = worker.config.with_values(trainer={"share_prefixes": shares})
-            memory: dict[str, float] = {}
-            logprobs[way] = worker.compute_logprobs(samples)
-            with self.peak(memory, "MB"):
-                figures[way] = worker.train(samples)
-            found[way] = {"seconds": self.seconds(lambda: worker.train(samples), 3), "peak, MB": memory["MB"]}
-        pairs = zip(*logprobs.values(), strict=True)
-        apart = max(float(np.abs(whole - shared).max()) for whole, shared in pairs)
-        norms = [output["grad_norm"] for output in figures.values()]
+            logprobs.append(worker.compute_logprobs(samples))
+            with self.peak(memory, way):
+                outputs.append(worker.train(samples))
+            found[way] = {"seconds": self.seconds(lambda: worker.train(samples), 3), "peak, MB": memory[way]}
+        apart = max(float(np.abs(whole - shared).max()) for whole, shared in zip(*logprobs, strict=True))
+        norms = [output["grad_norm"] for output in outputs]
         found["whole over shared, time"] = found["whole"]["seconds"] / found["shared"]["seconds"]
         found["largest difference of a logprob"], found["gradient norm"] = apart, norms
-        found["loss"] = [output["loss"] for output in figures.values()]
+        found["loss"] = [output["loss"] for output in outputs]
         bound = 0.1 if self.on_cuda else 1e-4  # bf16 has 8 bits, and the logprobs are about -12
         close = apart < bound and abs(norms[0] - norms[1]) < bound * norms[0]
         found["equal"] = self.must("prefixes: shared and whole agree", bool(close))
@@ -346,41 +327,38 @@ class Drill:
 
         sizes, found = self.sizes, dict[str, Any]()
         heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-        width = sizes["hidden_size"] // heads
         lengths = [sizes["row"] * share // 8 for share in (8, 8, 7, 6, 5, 4, 3, 2)]
-        total = sum(lengths)
-        options = {"device": self.device, "dtype": self.dtype, "requires_grad": True}
-        query = torch.randn(1, heads, total, width, **options)
-        key, value = (torch.randn(1, kv_heads, total, width, **options) for _ in range(2))
         module = SimpleNamespace(num_key_value_groups=heads // kv_heads, training=False, is_causal=True)
-        grad = torch.randn(1, total, heads, width, device=self.device, dtype=self.dtype)
 
-        def packed(row: Any) -> Callable[[], tuple[torch.Tensor, ...]]:
-            def run() -> tuple[torch.Tensor, ...]:
-                output = _attention(module, query, key, value, None, packed_row=row)[0]
-                return output, *torch.autograd.grad(output, (query, key, value), grad)
+        def inputs(tokens: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+            """Query, key and value, and the gradient of the output."""
+            width, options = sizes["hidden_size"] // heads, {"device": self.device, "dtype": self.dtype}
+            shapes = [(1, count, tokens, width) for count in (heads, kv_heads, kv_heads)]
+            leaves = [torch.randn(*shape, **options, requires_grad=True) for shape in shapes]
+            return leaves, torch.randn(1, tokens, heads, width, **options)
 
-            return run
+        def packed(row: Any, leaves: list[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            output = _attention(module, *leaves, None, packed_row=row)[0]
+            return output, *torch.autograd.grad(output, leaves, grad)
 
-        def flash() -> tuple[torch.Tensor, ...]:
-            from torch.nn.attention.varlen import varlen_attn
-
-            wide = [tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (key, value)]
+        def flash(leaves: list[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            query, *rest = leaves
+            wide = [tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in rest]
             parts = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, *wide)]
             output = varlen_attn(*parts, starts, starts, max(lengths), max(lengths), **causal)[None]
-            return output, *torch.autograd.grad(output, (query, key, value), grad)
+            return output, *torch.autograd.grad(output, leaves, grad)
 
-        ends = np.cumsum([0, *lengths])
-        starts = torch.tensor(ends, dtype=torch.int32, device=self.device)
-        sides: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {"packed sdpa": packed(joined(lengths))}
+        row, given = joined(lengths), inputs(sum(lengths))
+        sides: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {"packed sdpa": lambda: packed(row, *given)}
         if self.on_cuda:
             import inspect
 
             from torch.nn.attention.varlen import varlen_attn
 
+            starts = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=self.device)
             named = inspect.signature(varlen_attn).parameters
             causal: dict[str, Any] = {"is_causal": True} if "is_causal" in named else {"window_size": (-1, 0)}
-            sides["flash"] = flash
+            sides["flash"] = lambda: flash(*given)
         else:
             found["flash"] = "CUDA only"
         results = {name: side() for name, side in sides.items()}
@@ -390,29 +368,23 @@ class Drill:
             found["largest difference: output, gradients"] = apart
             found["packed / flash, time"] = found["packed sdpa"]["seconds"] / found["flash"]["seconds"]
             self.must("attention: packed sdpa and flash agree", max(apart) < 0.1)
-        rng = np.random.default_rng(0)
-        shared = rng.integers(0, 9, sizes["row"] // 2)
-        rows = [np.concatenate([shared, rng.integers(0, 9, sizes["row"] // 2)]) for _ in range(16)]
-        forest = build_forest(rows)
-        distinct = len(forest.first)
-        query, key, value = (torch.randn(1, count, distinct, width, **options) for count in (heads, kv_heads, kv_heads))
-        grad = torch.randn(1, distinct, heads, width, device=self.device, dtype=self.dtype)
+        shared, *own = np.random.default_rng(0).integers(0, 9, (17, sizes["row"] // 2))
+        forest = build_forest([np.concatenate([shared, rest]) for rest in own])
+        given = inputs(len(forest.first))
         forest.to(torch.device(self.device))
         found["16 sequences that share half"] = {
-            "distinct tokens": distinct,
-            "seconds": self.seconds(packed(forest), 3),
+            "distinct tokens": len(forest.first),
+            "seconds": self.seconds(lambda: packed(forest, *given), 3),
         }
         return found
 
     def tests(self) -> dict[str, Any]:
         """Every test marked ``gpu``, in a process of its own: verl keeps one device for the life of a process."""
-        platform = {"VERL_PLATFORM": "nvidia" if self.on_cuda else "cpu"}
-        options = ["-q", "-rfEs", "-m", "gpu", "-p", "no:cacheprovider", str(TESTS / "gpu")]
-        command, environment = [sys.executable, "-m", "pytest", *options], {**os.environ, **platform}
+        environment = {**os.environ, "VERL_PLATFORM": "nvidia" if self.on_cuda else "cpu"}
+        command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-m", "gpu", "-p", "no:cacheprovider"]
+        options: dict[str, Any] = {"env": environment, "cwd": TESTS.parent, "capture_output": True, "text": True}
         left = max(20.0, self.deadline - time.perf_counter())
-        answer = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=left, check=False, cwd=TESTS.parent
-        )
+        answer = subprocess.run([*command, str(TESTS / "gpu")], timeout=left, check=False, **options)
         lines = answer.stdout.strip().splitlines()
         self.must("tests marked gpu", answer.returncode == 0)
         return {"exit code": answer.returncode, "last lines": lines[-12:] or answer.stderr.splitlines()[-12:]}
@@ -434,7 +406,7 @@ def _share_of_even_ids(prompts: list[str], completions: list[str]) -> list[float
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> int:
@@ -447,8 +419,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --device cpu --tiny runs without")
-    started = time.perf_counter()
-    results: dict[str, Any] = {}
+    started, results = time.perf_counter(), dict[str, Any]()
     with tempfile.TemporaryDirectory(prefix="drill-") as directory:
         drill = Drill(options.device, {name: sizes[options.tiny] for name, sizes in _SIZES.items()}, Path(directory))
         drill.deadline = started + options.seconds
@@ -456,28 +427,25 @@ def main() -> int:
         for name, expected in EXPECTED.items():
             if options.only and name not in options.only.split(","):
                 continue
-            left = drill.deadline - time.perf_counter()
+            begun = time.perf_counter()
+            left = drill.deadline - begun
             if left < (expected if drill.on_cuda else 1.0):
                 results[name] = f"left out: {left:.0f} s were left"
                 continue
-            print(f"{time.perf_counter() - started:6.1f} s  {name}", file=sys.stderr, flush=True)
-            begun = time.perf_counter()
+            print(f"{begun - started:6.1f} s  {name}", file=sys.stderr, flush=True)
             try:
                 results[name] = getattr(drill, name)()
             except Exception as error:
                 results[name] = {"failed": repr(error), "traceback": traceback.format_exc().splitlines()[-12:]}
                 drill.failed_comparisons.append(f"{name}: {error!r}")
-            if isinstance(results[name], dict):
-                results[name]["seconds of this section"] = round(time.perf_counter() - begun, 1)
+            results[name]["seconds of this section"] = round(time.perf_counter() - begun, 1)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1))
         drill.close()
-    results["failed"] = drill.failed_comparisons
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    text = json.dumps(results, indent=1)
+    results |= {"failed": drill.failed_comparisons, "seconds": round(time.perf_counter() - started, 1)}
+    print(text := json.dumps(results, indent=1))
     if options.out:
         options.out.write_text(text)
-    print(text)
     return 1 if drill.failed_comparisons else 0
 
 

@@ -27,7 +27,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"), heads=4, kv_heads=2)
+    return build_tiny_model(tmp_path_factory.mktemp("model"), num_attention_heads=4, num_key_value_heads=2)
 
 
 def _model(path: Path, dtype: torch.dtype) -> Any:
@@ -49,9 +49,8 @@ def test_logprobs_and_gradients_of_the_head(
     labels = torch.randint(0, 20_000, (100,), generator=generator)
     temperature = torch.rand(100, generator=generator) + 0.5
     exact = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    expected = (
-        ((exact[0] @ exact[1].t()) / temperature[:, None].double()).log_softmax(1).gather(1, labels[:, None])[:, 0]
-    )
+    logits = (exact[0] @ exact[1].t()) / temperature[:, None].double()
+    expected = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
     expected_gradients = torch.autograd.grad(expected.cos().sum(), exact)
     leaves = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
     found = linear_token_logprobs(*leaves, labels.cuda(), temperature.cuda(), keep_bytes=keep)
@@ -79,10 +78,8 @@ def test_the_engine_generates_what_transformers_does_and_gives_its_memory_back(m
     reference = _model(model_path, torch.float32).cuda()
     prompts = [[5, 6, 7, 8, 9], [10, 11], list(range(20, 80))]
     with TransformersEngine(_model(model_path, torch.float32), build_tiny_tokenizer(), device="cuda") as engine:
-        asked = [
-            GenerationRequest(prompt_token_ids=tuple(ids), n=2, max_tokens=12, temperature=0.0, ignore_eos=True)
-            for ids in prompts
-        ]
+        settings = {"n": 2, "max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+        asked = [GenerationRequest(prompt_token_ids=tuple(ids), **settings) for ids in prompts]
         found = engine.generate(asked)
         for ids, group in zip(prompts, found, strict=True):
             given = torch.tensor([ids], device="cuda")
@@ -95,10 +92,8 @@ def test_the_engine_generates_what_transformers_does_and_gives_its_memory_back(m
         assert torch.cuda.memory_allocated() <= before - held.kv_bytes - held.weight_bytes
         engine.resume_memory_occupation()
         engine.update_weights_from_tensor(list(reference.named_parameters(remove_duplicate=False)), policy_version=3)
-        again = engine.generate(asked)
-        assert [[one.token_ids for one in group] for group in again] == [
-            [one.token_ids for one in group] for group in found
-        ]
+        for again, group in zip(engine.generate(asked), found, strict=True):
+            assert [one.token_ids for one in again] == [one.token_ids for one in group]
 
 
 @pytest.mark.parametrize("mode", ["sync", "overlap"])

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from support.malformed import malformed_cases
+from support.malformed import malformed_groups
 from support.runs import REPOSITORY, SMALL, TrainingRun, checkpointed_step, metrics_of, summary_of
 from support.trajectory_server import UpstreamApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,8 +54,7 @@ class Attached:
 
     def __init__(self, directory: Path) -> None:
         self.run_dir = directory / "run"
-        vocab_size = json.loads((demo_model_path() / "config.json").read_text())["vocab_size"]
-        self.cases = malformed_cases(11, MALFORMED, group_size=GROUP_SIZE, vocab_size=vocab_size, same_size=True)
+        self.malformed = malformed_groups(11, MALFORMED, same_size=True)
         sizes = [f"steps={STEPS}", *SMALL, f"batch_size={BATCH_SIZE}", f"group_size={GROUP_SIZE}"]
         with (
             UpstreamApi(directory) as api,
@@ -73,7 +72,7 @@ class Attached:
             try:
                 run.wait_for_step(2)
                 with AtroposClient(api.url, timeout=60.0) as poster:
-                    poster.post_scored_data_list([case.encode() for case in self.cases])
+                    poster.post_scored_data_list([json.dumps(group).encode() for group in self.malformed])
                 run.must_end(0)
                 self.others_alive = env.poll() is None and api.process.poll() is None
             finally:
@@ -100,7 +99,7 @@ def test_malformed_groups_are_quarantined_each_with_its_reason(attached: Attache
     assert summary_of(attached.run_dir)["groups_quarantined"] == MALFORMED
     files = [json.loads(path.read_text()) for path in (attached.run_dir / "quarantine").iterdir()]
     refused = Counter(json.dumps(file["group"]["tokens"]) for file in files)
-    assert refused == Counter(json.dumps(case.group["tokens"]) for case in attached.cases)
+    assert refused == Counter(json.dumps(group["tokens"]) for group in attached.malformed)
     assert all(len(file["reason"]) > 10 for file in files)
 
 

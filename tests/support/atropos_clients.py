@@ -17,9 +17,8 @@ async def server_manager(kind: str, url: str, model_dir: Path, *, api_key: str =
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
     from atroposlib.envs.server_handling.server_manager import ServerManager
 
-    url = url if kind == "trl" else f"{url}/v1"
-    named = {"server_type": kind, "base_url": url, "api_key": api_key, "model_name": str(model_dir)}
-    manager = ServerManager([APIServerConfig(**named, timeout=30)])
+    named = {"server_type": kind, "base_url": url if kind == "trl" else f"{url}/v1", "model_name": str(model_dir)}
+    manager = ServerManager([APIServerConfig(**named, api_key=api_key, timeout=30)])
     try:
         yield manager
     finally:

@@ -6,8 +6,9 @@ Each environment renders its messages with a template and tokenises that, as ups
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -36,23 +37,16 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     """``bytes``: GPT-2's kind; ``composed``: the same behind NFC, as Qwen's; ``pieces``: SentencePiece's kind, with
     byte fallback."""
     backend = Tokenizer(models.BPE())
-    special = [AddedToken(text, special=True, normalized=False) for text in _SPECIAL]
     if kind == "pieces":
         backend.normalizer = normalizers.Replace(" ", "\u2581")
-        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(steps)
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     else:
         backend.normalizer = normalizers.NFC() if kind == "composed" else None
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bytes")
         backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        show_progress=False,
-        initial_alphabet=[] if kind == "pieces" else pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=12,
-        limit_alphabet=70 if kind == "pieces" else 1000,
-    )
-    rng = random.Random(0)
+    rng, alphabet = random.Random(0), [] if kind == "pieces" else pre_tokenizers.ByteLevel.alphabet()
+    limits = {"vocab_size": 600, "max_token_length": 12, "limit_alphabet": 70 if kind == "pieces" else 1000}
+    trainer = trainers.BpeTrainer(show_progress=False, initial_alphabet=alphabet, **limits)
     backend.train_from_iterator((text_of(rng, 30) for _ in range(1500)), trainer)
     if kind == "pieces":  # the trainer would make special tokens of these
         written = json.loads(backend.to_str())
@@ -60,12 +54,11 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
         written["model"]["vocab"] |= {name: backend.get_vocab_size() + number for number, name in enumerate(names)}
         written["model"]["byte_fallback"] = True
         backend = Tokenizer.from_str(json.dumps(written))
-    backend.add_special_tokens(special)
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in _SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(NamedTuple):
     """Chat template: what stands before and behind a message, and before a completion."""
 
     eos: str
@@ -89,16 +82,14 @@ TEMPLATES = {
 
 @dataclass
 class Turn:
-    """One completion, as it was sampled."""
+    """One completion, as it was sampled. ``text``: as the environment saw it, ``posted``: what it made of that."""
 
     prompt: list[int]
     ids: list[int]
     version: int
     logprobs: tuple[float, ...]
     text: str
-    """As the environment saw it."""
     posted: str = ""
-    """What it made of that."""
 
     @property
     def edited(self) -> bool:
@@ -109,11 +100,11 @@ class Turn:
 class Conversation:
     """``turns`` are those that are trained, in the order of the posted spans."""
 
-    turns: list[Turn] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
+    turns: list[Turn]
+    tokens: list[int]
+    mask: list[bool]
 
-    def query(self, group: int = 0) -> SequenceQuery:
+    def query(self, group: int) -> SequenceQuery:
         tokens, mask = np.array(self.tokens), np.array(self.mask)
         return SequenceQuery(token_ids=tokens, loss_mask=mask, group=group, is_text=True, has_advantages=True)
 
@@ -122,13 +113,9 @@ class Policy:
     """Samples what the tokenizer would not always have made of its text, and records it as a gateway does."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template, rng: random.Random) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.rng = rng
+        self.tokenizer, self.template, self.rng = tokenizer, template, rng
         self.ledger = Ledger()
         self.turns: list[Turn] = []
-        self.eos = tokenizer.convert_tokens_to_ids(template.eos)
-        self.size = len(tokenizer) - len(_SPECIAL)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -143,18 +130,16 @@ class Policy:
             else:
                 ids.append(token)
         if rng.random() < 0.1:
-            ids.insert(rng.randint(0, len(ids)), rng.randrange(self.size))  # often a part of a character
-        ids += [self.eos] if rng.random() < 0.8 or not ids else []
+            token = rng.randrange(len(self.tokenizer) - len(_SPECIAL))  # often a part of a character
+            ids.insert(rng.randint(0, len(ids)), token)
+        if rng.random() < 0.8 or not ids:
+            ids.append(self.tokenizer.convert_tokens_to_ids(self.template.eos))
         version = rng.randrange(50)
         logprobs = tuple(float(np.float32(-rng.random())) for _ in ids)
-        shown = self.tokenizer.decode(ids, skip_special_tokens=True)
-        turn = Turn(prompt, ids, version, logprobs, shown, shown)
-        made = Generation(
-            token_ids=tuple(ids), logprobs=logprobs, finish_reason="stop", policy_version_runs=((version, len(ids)),)
-        )
-        self.ledger.record(prompt, [made])
-        self.turns.append(turn)
-        return turn
+        made = {"token_ids": tuple(ids), "logprobs": logprobs, "policy_version_runs": ((version, len(ids)),)}
+        self.ledger.record(prompt, [Generation(**made, finish_reason="stop")])
+        self.turns.append(Turn(prompt, ids, version, logprobs, self.tokenizer.decode(ids, skip_special_tokens=True)))
+        return self.turns[-1]
 
     def converse(self, *, turns: int, last_only: bool) -> Conversation:
         """Tokenised with a template, and masked by the lengths of its prefixes, as ``tokenize_for_trainer`` does."""
@@ -164,12 +149,11 @@ class Policy:
             messages.append(("user", "the number?" if is_common else text_of(rng, 3)))
             prompt = self.encode(self.template.render(messages, asks=True))
             turn = self.sample(prompt, rng.choice(_ANSWERS) if is_common else text_of(rng, 8))
-            text = turn.text
-            if rng.random() < 0.05 and len(text.strip()) > 2:
-                at = rng.randrange(len(text))
-                text = text[:at] + rng.choice(("", "q")) + text[at + 1 :]
-            turn.posted = text
-            messages.append(("assistant", text))
+            turn.posted = turn.text
+            if rng.random() < 0.05 and len(turn.text.strip()) > 2:
+                at = rng.randrange(len(turn.text))
+                turn.posted = turn.text[:at] + rng.choice(("", "q")) + turn.text[at + 1 :]
+            messages.append(("assistant", turn.posted))
             made.append(turn)
         tokens = self.encode(self.template.render(messages))
         mask = [False] * len(tokens)
@@ -177,9 +161,8 @@ class Policy:
             if not last_only or index == len(messages) - 1:
                 start = len(self.encode(self.template.render(messages[:index], asks=True)))
                 stop = len(self.encode(self.template.render(messages[: index + 1])))
-                mask[start:stop] = [True] * (len(tokens[start:stop]))
-        if mask:
-            mask[0] = False
+                mask[start:stop] = [True] * len(tokens[start:stop])
+        mask[0] = False
         return Conversation(made[-1:] if last_only else made, tokens, mask)
 
 

@@ -25,15 +25,12 @@ TINY: dict[str, Any] = {
     "bos_token_id": 256,
     "eos_token_id": 258,
 }
-"""A model over the 259 ids of the byte tokenizer, in the words of Hugging Face."""
+"""Two layers with grouped attention heads over the 259 ids of the byte tokenizer, in the words of Hugging Face."""
 GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def tiny_causal_lm(*, seed: int = 0, family: str = "qwen2", **overrides: Any) -> Any:
-    """A random two-layer model with grouped attention heads over the 259 ids of the byte tokenizer.
-
-    Its weights are drawn wide (0.15 instead of 0.02), so that greedy tokens vary and logprobs differ clearly.
-    """
+    """A random model. Its weights are drawn wide (0.15 instead of 0.02): greedy tokens vary, logprobs differ."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     settings = TINY | {"tie_word_embeddings": family == "qwen2"} | overrides
@@ -49,7 +46,6 @@ def engine_of(model: Any, **settings: Any) -> TransformersEngine:
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Random prompts of these lengths over the 256 byte tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [tuple(torch.randint(0, 256, (length,), generator=generator).tolist()) for length in lengths]
 
@@ -59,7 +55,6 @@ def request(prompt: tuple[int, ...], **settings: Any) -> GenerationRequest:
 
 
 def one(engine: TransformersEngine, prompt: tuple[int, ...], **settings: Any) -> Generation:
-    """The single completion of a prompt."""
     [[generation]] = engine.generate([request(prompt, **settings)], timeout=60.0)
     return generation
 

@@ -33,9 +33,8 @@ class FailingEnv(SpellBackwardEnv):
             await self.server.completion(prompt=item["question"], n=1, max_tokens=8, best_of=7)
         if os.environ.get("CHAT"):
             await self.server.chat_completion(messages=[{"role": "user", "content": "a"}], n=1, max_tokens=1)
-        if FAULT == "long":
-            item = {**item, "question": 300 * item["question"]}
-        group, backlog = await super().collect_trajectories(item)
+        times = 300 if FAULT == "long" else 1
+        group, backlog = await super().collect_trajectories({**item, "question": times * item["question"]})
         if FAULT == "sends_wrongly":
             group["masks"] = [mask[:-1] for mask in group["masks"]]
         if FAULT == "same":

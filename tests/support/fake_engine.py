@@ -1,17 +1,16 @@
 """A hand-written ``GenerationEngine`` whose every token, logprob and version can be worked out by hand."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
+from atropos_verl.gateway.service import joined
 from atropos_verl.types import FinishReason, Generation, GenerationDelta, GenerationRequest
 
 Reply = Callable[[GenerationRequest, int], Sequence[int]]
 """(request, completion index) → the tokens the engine would write if nothing cut it; then it stops."""
-
-_POLL = 0.001
 
 
 def counting_reply(request: GenerationRequest, index: int) -> list[int]:
@@ -38,26 +37,23 @@ class FakeEngine:
     after ``fail_after`` tokens. With ``abort_all`` every completion ends as "abort" after one token.
     """
 
-    def __init__(self, reply: Reply = counting_reply, *, max_context_len: int = 512, token_delay: float = 0.0) -> None:
-        self.reset(reply, max_context_len=max_context_len, token_delay=token_delay)
+    eos_token_ids = frozenset({258})
+
+    def __init__(self, reply: Reply = counting_reply, **settings: Any) -> None:
+        self.reset(reply, **settings)
 
     def reset(self, reply: Reply = counting_reply, *, max_context_len: int = 512, token_delay: float = 0.0) -> None:
         """As new: lets many tests share one server."""
-        self.reply = reply
-        self.max_context_len = max_context_len
-        self.token_delay = token_delay
+        self.reply, self.max_context_len, self.token_delay = reply, max_context_len, token_delay
         self.policy_version = 0
-        self.eos_token_ids = frozenset({258})
         self.requests: list[GenerationRequest] = []
-        self.started: list[str] = []
-        self.finished: list[str] = []
-        self.cancelled: list[str] = []
+        self.started, self.finished, self.cancelled = list[str](), list[str](), list[str]()
         self.active: set[str] = set()
         self.fail_with: Exception | None = None
         self.fail_after = 0
         self.abort_all = False
-        self.logprob: Callable[[int, int], float] = logprob_of
-        self._paused = False
+        self.logprob = logprob_of
+        self.resume()
 
     def pause(self) -> None:
         self._paused = True
@@ -70,54 +66,43 @@ class FakeEngine:
         async with aclosing(self.astream(request)) as stream:
             async for delta in stream:
                 parts[delta.index].append(delta)
-        versions = [[delta.policy_version or 0 for delta in deltas] for deltas in parts]
-        return [
-            Generation(
-                token_ids=tuple(t for d in deltas for t in d.token_ids),
-                logprobs=tuple(v for d in deltas for v in d.logprobs),
-                finish_reason=deltas[-1].finish_reason or "abort",
-                policy_version_runs=tuple((version, len(list(run))) for version, run in itertools.groupby(seen)),
-                prompt_logprobs=self._prompt_logprobs(request),
-            )
-            for deltas, seen in zip(parts, versions, strict=True)
-        ]
+        logprobs = self._prompt_logprobs(request)
+        return [replace(generation, prompt_logprobs=logprobs) for generation in joined(parts)]
 
     async def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         self.requests.append(request)
         self.started.append(request.request_id)
         self.active.add(request.request_id)
-        done = False
+        over = self.cancelled
         try:
             scripts = [self._script(request, index) for index in range(request.n)]
             for position in range(max(len(tokens) for tokens, _ in scripts)):
                 await self._turn(position)
                 for index, (tokens, finish) in enumerate(scripts):
                     if position < len(tokens):
-                        last = position == len(tokens) - 1
                         yield GenerationDelta(
                             index=index,
                             token_ids=(tokens[position],),
                             logprobs=(self.logprob(index, position),),
-                            finish_reason=finish if last else None,
+                            finish_reason=finish if position == len(tokens) - 1 else None,
                             policy_version=self.policy_version,
                         )
-            done = True
+            over = self.finished
         finally:
             self.active.discard(request.request_id)
-            (self.finished if done else self.cancelled).append(request.request_id)
+            over.append(request.request_id)
 
     async def _turn(self, position: int) -> None:
         await asyncio.sleep(self.token_delay)
         while self._paused:  # noqa: ASYNC110 - pause() is called from other threads
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(0.001)
         if self.fail_with is not None and position >= self.fail_after:
             raise self.fail_with
 
-    def _script(self, request: GenerationRequest, index: int) -> tuple[list[int], FinishReason]:
-        tokens = list(self.reply(request, index))
+    def _script(self, request: GenerationRequest, index: int) -> tuple[Sequence[int], FinishReason]:
+        tokens, limit = self.reply(request, index), request.max_tokens
         if self.abort_all:
             return tokens[:1], "abort"
-        limit = request.max_tokens
         cut = limit is not None and (len(tokens) > limit or self.reply is counting_reply)
         return (tokens[:limit], "length") if cut else (tokens, "stop")
 
@@ -125,8 +110,6 @@ class FakeEngine:
         """Position p: the token itself at ``-p``, and k alternatives: ids 1000.. at ``-p - 0.5``, ``-p + 0.5``, ..."""
         if request.prompt_logprobs is None:
             return None
-        entries: list[dict[int, float] | None] = [None]
-        for p, token_id in list(enumerate(request.prompt_token_ids))[1:]:
-            others = {1000 + i: -p + 0.5 * (-1) ** (i + 1) for i in range(request.prompt_logprobs)}
-            entries.append({**others, token_id: float(-p)})
-        return tuple(entries)
+        others = [(1000 + i, 0.5 * (-1) ** (i + 1)) for i in range(request.prompt_logprobs)]
+        tokens = enumerate(request.prompt_token_ids[1:], start=1)
+        return None, *({**{other: -p + more for other, more in others}, token: float(-p)} for p, token in tokens)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
+import shutil
 import socket
 import socketserver
 import ssl
 import struct
 import subprocess
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +23,43 @@ import pytest
 _TLS_HANDSHAKE = b"\x16"
 
 
-@dataclass(frozen=True)
-class Received:
-    """One request as it arrived."""
+class Link(BaseHTTPRequestHandler):
+    """One request as it arrived, and the connection that a behaviour answers on."""
 
-    path: str
-    headers: Mapping[str, str]  # names in lower case
+    server: FaultServer
     body: bytes
 
     def json(self) -> Any:
         return json.loads(self.body)
 
-
-@dataclass
-class Link:
-    """The connection a behaviour answers on."""
-
-    connection: socket.socket
-    closing: threading.Event
-
     def send(self, data: bytes) -> None:
-        self.connection.sendall(data)
+        self.wfile.write(data)
 
     def wait(self, seconds: float) -> None:
         """Sleep, or return early when the server is being closed."""
-        self.closing.wait(seconds)
+        self.server.closing.wait(seconds)
 
     def reset(self) -> None:
         """Close with RST instead of FIN: the peer's read fails with ECONNRESET."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
+
+    def handle(self) -> None:
+        self.server.connections += 1
+        # The client went away, or refused our certificate: both are the tests' aim.
+        with contextlib.suppress(OSError):
+            if not self.server.tls and self.connection.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
+                self.send(_head(400, 0))  # as HTTP servers do when a client speaks TLS to them
+            else:
+                super().handle()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(length := int(self.headers.get("content-length", 0)))
+        if len(self.body) == length:
+            self.server.requests.append(self)
+            next(self.server.scripts.get(self.path, _NO_SUCH_PATH))(self)
+
+    do_GET = do_POST  # noqa: N815
 
 
 Behaviour = Callable[[Link], None]
@@ -84,7 +92,7 @@ def silent() -> Behaviour:
 
 
 def reset_before_answer() -> Behaviour:
-    return lambda link: link.reset()
+    return Link.reset
 
 
 def close_before_answer() -> Behaviour:
@@ -125,6 +133,9 @@ def drip_body(body: bytes, pieces: int, interval: float) -> Behaviour:
     return behave
 
 
+_NO_SUCH_PATH = itertools.repeat(error(404, b"no such path"))
+
+
 class FaultServer(socketserver.ThreadingTCPServer):
     """On a free loopback port, which refuses connections until the ``with`` block begins; one request per connection.
     Paths without a script answer 404."""
@@ -133,20 +144,18 @@ class FaultServer(socketserver.ThreadingTCPServer):
     request_queue_size = 64
 
     def __init__(self, *, tls: tuple[Path, Path] | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler, bind_and_activate=False)
+        super().__init__(("127.0.0.1", 0), Link, bind_and_activate=False)
         self.server_bind()
-        self.requests: list[Received] = []
+        self.tls = tls
+        self.requests: list[Link] = []
         self.connections = 0
-        self._scripts: dict[str, list[Behaviour]] = {}
-        self._used: dict[str, int] = defaultdict(int)
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._tls: ssl.SSLContext | None = None
+        self.scripts: dict[str, Iterator[Behaviour]] = {}
+        self.closing = threading.Event()
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{int(self.server_address[1])}"
         if tls is not None:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self._tls.load_cert_chain(*tls)
-        self.port: int = self.server_address[1]  # type: ignore[misc]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def __enter__(self) -> FaultServer:
         self.server_activate()
@@ -154,56 +163,19 @@ class FaultServer(socketserver.ThreadingTCPServer):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closing.set()
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
     def script(self, path: str, *behaviours: Behaviour) -> None:
         """Sets the behaviour for the first, second, … request of ``path``; the last one repeats."""
-        with self._lock:
-            self._scripts[path] = list(behaviours)
-            self._used[path] = 0
+        self.scripts[path] = itertools.chain(behaviours, itertools.repeat(behaviours[-1]))
 
     def count(self, path: str) -> int:
-        with self._lock:
-            return sum(request.path == path for request in self.requests)
+        return sum(request.path == path for request in self.requests)
 
-    def last(self, path: str) -> Received:
-        with self._lock:
-            return next(request for request in reversed(self.requests) if request.path == path)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            self.connections += 1
-        # The client went away, or refused our certificate: both are the tests' aim.
-        with contextlib.suppress(OSError):
-            if self._tls is None and request.recv(1, socket.MSG_PEEK) == _TLS_HANDSHAKE:
-                request.sendall(_head(400, 0))  # as HTTP servers do when a client speaks TLS to them
-                return
-            with request if self._tls is None else self._tls.wrap_socket(request, server_side=True) as connection:
-                received = _read_request(connection)
-                if received is not None:
-                    self._behaviour(received)(Link(connection, self._closing))
-
-    def _behaviour(self, request: Received) -> Behaviour:
-        with self._lock:
-            self.requests.append(request)
-            script = self._scripts.get(request.path)
-            if not script:
-                return error(404, b"no such path")
-            index = min(self._used[request.path], len(script) - 1)
-            self._used[request.path] += 1
-            return script[index]
-
-
-def _read_request(connection: socket.socket) -> Received | None:
-    with connection.makefile("rb") as stream:
-        first = stream.readline().decode("latin-1")
-        headers = {name.lower(): value for name, value in http.client.parse_headers(stream).items()} if first else {}
-        body = stream.read(length := int(headers.get("content-length", "0")))
-    if not first or len(body) < length:
-        return None
-    return Received(first.split(" ")[1], headers, body)
+    def last(self, path: str) -> Link:
+        return next(request for request in reversed(self.requests) if request.path == path)
 
 
 @contextlib.contextmanager
@@ -229,11 +201,10 @@ def late_server(seconds: float) -> Iterator[FaultServer]:
 
 def make_certificate(directory: Path) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1 and its key, by the ``openssl`` program; skips where there is none."""
-    certificate, key = directory / "server.crt", directory / "server.key"
+    certificate, key = directory / "test.crt", directory / "test.key"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-    except FileNotFoundError:
+    if shutil.which("openssl") is None:
         pytest.skip("there is no openssl program to make a certificate with")
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     return certificate, key

@@ -54,18 +54,9 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "OnDevice":
         layout: dict[str, Any] = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
-        made: OnDevice = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout
-        )
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=DEVICE, **layout)
         made.inner = inner
         return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(parts: dict[str, torch.Tensor], *_: Any) -> "OnDevice":
-        return OnDevice(parts["inner"])
 
     def tolist(self) -> Any:
         """torch has none for tensors of another class."""
@@ -134,17 +125,11 @@ def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, OnDevice) else value
 
 
-def on_device(module: torch.nn.Module) -> torch.nn.Module:
-    """``module`` with look-alikes in the place of its parameters and buffers."""
-    moved: dict[int, Any] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                new = torch.nn.Parameter(parameter.detach().to(DEVICE), requires_grad=parameter.requires_grad)
-                part._parameters[name] = moved.setdefault(id(parameter), new)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else buffer.to(DEVICE)
-    return module
+def on_device(model: Any) -> Any:
+    """``model`` with look-alikes in the place of its parameters and buffers."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    model.to(DEVICE).tie_weights()
+    return model
 
 
 from atropos_verl import verl_plugin
@@ -153,17 +138,13 @@ verl_plugin.activate("cpu")
 
 from atropos_verl.backends.local.worker import LossFunction
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.engine.requests import EngineStats
+from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.scheduler import ContinuousBatch
 from atropos_verl.training import lm_head
 from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
-from atropos_verl.verl_plugin.engines import (
-    SelectiveHeadEngine,
-    _head_request,
-    install_packed_attention,
-    packs_exactly,
-)
+from atropos_verl.types import GenerationRequest
+from atropos_verl.verl_plugin.engines import SelectiveHeadEngine, _head_request, install_packed_attention, packs_exactly
 from atropos_verl.verl_plugin.prefix_forest import build_forest
 from support.engines import tiny_causal_lm
 from support.samples import random_samples
@@ -178,48 +159,37 @@ class Jagged:
         self.values, self.offsets = lambda: values, lambda: offsets
 
 
-def training(loss: dict[str, Any], *, keep: bool) -> dict[str, int]:
+def training(loss: str, *, keep: bool) -> dict[str, int]:
     """A micro-batch: nested columns, forest, model, selective head, loss and backward. ``keep``: the head does not use
     the plain formula."""
     lm_head.DIRECT_BYTES = 0 if keep else 2**20
     samples = random_samples(6, vocab_size=VOCABULARY)
-    config = RunConfig.from_mapping({"loss": loss, "off_policy": {"importance": "sequence"}})
+    function = LossFunction(RunConfig.from_mapping({"loss": {"type": loss}, "off_policy": {"importance": "sequence"}}))
     model = tiny_causal_lm()
     assert install_packed_attention(model)
+    engine: Any = SimpleNamespace(module=model, _head_request=None)
+    kinds = {"token_ids": torch.int64, "loss_mask": torch.int64}
+    kinds |= {"advantages": torch.float32, "rollout_logprobs": torch.float32}
     with Lookalike():
         on_device(model)
-    engine: Any = SimpleNamespace(module=model, _head_request=None)
-    SelectiveHeadEngine._install_head(engine)
-
-    def jagged(rows: list[Any], dtype: torch.dtype) -> Jagged:
-        lengths = np.cumsum([0, *map(len, rows)])
-        values = torch.from_numpy(np.concatenate(rows)).to(dtype).to(DEVICE)
-        return Jagged(values, torch.from_numpy(lengths).to(DEVICE))
-
-    with Lookalike():
-        data: dict[str, Any] = {
-            "input_ids": jagged([s.token_ids for s in samples], torch.int64),
-            "loss_mask": jagged([s.loss_mask for s in samples], torch.int64),
-            "advantages": jagged([s.advantages for s in samples], torch.float32),
-            "rollout_logprobs": jagged([s.rollout_logprobs for s in samples], torch.float32),
-            "batch_num_tokens": sum(int(s.loss_mask.sum()) for s in samples),
-            "dp_size": 1,
-        }
+        SelectiveHeadEngine._install_head(engine)
+        offsets = torch.from_numpy(np.cumsum([0, *map(len, samples)])).to(DEVICE)
+        data: dict[str, Any] = {}
+        for name, kind in kinds.items():
+            values = torch.from_numpy(np.concatenate([getattr(sample, name) for sample in samples])).to(kind)
+            data[name] = Jagged(values.to(DEVICE), offsets)
+        ids = data["input_ids"] = data.pop("token_ids")
+        data |= {"batch_num_tokens": sum(int(s.loss_mask.sum()) for s in samples), "dp_size": 1}
         temperature = torch.tensor([s.temperature for s in samples])
     with Lookalike() as mode:
         forest = build_forest([s.token_ids for s in samples]).to(DEVICE)
         place, first = (torch.from_numpy(array).to(DEVICE) for array in (forest.place, forest.first))
-        ids = data["input_ids"]
         positions = torch.from_numpy(np.concatenate([np.arange(len(s)) for s in samples])).to(DEVICE)
         request = engine._head_request = _head_request(ids, data["loss_mask"], temperature, None, place)
-        output = model(
-            input_ids=ids.values()[first][None], position_ids=positions[first][None], packed_row=forest, use_cache=False
-        )
-        values = output.logits[0, :, 0][request.repeats]
+        row: dict[str, Any] = {"input_ids": ids.values()[first][None], "position_ids": positions[first][None]}
+        values = model(**row, packed_row=forest, use_cache=False).logits[0, :, 0][request.repeats]
         packed = values.new_zeros(ids.values().shape[0]).index_copy(0, request.targets, values)
-        logprobs = Jagged(packed, ids.offsets())
-        function = LossFunction(config)
-        value, _ = function({"log_probs": logprobs}, data)
+        value, _ = function({"log_probs": Jagged(packed, offsets)}, data)
         value.backward()
         function.finish()
     assert all(isinstance(parameter.grad, OnDevice) for parameter in model.parameters())
@@ -248,30 +218,25 @@ def padded_loss() -> dict[str, int]:
 
 def rollout() -> dict[str, dict[str, int]]:
     """The embedded engine: prefill, prefill behind a stored prefix, decode, logprobs of a prompt."""
-    from atropos_verl.engine.requests import EngineLimits, Ticket
-    from atropos_verl.types import GenerationRequest
-
-    model, found = tiny_causal_lm(), dict[str, dict[str, int]]()
     with Lookalike():
-        runner = ModelRunner(on_device(model), max_context_len=100)
+        runner = ModelRunner(on_device(tiny_causal_lm()), max_context_len=100)
     batch = ContinuousBatch(runner, 8, EngineStats())
     limits = EngineLimits(max_context_len=100, vocab_size=VOCABULARY, eos_token_ids=frozenset({258}))
+    settings: dict[str, Any] = {"n": 2, "max_tokens": 9, "temperature": 0.7, "top_k": 50, "ignore_eos": True}
 
-    def sequences(*prompts: tuple[int, ...]) -> list[Any]:
-        settings: dict[str, Any] = {"n": 2, "max_tokens": 9, "temperature": 0.7, "top_k": 50, "ignore_eos": True}
-        tickets = [
-            Ticket(GenerationRequest(prompt_token_ids=prompt, **settings), limits, seed=number)
-            for number, prompt in enumerate(prompts)
-        ]
-        return [sequence for ticket in tickets for sequence in ticket.sequences]
+    def prefill(*prompts: tuple[int, ...]) -> None:
+        requests = [GenerationRequest(prompt_token_ids=prompt, **settings) for prompt in prompts]
+        tickets = [Ticket(request, limits, seed=number) for number, request in enumerate(requests)]
+        batch.prefill([sequence for ticket in tickets for sequence in ticket.sequences], 0)
 
     steps: dict[str, Any] = {
-        "prefill": lambda: batch.prefill(sequences(tuple(range(40)), (1, 2, 3)), 0),
-        "prefill behind a stored prefix": lambda: batch.prefill(sequences((*range(40), 7, 8)), 0),
+        "prefill": lambda: prefill(tuple(range(40)), (1, 2, 3)),
+        "prefill behind a stored prefix": lambda: prefill((*range(40), 7, 8)),
         "decode": lambda: batch.decode(0),
         "decode, the same rows": lambda: batch.decode(0),
         "logprobs": lambda: runner.logprobs([1, 2, 3, 4]),
     }
+    found = {}
     for name, step in steps.items():
         with Lookalike() as mode:
             step()
@@ -291,10 +256,9 @@ def mixed() -> str:
 
 
 if __name__ == "__main__":
-    sft, grpo = {"type": "advantage_weighted_sft"}, {"type": "grpo"}
     report = {
-        "training, weighted": training(sft, keep=False),
-        "training, clipped ratio": training(grpo, keep=True),
+        "training, weighted": training("advantage_weighted_sft", keep=False),
+        "training, clipped ratio": training("grpo", keep=True),
         "probe": probe(),
         "padded loss": padded_loss(),
         **rollout(),

@@ -4,40 +4,35 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from atropos_verl import verl_plugin
+from atropos_verl.config.composition import SHIPPED
+from atropos_verl.config.verl_keys import compose_config
+from support.engines import logprob_oracle
 from support.serving import eventually
 
-_TESTS = Path(__file__).resolve().parents[1]
+_TESTS = str(Path(__file__).resolve().parents[1])
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
     """A Ray of its own for this process; logical GPUs only. Nothing of it is left afterwards."""
-    environment = verl_plugin.ray_environment("cpu") | {
-        "VERL_LOGGING_LEVEL": "WARN",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(_TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "RAY_DEDUP_LOGS": "0",
-    }
-    os.environ.update(environment)
+    path = os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH")]))
+    environment = {"VERL_LOGGING_LEVEL": "WARN", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    os.environ.update(environment := verl_plugin.ray_environment("cpu") | environment)
     import ray
 
     # verl loads it when it is imported, which another test of this process may have done before.
     import atropos_verl.verl_plugin.plugin  # noqa: F401
 
-    ray.init(
-        num_cpus=8,
-        num_gpus=4,
-        include_dashboard=False,
-        object_store_memory=200 << 20,
-        runtime_env={"env_vars": environment},
-        log_to_driver=bool(os.environ.get("RAY_TEST_LOGS")),
-    )
+    options = {"include_dashboard": False, "log_to_driver": bool(os.environ.get("RAY_TEST_LOGS"))}
+    memory, variables = 200 << 20, {"env_vars": environment}
+    ray.init(num_cpus=8, num_gpus=4, object_store_memory=memory, runtime_env=variables, **options)
     try:
         yield
     finally:
@@ -45,38 +40,16 @@ def ray_session() -> Iterator[None]:
 
 
 def compose(model: Path, *overrides: str) -> Any:
-    """verl's own ``ppo_trainer`` configuration for a tiny float32 model on CPU."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-
-    settings = [
-        "trainer.device=cpu",
-        "trainer.n_gpus_per_node=1",
-        "algorithm.adv_estimator=grpo",
+    """The shipped configuration of the demo on Ray, with a tiny model and buckets of 1 MB."""
+    words = [
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.rollout.n=4",
+        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",
         "data.train_batch_size=4",
         "data.max_prompt_length=64",
         "data.max_response_length=192",
-        f"actor_rollout_ref.model.path={model}",
-        "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        "actor_rollout_ref.actor.strategy=fsdp2",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
-        "actor_rollout_ref.actor.use_torch_compile=False",
-        "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
-        "actor_rollout_ref.actor.fsdp_config.dtype=float32",
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
-        "actor_rollout_ref.rollout.name=transformers",
-        "actor_rollout_ref.rollout.dtype=float32",
-        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-        "actor_rollout_ref.rollout.n=4",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
-        "actor_rollout_ref.rollout.enforce_eager=True",
-        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",
     ]
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return hydra_compose("ppo_trainer", [*settings, *overrides])
+    return compose_config([*words, *overrides], SHIPPED, "ray_cpu_demo")
 
 
 def worker_class() -> type:
@@ -92,18 +65,14 @@ def worker_class() -> type:
             generator = torch.Generator().manual_seed(seed)
             trained = [p for p in self.actor.engine.module.parameters() if p.requires_grad]
             with torch.no_grad():
-                for parameter in trained:
-                    local = parameter.to_local()
+                for local in (parameter.to_local() for parameter in trained):
                     local.add_(torch.randn(local.shape, generator=generator), alpha=scale)
             return len(trained)
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def trainer_logprobs(self, token_ids: list[int]) -> list[float]:
             """[T-1] logprobs of tokens 1.. by one plain forward of the trained model."""
-            with torch.no_grad():
-                logits = self.actor.engine.module(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
-            logp = torch.log_softmax(logits.double(), dim=-1)
-            return [float(logp[i, token]) for i, token in enumerate(token_ids[1:])]
+            return logprob_oracle(self.actor.engine.module, token_ids)
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def weights(self) -> dict[str, torch.Tensor]:
@@ -123,35 +92,20 @@ class Cluster:
         from verl.utils.config import omega_conf_to_dataclass
         from verl.workers.rollout.llm_server import LLMServerManager
 
-        self.config = config
-        self._pool = pool = RayResourcePool([1], use_gpu=True, max_colocate_count=3)
-        cls = RayClassWithInitArgs(
-            cls=ray.remote(worker_class()), config=config.actor_rollout_ref, role="actor_rollout"
-        )
-        self.workers = RayWorkerGroup(resource_pool=pool, ray_cls_with_init=cls, device_name="cpu")
+        self.config, own = config, config.actor_rollout_ref
+        self.pool = RayResourcePool([1], use_gpu=True, max_colocate_count=3)
+        cls = RayClassWithInitArgs(cls=ray.remote(worker_class()), config=own, role="actor_rollout")
+        self.workers = RayWorkerGroup(resource_pool=self.pool, ray_cls_with_init=cls, device_name="cpu")
         self.workers.init_model()
         self.servers = LLMServerManager.create(config=config, worker_group=self.workers)
-        engine_config = omega_conf_to_dataclass(config.actor_rollout_ref.rollout.checkpoint_engine)
-        engine_config.backend = "naive"
-        self.checkpoints = CheckpointEngineManager(
-            config=engine_config, actor_wg=self.workers, replicas=self.servers.get_replicas()
-        )
+        engine, replicas = omega_conf_to_dataclass(own.rollout.checkpoint_engine), self.servers.get_replicas()
+        engine.backend = "naive"
+        self.checkpoints = CheckpointEngineManager(config=engine, actor_wg=self.workers, replicas=replicas)
 
     @property
     def server(self) -> Any:
         """The first replica's actor."""
         return self.servers.get_replicas()[0].server_handle
-
-    def close(self) -> None:
-        """End its actors and give their resources back to the Ray session."""
-        import ray
-
-        for actor in (*self.workers.workers, *(r.server_handle for r in self.servers.get_replicas())):
-            ray.kill(actor)
-        # verl finds its actors by name, so the next cluster needs the same names.
-        eventually(lambda: not any("_server_" in name for name in ray.util.list_named_actors()), "free names", 60.0)
-        for group in self._pool.get_placement_groups():
-            ray.util.remove_placement_group(group)
 
     def step(self, step: int, scale: float = 0.05) -> None:
         """As verl's synchronous trainer ends a step."""
@@ -162,8 +116,7 @@ class Cluster:
     def canary(self, token_ids: list[int], server: Any = None) -> float:
         """Largest difference of a logprob between trainer and replica (None: the first)."""
         [trainer] = self.workers.trainer_logprobs(token_ids)
-        engine = self.call(logprobs, token_ids, server=server)
-        return max(abs(a - b) for a, b in zip(trainer, engine, strict=True))
+        return max(abs(a - b) for a, b in zip(trainer, self.call(logprobs, token_ids, server=server), strict=True))
 
     def call(self, function: Callable[..., Any], *arguments: Any, server: Any = None) -> Any:
         """Calls a function of this module in a server's process (None: the first)."""
@@ -176,9 +129,8 @@ class Cluster:
 
 
 def stats(server: Any) -> dict[str, Any]:
-    found, engine = server._engine.stats(), server._engine
-    known = {"policy_version": engine.policy_version, "gate": engine.gate.state}
-    return {name: getattr(found, name) for name in found.__slots__} | known
+    engine = server._engine
+    return asdict(engine.stats()) | {"policy_version": engine.policy_version, "gate": engine.gate.state}
 
 
 def logprobs(server: Any, token_ids: list[int]) -> list[float]:
@@ -216,9 +168,16 @@ def zero_one_tensor(server: Any) -> None:
 
 @contextmanager
 def started_cluster(model: Path, *overrides: str) -> Iterator[Cluster]:
-    """A ``Cluster`` whose actors are gone afterwards (the Ray session stays)."""
+    """A ``Cluster`` whose actors are gone afterwards, and their resources given back (the Ray session stays)."""
+    import ray
+
     cluster = Cluster(compose(model, *overrides))
     try:
         yield cluster
     finally:
-        cluster.close()
+        for actor in (*cluster.workers.workers, *(r.server_handle for r in cluster.servers.get_replicas())):
+            ray.kill(actor)
+        # verl finds its actors by name, so the next cluster needs the same names.
+        eventually(lambda: not any("_server_" in name for name in ray.util.list_named_actors()), "free names", 60.0)
+        for group in cluster.pool.get_placement_groups():
+            ray.util.remove_placement_group(group)

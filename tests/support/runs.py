@@ -1,12 +1,5 @@
 """Training runs and launches as users start them: a script in a process of its own, watched from outside.
 
-::
-
-    with TrainingRun(["steps=1000", *SMALL], run_dir=tmp_path / "run") as run:
-        run.wait_for_step(3)
-        run.process_of("environment").kill()
-        run.must_end(1)
-
 Every process of a run inherits a mark in its environment, so that those whose parent died are found as well.
 """
 
@@ -18,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,52 +27,49 @@ SMALL = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=
 """Steps of about 0.3 s on two cores."""
 
 _MARK = "ATROPOS_VERL_TEST_RUN"
-_COMMANDS = {"trajectory_api": "atropos_verl.cli serve-api", "environment": "spell_backward.py"}
 
 
 class TrainingRun:
     """One run. Leaving the ``with`` block kills whatever of it is left, whether the test passed or not.
 
-    ``launcher`` stands between the interpreter and the script, such as torchrun's module and options. ``env`` is added
-    to the environment; the variables that the run itself reads are not inherited.
+    ``launcher`` stands between the interpreter and the script, such as torchrun's module and options; ``prefix`` before
+    the interpreter. ``env`` is added to the environment; the variables that the run itself reads are not inherited.
     """
+
+    script = MAIN
 
     def __init__(
         self,
         words: Sequence[str],
         *,
         run_dir: Path | None = None,
+        prefix: Sequence[str] = (),
         launcher: Sequence[str] = (),
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
     ) -> None:
-        self.run_dir = run_dir
+        self.run_dir = run_dir or Path("no directory was given")
         self._token = secrets.token_hex(8)
         self._seen: dict[int, psutil.Process] = {}
         place = [] if run_dir is None else [f"run_dir={run_dir}"]
-        self.command = [sys.executable, *launcher, str(MAIN), *words, *place]
-        own = {_MARK: self._token, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path(), **(env or {})}
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ATROPOS_")}
-        self._environment = {**inherited, **own}
-        self._cwd = cwd or (run_dir.parent if run_dir is not None else REPOSITORY)
+        self.command = [*prefix, sys.executable, *launcher, str(self.script), *words, *place]
+        path = os.pathsep.join(p for p in (str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")) if p)
+        own = {_MARK: self._token, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("ATROPOS_")} | own
+        self._cwd = cwd or (REPOSITORY if run_dir is None else run_dir.parent)
         # Files rather than pipes: nobody has to read them while the run goes on, and a dead run's are still there.
-        self._stem = self._cwd / f"output_{self._token}"
+        self._files = [self._cwd / f"output_{self._token}.{kind}" for kind in ("out", "err")]
 
     def __enter__(self) -> Self:
-        with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
-            self.popen = subprocess.Popen(
-                self.command,
-                cwd=self._cwd,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
+        with contextlib.ExitStack() as stack:
+            stdout, stderr = (stack.enter_context(file.open("wb")) for file in self._files)
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+            options = {"cwd": self._cwd, "env": self._environment, "start_new_session": True}
+            self.popen = subprocess.Popen(self.command, **options, **streams)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in [*self._seen.values(), *self._marked()]:
+        for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()  # psutil compares the time of creation: never a process that reuses the id
         self.popen.kill()
@@ -87,19 +77,17 @@ class TrainingRun:
 
     @property
     def stdout(self) -> str:
-        return _text(self._file("out"))
+        return _text(self._files[0])
 
     @property
     def stderr(self) -> str:
-        return _text(self._file("err"))
+        return _text(self._files[1])
 
     def log(self, name: str) -> str:
         """The log of one of its processes, ``""`` when there is none yet."""
-        assert self.run_dir is not None
         return _text(self.run_dir / "logs" / f"{name}.log")
 
     def metrics(self) -> list[dict[str, Any]]:
-        assert self.run_dir is not None
         return metrics_of(self.run_dir)
 
     def trained(self) -> int:
@@ -109,9 +97,9 @@ class TrainingRun:
 
     # ------------------------------------------------------------------ waiting
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = LIMIT) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Poll; a run that ends first, or takes longer, fails the test with all that it said."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         while True:
             # Before the condition: what a run leaves with its last breath counts, also when it dies between the two.
             code = self.popen.poll()
@@ -119,7 +107,7 @@ class TrainingRun:
                 return
             self._note_processes()
             assert code is None, f"it ended with code {code} before {what}\n{self._said()}"
-            assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}\n{self._said()}"
+            assert time.monotonic() < deadline, f"not within {LIMIT:g} s: {what}\n{self._said()}"
             time.sleep(0.05)
 
     def wait_for_step(self, step: int) -> None:
@@ -142,98 +130,16 @@ class TrainingRun:
         """Wait for its end with this exit code; no process of it may be left."""
         self.wait_until(lambda: self.popen.poll() is not None, "its end")
         assert self.popen.returncode == code, self._said()
-        self.assert_nothing_left()
-
-    # ------------------------------------------------------------------ its processes
-
-    def process_of(self, service: str) -> psutil.Process:
-        """The living process of ``trajectory_api`` or ``environment``: the one that leads its session."""
-        for process in self._marked():
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if _COMMANDS[service] in " ".join(process.cmdline()) and os.getsid(process.pid) == process.pid:
-                    return process
-        raise AssertionError(f"no process of {service}\n{self._said()}")
-
-    def kill_actor(self, name: str, number: int = 0) -> None:
-        """SIGKILL to a Ray actor of this class, by age where there are several; waits for one."""
-        found: list[psutil.Process] = []
-
-        def look() -> bool:
-            for process in self._marked():
-                with contextlib.suppress(psutil.Error, IndexError):
-                    if process.cmdline()[0].startswith(f"ray::{name}"):
-                        found.append(process)
-            return bool(found)
-
-        self.wait_until(look, f"a process of {name}")
-        found.sort(key=lambda process: process.create_time())
-        victim = found[number % len(found)]
-        victim.kill()
-        victim.wait(timeout=60.0)
-
-    def ctrl_c(self) -> None:
-        """SIGINT to the whole process group, as a terminal sends it."""
-        os.killpg(self.popen.pid, signal.SIGINT)
-
-    def living(self) -> list[str]:
-        """Every process of the run that is alive, in words."""
-        found = {process.pid: process for process in [*self._seen.values(), *self._marked()]}
-        alive = []
-        for process in found.values():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(f"{process.pid}: {' '.join(process.cmdline())}")
-        return alive
-
-    def assert_nothing_left(self) -> None:
-        """Wait until no process of this run is alive, by pid."""
         deadline = time.monotonic() + 60.0
         while (alive := self.living()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not alive, "after the end of the run these are alive:\n" + "\n".join(alive)
 
-    @property
-    def processes_seen(self) -> int:
-        """Counts the different processes that this run had while it was watched."""
-        return len(self._seen)
-
-    def _note_processes(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(self.popen.pid)
-            for process in [root, *root.children(recursive=True)]:
-                self._seen.setdefault(process.pid, process)
-
-    def _marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(_MARK) == self._token:
-                    found.append(process)
-        return found
-
-    def _file(self, kind: str) -> Path:
-        return self._stem.with_suffix(f".{kind}")
-
-    def _said(self) -> str:
-        return f"--- stdout\n{self.stdout[-3000:]}\n--- stderr\n{self.stderr[-3000:]}"
-
-
-class LaunchRun(TrainingRun):
-    """One launch: what ``TrainingRun`` offers, and a look into ``state.json``.
-
-    Args:
-        prefix: a command that starts the launcher.
-    """
-
-    def __init__(self, words: Sequence[str], *, run_dir: Path, prefix: Sequence[str] = (), **options: Any) -> None:
-        super().__init__(words, run_dir=run_dir, **options)
-        self.command = [*prefix, sys.executable, str(LAUNCH), *words, f"run_dir={run_dir}"]
+    # ------------------------------------------------------------------ its processes
 
     def state(self) -> dict[str, Any]:
         """The newest ``state.json``; {} before the first."""
-        assert self.run_dir is not None
-        path = self.run_dir / "state.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(_text(self.run_dir / "state.json") or "{}")
 
     def service(self, name: str) -> dict[str, Any]:
         """Reads the launcher's state of one service; {} before it says anything."""
@@ -252,6 +158,62 @@ class LaunchRun(TrainingRun):
             lambda: self.service(name).get("restarts", 0) > before and self.service(name)["state"] == "running",
             f"a restart of {name}",
         )
+
+    def kill_actor(self, name: str, number: int = 0) -> None:
+        """SIGKILL to a Ray actor of this class, by age where there are several; waits for one."""
+        found: list[psutil.Process] = []
+
+        def look() -> bool:
+            found[:] = [process for process, words in _alive(self._marked()) if words.startswith(f"ray::{name}")]
+            return bool(found)
+
+        self.wait_until(look, f"a process of {name}")
+        victim = sorted(found, key=psutil.Process.create_time)[number % len(found)]
+        victim.kill()
+        victim.wait(timeout=60.0)
+
+    def ctrl_c(self) -> None:
+        """SIGINT to the whole process group, as a terminal sends it."""
+        os.killpg(self.popen.pid, signal.SIGINT)
+
+    def living(self) -> list[str]:
+        """Every process of the run that is alive, in words."""
+        return [f"{process.pid}: {words}" for process, words in _alive(self._processes())]
+
+    @property
+    def processes_seen(self) -> int:
+        """Counts the different processes that this run had while it was watched."""
+        return len(self._seen)
+
+    def _note_processes(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.popen.pid)
+            for process in [root, *root.children(recursive=True)]:
+                self._seen.setdefault(process.pid, process)
+
+    def _processes(self) -> set[psutil.Process]:
+        return {*self._seen.values(), *self._marked()}
+
+    def _marked(self) -> Iterator[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(_MARK) == self._token:
+                    yield process
+
+    def _said(self) -> str:
+        return f"--- stdout\n{self.stdout[-3000:]}\n--- stderr\n{self.stderr[-3000:]}"
+
+
+class LaunchRun(TrainingRun):
+    script = LAUNCH
+
+
+def _alive(processes: Iterable[psutil.Process]) -> Iterator[tuple[psutil.Process, str]]:
+    """Each with its command."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, " ".join(process.cmdline())
 
 
 def refused(script: Path, *words: str) -> str:
@@ -273,8 +235,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def summary_of(run_dir: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return summary
+    return json.loads((run_dir / "summary.json").read_text())
 
 
 def journalled(run_dir: Path) -> list[str]:
@@ -289,7 +250,3 @@ def checkpointed_step(run_dir: Path) -> int:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
-
-
-def _python_path() -> str:
-    return os.pathsep.join(p for p in (str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")) if p)

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from support import http_faults
-from support.http_faults import FaultServer
+from support.http_faults import FaultServer, answer
 from support.malformed import good_group
 
 
@@ -17,12 +16,12 @@ def scripted_api(bodies: Sequence[bytes], *, batch_size: int, max_token_len: int
 
     The first GET /batch is how a trainer starts an API; it is answered with null, as upstream does.
     """
-    none_yet = http_faults.answer({"batch": None})
+    none_yet = answer({"batch": None})
     with FaultServer() as server:
-        server.script("/status", http_faults.answer({"current_step": 0, "queue_size": 0}))
-        server.script("/info", http_faults.answer({"batch_size": batch_size, "max_token_len": max_token_len + 1}))
-        server.script("/register", http_faults.answer({"uuid": "1"}))
-        server.script("/batch", none_yet, *(http_faults.answer(body) for body in bodies), none_yet)
+        server.script("/status", answer({"current_step": 0, "queue_size": 0}))
+        server.script("/info", answer({"batch_size": batch_size, "max_token_len": max_token_len + 1}))
+        server.script("/register", answer({"uuid": "1"}))
+        server.script("/batch", none_yet, *map(answer, bodies), none_yet)
         yield server
 
 

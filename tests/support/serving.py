@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 
-from atropos_verl.gateway.app import GatewayServer, create_app
-
 
 @contextmanager
 def serving(engine: Any, tokenizer: Any, *, model_name: str = "tiny", **options: Any) -> Iterator[httpx.Client]:
     """Serve ``engine`` and yield a client of it; ``client.base_url`` is the gateway's."""
+    from atropos_verl.gateway.app import GatewayServer, create_app
+
     server = GatewayServer(create_app(engine, tokenizer, model_name=model_name, **options))
     server.start(timeout=20.0)
     try:

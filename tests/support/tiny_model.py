@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,38 +40,15 @@ def build_tiny_tokenizer(
     return tokenizer
 
 
-def build_tiny_model(
-    path: str | Path,
-    *,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 2,
-    kv_heads: int | None = None,
-    max_position_embeddings: int = 2048,
-) -> Path:
+def build_tiny_model(path: str | Path, **overrides: Any) -> Path:
     """Write a randomly initialised Qwen2 and its tokenizer to ``path`` (a Hugging Face model directory) and return it.
 
-    The weights are always the same; the global torch generator is left as it was. About 0.1 M parameters.
+    ``overrides``: in the words of Hugging Face. The weights are always the same. About 0.1 M parameters.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from support.engines import tiny_causal_lm
 
-    tokenizer = build_tiny_tokenizer(path)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads or max(1, heads // 2),
-        max_position_embeddings=max_position_embeddings,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    build_tiny_tokenizer(path)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = tiny_causal_lm(**{**sizes, "max_position_embeddings": 2048, "initializer_range": 0.02, **overrides})
     model.save_pretrained(str(path))
     return Path(path)

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +18,13 @@ from atropos_verl.protocol.schema import CheckedGroup, check_group
 from atropos_verl.server.app import TrajectoryApi, check_bind, uvicorn_options
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Batch, Store
+from support.serving import eventually
 
 
 class Clock:
     """Seconds since the epoch, moved by the test."""
 
-    def __init__(self) -> None:
-        self.time = 1_000_000.0
+    time = 1_000_000.0
 
     def __call__(self) -> float:
         return self.time
@@ -51,26 +50,16 @@ def complete(checked: CheckedGroup) -> bytes:
 
 
 def registration(batch_size: int = 8, **fields: Any) -> dict[str, Any]:
-    made = {
-        "wandb_group": "group",
-        "wandb_project": "project",
-        "batch_size": batch_size,
-        "max_token_len": 64,
-        "checkpoint_dir": "/checkpoints",
-        "save_checkpoint_interval": 5,
-        "starting_step": 0,
-        "num_steps": 1000,
-    }
-    return {**made, **fields}
+    names = {"wandb_group": "group", "wandb_project": "project", "checkpoint_dir": "/checkpoints"}
+    steps = {"save_checkpoint_interval": 5, "starting_step": 0, "num_steps": 1000}
+    return {**names, **steps, "batch_size": batch_size, "max_token_len": 64, **fields}
 
 
 def post(store: Store, number: int, size: int = 4, env_id: int | None = None, key: str | None = None) -> dict[str, Any]:
     """Post ``group(number, …)`` to a store; returns the answer: how many duplicates it was."""
-    raw = group_bytes(number, size, env_id)
-    checked = check_group(raw, environments=len(store.environments))
+    checked = check_group(group_bytes(number, size, env_id), environments=len(store.environments))
     answer = store.accept([checked], lambda duplicates: b'{"duplicates": %d}' % duplicates, key, checked.digest)
-    found: dict[str, Any] = json.loads(answer)
-    return found
+    return dict(json.loads(answer))
 
 
 def join(store: Store, **fields: Any) -> int:
@@ -94,8 +83,7 @@ async def turns() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -115,31 +103,28 @@ class TrajectoryServer(ServerThread):
 class ServerProcess:
     """``atropos-verl serve-api`` as a subprocess on a port of its own, which survives restarts."""
 
-    module: tuple[str, ...] = ("atropos_verl.cli", "serve-api")
+    command: tuple[str, ...] = (sys.executable, "-m", "atropos_verl.cli", "serve-api")
     ready_path = "/health"
     prefix: tuple[str, ...] = ()
     """A program that runs the server, and its arguments."""
 
     def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
         self.directory = directory
-        self.options = options
-        self.port = free_port() if port is None else port
+        self.port = port or free_port()
+        self.options = ("--port", str(self.port), *options)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = directory / f"server_{self.port}.log"
 
     def start(self) -> None:
-        command = [*self.prefix, sys.executable, "-m", *self.module, "--port", str(self.port), *self.options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
+            command = [*self.prefix, *self.command, *self.options]
             self.process = subprocess.Popen(command, cwd=self.directory, env=environment, stdout=log, stderr=log)
-        deadline = time.monotonic() + 90.0
-        while not self._answers():
-            log_text = self.log_path.read_text(errors="replace")[-2000:]
-            assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{log_text}"
-            assert time.monotonic() < deadline, f"not ready after 90 s:\n{log_text}"
-            time.sleep(0.01)
+        eventually(self._answers, "the server to answer", timeout=90.0)
 
     def _answers(self) -> bool:
+        said = self.log_path.read_text(errors="replace")[-2000:]
+        assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{said}"
         try:
             # Without ``verify=False`` each call would read the certificates of the machine.
             return httpx.get(f"{self.url}{self.ready_path}", trust_env=False, verify=False).is_success
@@ -169,5 +154,5 @@ class ServerProcess:
 class UpstreamApi(ServerProcess):
     """The real trajectory API of atroposlib."""
 
-    module = ("atroposlib.cli.run_api", "--host", "127.0.0.1")
+    command = (sys.executable, "-m", "atroposlib.cli.run_api", "--host", "127.0.0.1")
     ready_path = "/status"

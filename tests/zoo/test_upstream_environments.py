@@ -36,32 +36,24 @@ SMOLLM2 = ("model.path=smollm2-135m", "batch_size=4", "group_size=2", "data.max_
 FORM_MODEL = os.environ.get("ATROPOS_FORM_MODEL")
 FORM = (f"model.path={FORM_MODEL}", "batch_size=8", "data.max_prompt_length=3000", "max_response_length=64")
 """For environments that drop groups of equal scores themselves: a model without their form never fills a batch."""
-LARGER = pytest.mark.skipif(not os.environ.get("ATROPOS_SMOLLM2"), reason="opt-in, see the docstring")
-FORMED = pytest.mark.skipif(not FORM_MODEL, reason="opt-in, see the docstring")
+GIVEN = {(): True, SMOLLM2: os.environ.get("ATROPOS_SMOLLM2"), FORM: FORM_MODEL}
+BLACKJACK, REGEX = "game_environments/gymnasium/blackjack/blackjack_env", "community/regex_generation/regex_env.py"
+GYM, CUBE = "reasoning_gym_environment/reasoning_gym_environment.py", "community/selcube/rubiks_cube_environment.py"
 TRAINS = [
-    ("game_environments/gymnasium/blackjack/blackjack_env_no_thinking.py", "", ()),
+    (f"{BLACKJACK}_no_thinking.py", "", ()),
     ("community/word_hunt/word_hunt_env.py", "", ()),
-    pytest.param(
-        *("game_environments/gymnasium/blackjack/blackjack_env_thinking.py", ",--env.max_token_length,96", SMOLLM2),
-        marks=LARGER,
-    ),
-    pytest.param(
-        "community/selcube/rubiks_cube_environment.py",
-        ",--env.max_token_length,64,--env.generate_visualizations,false",
-        SMOLLM2,
-        marks=LARGER,
-    ),
-    pytest.param("community/regex_generation/regex_env.py", ",--env.steps_per_eval,-1", FORM, marks=FORMED),
-    pytest.param(
-        *("reasoning_gym_environment/reasoning_gym_environment.py", ",--env.steps_per_eval,-1", FORM), marks=FORMED
-    ),
+    (f"{BLACKJACK}_thinking.py", ",--env.max_token_length,96", SMOLLM2),
+    (CUBE, ",--env.max_token_length,64,--env.generate_visualizations,false", SMOLLM2),
+    (REGEX, ",--env.steps_per_eval,-1", FORM),
+    (GYM, ",--env.steps_per_eval,-1", FORM),
 ]
+TOO_LONG = "the prompts of the environment are too long"
 REFUSED = {
-    "game_environments/gymnasium/blackjack/blackjack_env_thinking.py": "the prompts of the environment are too long",
-    "community/regex_generation/regex_env.py": "the prompts of the environment are too long",
-    "reasoning_gym_environment/reasoning_gym_environment.py": "policy is being sampled, but|No valid items were scored",
-    "community/selcube/rubiks_cube_environment.py": "the prompts of the environment are too long",
-    "community/metric_card_generator/metric_card_generator.py": "the prompts of the environment are too long",
+    f"{BLACKJACK}_thinking.py": TOO_LONG,
+    REGEX: TOO_LONG,
+    GYM: "policy is being sampled, but|No valid items were scored",
+    CUBE: TOO_LONG,
+    "community/metric_card_generator/metric_card_generator.py": TOO_LONG,
 }
 BEFORE_THE_START = {
     "community/conversational_style_dpo/conversational_style_dpo_env.py": "tokenize_for_trainer_dpo, which ",
@@ -98,6 +90,8 @@ def started(name: str, tmp_path: Path, args: str, *more: str) -> TrainingRun:
 
 @pytest.mark.parametrize(("name", "args", "words"), TRAINS)
 def test_it_trains(name: str, args: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    if not GIVEN[words]:
+        pytest.skip("opt-in, see the docstring")
     with started(name, tmp_path, SAME + args, *words) as run:
         run.must_end(0)
         lines = run.metrics()

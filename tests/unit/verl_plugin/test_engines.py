@@ -29,7 +29,7 @@ from atropos_verl.verl_plugin.prefix_forest import build_forest, joined
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model"), heads=4, kv_heads=2)
+    return build_tiny_model(tmp_path_factory.mktemp("model"), num_attention_heads=4, num_key_value_heads=2)
 
 
 @functools.cache
