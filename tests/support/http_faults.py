@@ -54,6 +54,7 @@ class Link(BaseHTTPRequestHandler):
                 super().handle()
 
     def do_POST(self) -> None:
+        self.headers: Any = {name.lower(): value for name, value in self.headers.items()}
         self.body = self.rfile.read(length := int(self.headers.get("content-length", 0)))
         if len(self.body) == length:
             self.server.requests.append(self)
