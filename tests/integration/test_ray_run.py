@@ -19,10 +19,12 @@ from support.serving import post
 from support.trajectory_server import ServerProcess
 from transformers import AutoModelForCausalLM
 
+from atropos_verl import AtroposTrainer
 from atropos_verl.assets import demo_model_path
 from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.protocol.client import AtroposClient
-from atropos_verl.protocol.wire import encode_group
+from atropos_verl.protocol.wire import decode_batch, encode_group
+from atropos_verl.training.batch_source import RolloutData
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -41,25 +43,27 @@ def recorded_batches() -> list[list[bytes]]:
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
     vocabulary = int(model.config.vocab_size)
     rng = np.random.default_rng(0)
-    batches = []
+    batches: list[list[bytes]] = []
     for b in range(STEPS):
-        made = []
+        batches.append([])
         for g in range(GROUPS):
             prompt = rng.integers(0, vocabulary, 6).tolist()
             lengths = [7 if b == 2 else int(rng.integers(4, 9)) for _ in range(GROUP_SIZE)]
             tokens = [prompt + rng.integers(0, vocabulary, length).tolist() for length in lengths]
-            if b == 1 and g == GROUPS - 1:
-                tokens[2][-1] = vocabulary + 5
-            made.append(_group(model, tokens, g, rng))
-        batches.append(made)
+            batches[b].append(_group(model, tokens, g, rng, spoilt=b == 1 and g == GROUPS - 1))
     return batches
 
 
-def _group(model: Any, tokens: list[list[int]], kind: int, rng: np.random.Generator) -> bytes:
+def _group(model: Any, tokens: list[list[int]], kind: int, rng: np.random.Generator, *, spoilt: bool) -> bytes:
     masks = [[-100] * 6 + row[6:] for row in tokens]
     if kind == 0:  # a tool's answer between two turns
         masks = [[*mask[:7], -100, *mask[8:]] for mask in masks]
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"inference_logprobs": []}
+    for row, mask in zip(tokens, masks, strict=True):
+        with torch.no_grad():
+            table = torch.log_softmax(model(torch.tensor([row])).logits[0], -1)
+        known = [1.0 if m == -100 else float(table[t - 1, row[t]]) for t, m in enumerate(mask)]
+        fields["inference_logprobs"].append(known)
     if kind == 1:
         fields["advantages"] = [rng.normal(size=len(row)).tolist() if i < 2 else None for i, row in enumerate(tokens)]
     if kind == 2:
@@ -70,22 +74,11 @@ def _group(model: Any, tokens: list[list[int]], kind: int, rng: np.random.Genera
             [[] if m == -100 else [t, t + 1][: 1 + t % 2] for t, m in enumerate(mask)] for mask in masks
         ]
         fields["distill_logprobs"] = [[[-1.5] * len(ids) for ids in row] for row in fields["distill_token_ids"]]
-    return encode_group(
-        tokens=tokens,
-        masks=masks,
-        scores=rng.normal(size=len(tokens)).tolist(),
-        inference_logprobs=[_logprobs(model, row, mask) for row, mask in zip(tokens, masks, strict=True)],
-        generation_params={"temperature": 1.0, "policy_version": 0},
-        **fields,
-    )
-
-
-def _logprobs(model: Any, row: list[int], mask: list[int]) -> list[float]:
-    if max(row) >= model.config.vocab_size:
-        return [1.0 if m == -100 else -1.0 for m in mask]
-    with torch.no_grad():
-        table = torch.log_softmax(model(torch.tensor([row])).logits[0], -1)
-    return [1.0 if m == -100 else float(table[t - 1, row[t]]) for t, m in enumerate(mask)]
+    if spoilt:
+        tokens[2][-1] = masks[2][-1] = int(model.config.vocab_size) + 5
+    about = {"temperature": 1.0, "policy_version": 0}
+    scores = rng.normal(size=len(tokens)).tolist()
+    return encode_group(tokens=tokens, masks=masks, scores=scores, generation_params=about, **fields)
 
 
 def at_gateway(run: TrainingRun) -> httpx.Client:
@@ -113,7 +106,7 @@ class Story:
         self.run_dir = directory / "run"
         self.batches = recorded_batches()
         with ServerProcess(directory) as server, AtroposClient(server.url) as client:
-            self.words = [
+            words = [
                 "backend=ray",
                 f"atropos.api_url={server.url}",
                 f"trainer.total_training_steps={STEPS}",
@@ -124,7 +117,7 @@ class Story:
                 "atropos.advantage_normalization=global",
                 "atropos.loss.ref_weight=0.1",
             ]
-            with TrainingRun(self.words, run_dir=self.run_dir) as run:
+            with TrainingRun(words, run_dir=self.run_dir) as run:
                 run.wait_for_output("waiting for a batch")
                 for batch in self.batches[:2]:
                     client.post_scored_data_list(batch)
@@ -133,7 +126,7 @@ class Story:
                 run.must_end(130)
                 self.processes = run.processes_seen
             self.saved_step = checkpointed_step(self.run_dir)
-            with TrainingRun(self.words, run_dir=self.run_dir) as run:
+            with TrainingRun(words, run_dir=self.run_dir) as run:
                 run.wait_for_output("resumed at step 2")
                 run.kill_actor("TransformersServer")
                 client.post_scored_data_list(self.batches[2])
@@ -144,7 +137,7 @@ class Story:
                 run.kill_actor("AtroposTaskRunner")
                 run.must_end(1)
                 self.said = run.stderr
-            with TrainingRun(self.words, run_dir=self.run_dir) as run:
+            with TrainingRun(words, run_dir=self.run_dir) as run:
                 run.wait_for_output("resumed at step 3")
                 with at_gateway(run) as gateway:
                     self.answers.append(turn(gateway, session))
@@ -163,15 +156,39 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(tmp_path_factory.mktemp("ray"))
 
 
-@pytest.fixture(scope="module")
-def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The local backend's steps on the same batches, from the same weights."""
-    from atropos_verl import AtroposTrainer
-    from atropos_verl.protocol.wire import decode_batch
-    from atropos_verl.training.batch_source import RolloutData
+def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: Story) -> None:
+    assert story.saved_step == 2
+    assert story.processes > 8, "Ray's processes were among those watched"
 
+
+def test_a_killed_replica_is_replaced_a_killed_task_runner_is_one_message_and_a_session_goes_on(story: Story) -> None:
+    assert [line["sync/replicas_replaced"] for line in story.metrics] == [0, 0, 1, 0]
+    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in story.metrics)
+    assert "Ray's actor AtroposTaskRunner was killed; the same command goes on from step 3." in story.said
+    assert "Traceback" not in story.said
+    first, again = ([answer[name] for name in ("id", "choices")] for answer in story.answers)
+    assert first == again, "it was not sampled again"
+    assert [row["turns"] for row in story.rollout["rows"]] == [[0, 1]]
+
+
+def test_every_batch_is_trained_once_and_the_bad_group_quarantined(story: Story) -> None:
+    assert [line["step"] for line in story.metrics] == [1, 2, 3, 4]
+    assert checkpointed_step(story.run_dir) == STEPS
+    assert (story.api_status.queue_size, story.api_status.current_step) == (0, STEPS)
+    assert journalled(story.run_dir) == []
+    summary = summary_of(story.run_dir)
+    assert summary["rewards"] == [line["reward/mean"] for line in story.metrics], "of both runs"
+    assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
+    totals = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())["totals"]
+    assert (totals["groups_used"], totals["groups_quarantined"]) == (STEPS * GROUPS - 1, 1)
+    [path] = (story.run_dir / "quarantine").glob("*.json")
+    assert "tokens[2]" in path.read_text()
+    assert [line["data/quarantined"] for line in story.metrics] == [0, 1, 0, 0]
+
+
+def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, tmp_path: Path) -> None:
     config = {
-        "run_dir": str(tmp_path_factory.mktemp("local")),
+        "run_dir": str(tmp_path),
         "atropos": {"api_url": "http://127.0.0.1:9"},  # never asked
         "group_size": GROUP_SIZE,
         "batch_size": GROUPS * GROUP_SIZE,
@@ -182,72 +199,23 @@ def local(story: Story, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
         "use_advantage_weighting": True,
         "loss": {"ref_weight": 0.1},
     }
-    steps = []
     with AtroposTrainer.from_config(config) as trainer:
-        for batch in story.batches:
-            body = b'{"batch": [' + b",".join(batch) + b"]}"
-            report = trainer.train_on(RolloutData(decode_batch(body)))
-            steps.append({"loss": report.loss, **report.metrics})
-    return steps
-
-
-def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: Story) -> None:
-    assert story.saved_step == 2
-    assert story.processes > 8, "Ray's processes were among those watched"
-
-
-def test_a_killed_replica_is_replaced_and_the_canary_of_every_step_is_exact(story: Story) -> None:
-    assert [line["sync/replicas_replaced"] for line in story.metrics] == [0, 0, 1, 0]
-    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in story.metrics)
-
-
-def test_a_killed_task_runner_is_one_message_and_leaves_no_process(story: Story) -> None:
-    assert "Ray's actor AtroposTaskRunner was killed; the same command goes on from step 3." in story.said
-    assert "Traceback" not in story.said
-
-
-def test_a_session_goes_on_after_its_gateway_was_killed(story: Story) -> None:
-    first, again = ([answer[name] for name in ("id", "choices")] for answer in story.answers)
-    assert first == again, "it was not sampled again"
-    assert [row["turns"] for row in story.rollout["rows"]] == [[0, 1]]
-
-
-def test_the_resumed_run_takes_the_remaining_steps(story: Story) -> None:
-    assert [line["step"] for line in story.metrics] == [1, 2, 3, 4]
-    assert checkpointed_step(story.run_dir) == STEPS
-    assert story.api_status.queue_size == 0
-    assert story.api_status.current_step == STEPS
-    summary = summary_of(story.run_dir)
-    assert summary["rewards"] == [line["reward/mean"] for line in story.metrics], "of both runs"
-    assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
-
-
-def test_every_batch_is_trained_once_and_the_bad_group_quarantined(story: Story) -> None:
-    assert journalled(story.run_dir) == []
-    state = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())
-    assert state["totals"]["groups_used"] == STEPS * GROUPS - 1
-    assert state["totals"]["groups_quarantined"] == 1
-
-    (path,) = (story.run_dir / "quarantine").glob("*.json")
-    assert "tokens[2]" in path.read_text()
-    assert [line["data/quarantined"] for line in story.metrics] == [0, 1, 0, 0]
-
-
-def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, local: list[dict[str, Any]]) -> None:
+        bodies = [b'{"batch": [' + b",".join(batch) + b"]}" for batch in story.batches]
+        reports = [trainer.train_on(RolloutData(decode_batch(body))) for body in bodies]
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
     # are compared bit by bit in tests/unit/backends/ray/test_feed.py.
-    for line, step in zip(story.metrics, local, strict=True):
+    for line, report in zip(story.metrics, reports, strict=True):
+        step = report.metrics
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
         assert line["data/trained_tokens"] == step["data/trained_tokens"]
         # Over the trained tokens of the loss itself, inside verl's worker: what was posted is what is optimised.
         assert line["actor/advantage_mean"] == pytest.approx(step["actor/advantage_mean"], rel=1e-5, abs=1e-7)
-        assert line["loss"] == pytest.approx(step["loss"], rel=1e-4), line["step"]
+        assert line["loss"] == pytest.approx(report.loss, rel=1e-4), line["step"]
         assert line["actor/grad_norm"] == pytest.approx(step["actor/grad_norm"], rel=1e-4), line["step"]
         ours, theirs = ({k: v for k, v in d.items() if k.startswith(("distill/", "ref/"))} for d in (step, line))
         assert theirs == pytest.approx(ours, rel=1e-4), line["step"]
+        assert (line["advantage/replaced_sequences"], line["advantage/zeroed_sequences"]) == (2.0, 1.0)
     assert {"distill/kl", "distill/known", "ref/kl", "ref/known"} <= story.metrics[0].keys()
-    assert [line["advantage/replaced_sequences"] for line in story.metrics] == [2.0] * STEPS
-    assert [line["advantage/zeroed_sequences"] for line in story.metrics] == [1.0] * STEPS
 
 
 def test_the_engine_that_wrote_the_first_batch_had_the_trainers_weights(story: Story) -> None:
