@@ -26,11 +26,11 @@ def comparable(group: ScoredGroup) -> str:
     return repr({name: plain(getattr(group, name)) for name in ScoredGroup.__slots__})
 
 
-def good_group(rng: random.Random, *, group_size: int = 4) -> Group:
-    """Prompt of 2-4 tokens, answers of 3-8, ids below 256, distinct scores, all fields set."""
+def good_group(rng: random.Random, *, group_size: int = 4, vocab_size: int = 256) -> Group:
+    """Prompt of 2-4 tokens, answers of 3-8, distinct scores, all fields set."""
 
     def tokens_of(shortest: int, longest: int) -> list[int]:
-        return [rng.randrange(2, 256) for _ in range(rng.randint(shortest, longest))]
+        return [rng.randrange(2, vocab_size) for _ in range(rng.randint(shortest, longest))]
 
     prompt = tokens_of(2, 4)
     answers = [tokens_of(3, 8) for _ in range(group_size)]
