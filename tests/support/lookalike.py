@@ -167,7 +167,7 @@ def training(loss: str, *, keep: bool) -> dict[str, int]:
     function = LossFunction(RunConfig.from_mapping({"loss": {"type": loss}, "off_policy": {"importance": "sequence"}}))
     model = tiny_causal_lm()
     assert install_packed_attention(model)
-    engine: Any = SimpleNamespace(module=model, _head_request=None)
+    engine: Any = SimpleNamespace(module=model, _head_request=None, _autocast_dtype=torch.bfloat16)
     kinds = {"token_ids": torch.int64, "loss_mask": torch.int64}
     kinds |= {"advantages": torch.float32, "rollout_logprobs": torch.float32}
     with Lookalike():
