@@ -24,6 +24,7 @@ from atropos_verl.errors import (
     AtroposConnectionError,
     AtroposTimeoutError,
     ServiceError,
+    StorageInUseError,
     TrainingDivergedError,
     WeightSyncError,
 )
@@ -169,6 +170,16 @@ def test_a_signal_leaves_a_whole_step_and_what_was_fetched_ahead(
     assert journalled(directory) == ahead
     assert_same(lab.run("hit", bodies[2 + len(ahead) :], 4, **mode), lab.run("at_once", bodies, 4))
     assert journalled(directory) == []
+
+
+def test_two_trainers_never_write_into_one_run_directory(lab: Lab) -> None:
+    bodies = batches(1, seed=2)
+    with lab.trainer("one", bodies, 1) as trainer:
+        said = rf"{trainer.run_dir} is in use by a training run, pid {os.getpid()} "
+        with pytest.raises(StorageInUseError, match=said):
+            lab.run("one", bodies, 1)
+        assert trainer.fit()["steps"] == 1
+    assert lab.run("one", [], 1)["step"] == 1, "the first is done"
 
 
 def test_a_signal_that_is_ignored_stays_ignored(lab: Lab) -> None:

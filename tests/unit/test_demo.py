@@ -109,6 +109,7 @@ def test_defaults_run_by_hand() -> None:
     config, [server] = SPELL.SpellBackwardEnv.config_init()  # a bare config would ignore --openai.base_url
     assert server.num_requests_for_eval >= config.eval_words  # all of an evaluation at once
     assert Path(config.tokenizer_name) == demo_model_path() == Path(server.tokenizer_name)
+    assert config.wandb_name == "spell_backward"  # null would be refused by the API at /register-env
     # Longest sequence: 13 prompt tokens around a word of 5, the answer's bound; Atropos's bound is exclusive.
     assert 13 + 5 + config.max_answer_tokens < config.max_token_length
 

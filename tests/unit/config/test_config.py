@@ -298,6 +298,7 @@ def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch:
         ("algorithm.filter_groups.enable=true", "algorithm.filter_groups.enable", "ensure_scores_are_not_same"),
         ("algorithm.adv_estimator=gae", "critic.enable", "critic"),
         ("trainer.test_freq=2", "data.val_files", "prompt file"),
+        ("trainer.val_before_train=true", "data.val_files", "prompt file"),
         ("atropos.gateway.host=0.0.0.0", "", "set gateway.api_key"),
         (f"{ACTOR}.ppo_max_token_len_per_gpu=16", "", f"max_token_len (64) is above {ACTOR}.ppo_max_token_len_per_gpu"),
         (f"{ROLLOUT}.max_model_len=8", "", f"data.max_prompt_length (48) is above {ROLLOUT}.max_model_len (8)"),

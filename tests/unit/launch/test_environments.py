@@ -100,12 +100,12 @@ def test_copies_divide_the_weight_and_arguments_of_the_user_win() -> None:
     [
         ({"demo": {"copies": 2}, "demo-2": {}}, "two processes would be called demo-2"),
         ({"a": {"min_batch_allocation": 0.6}, "b": {"min_batch_allocation": 0.6}}, r"adds up to 1\.2, above 1"),
-        ({"a": {"group_size": 24}, "b": {"group_size": 12}}, "an upstream API would never deliver a batch"),
+        ({"a": {"group_size": 4}, "b": {"group_size": 6}}, "an upstream API would never deliver a batch"),
     ],
 )
 def test_environments_that_do_not_fit_together_are_refused(environments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(environments, own_api="upstream" not in message)
+        plan(environments, own_api="upstream" not in message, batch_size=24)
 
 
 def test_weights_become_shares_of_every_batch() -> None:

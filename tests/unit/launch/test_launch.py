@@ -97,6 +97,7 @@ ELSEWHERE = "only=[environments] atropos.api_url=http://a:8000"
         ("atropos.server=upstream api.data_dir=/d", "api.data_dir: the embedded API has it, atropos.server="),
         ("environments.demo.cwd=/nowhere", "environments.demo.cwd: /nowhere is not a directory"),
         ("environments.demo.group_size=128", "environments.demo.group_size: 128 is above batch_size 64"),
+        ("atropos.server=upstream environments.demo.group_size=24", "groups of 24 do not fill a batch of 64"),
         ("trainer_process.nproc=128", "trainer_process.nproc (128) is above batch_size (64)"),
         ("backend=slurm", "backend: 'slurm' is neither local nor ray"),
         ("backend=ray steps=3", "steps: a key of the local backend; with backend=ray it is trainer.total_training_s"),

@@ -100,6 +100,8 @@ def test_absence_per_sequence() -> None:
         ({"tokens": [[1], [2**63]]}, "tokens[1][0] = 9223372036854775808: does not fit in 64 bits"),
         ({"masks": [[1], [-(2**63) - 1]]}, "masks[1][0] = -9223372036854775809: does not fit in 64 bits"),
         ({"tokens": [5, 6]}, "tokens[0] = 5: expected a list"),
+        ({"tokens": None}, "tokens = null: expected a list"),
+        ({"scores": [True, 0.0]}, "scores[0] = true: expected a number"),
         ({"scores": ["1", 0.0]}, 'scores[0] = "1": expected a number'),
         ({"scores": [10**400, 1]}, f"scores[0] = 1{'0' * 79}… (401 characters): too large for a 64-bit float"),
         ({"advantages": [[1.0], {"b": 2}]}, 'advantages[1] = {"b": 2}: expected a list'),
@@ -218,6 +220,7 @@ def assert_both_wires_agree(*groups: dict[str, Any]) -> None:
         {"masks": [[1, 1, 1], [0, 1, 1]]},  # no token ids
         {"note": 5, "empty": [], "none": None, "seed": {"a": [1e300]}},
         {"advantages": [[0.1], [0.2, 0.3, 0.4, 0.5]]},  # of another length
+        {"ref_logprobs": [[1.0, -0.5, -2.0], []]},
         {"rollout_ids": [7, 7, -3], "scores": [1.0, 1.0, 0.0], "weights": [1, 0.25, 1e-300]},
         {"rollout_ids": [5, 4, 3], "weights": []},
         {"advantages": [[0.1, 0.2, 0.3]]},  # a row too few

@@ -204,7 +204,7 @@ async def test_a_list_is_taken_whole_or_not_at_all_and_has_at_most_1000_groups(a
 
 async def test_the_registered_vocabulary_and_exact_batches_are_checked_at_the_door(fresh: Api) -> None:
     await fresh.start(8, vocab_size=109, batch_fill="exact")
-    await fresh.give(group(1, 8))
+    await fresh.give(group(108, 8))
     bad = await fresh.tell("/scored_data", {**group(1, 1), "tokens": [[109, 7, 100]]})
     assert (bad["field"], bad["sequence"], bad["index"], bad["value"]) == ("tokens", 0, 0, 109)
     assert (await fresh.tell("/scored_data", group(1, 9)))["reason"] == "too_large"

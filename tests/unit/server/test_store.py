@@ -39,6 +39,7 @@ def test_a_lease_that_ends_returns_the_batch_to_its_old_place_and_step() -> None
     clock.pass_(9.9)
     second = take(store, 10.0)
     assert [(batch.seqs, batch.step) for batch in (first, second)] == [([0, 1], 1), ([2, 3], 2)]
+    assert status.status(store)["open_leases"] == 2
     clock.pass_(0.2)
     again = take(store, 10.0)
     assert (again.seqs, again.step, again.deliveries) == ([0, 1], 1, 2)
@@ -121,6 +122,20 @@ def test_the_api_of_a_run_takes_its_trainer_also_from_a_moved_directory(tmp_path
     numbers = [join(store, desired_name="words") for _ in range(2)]
     assert [(number, store.environments[number].real_name) for number in numbers] == [(1, "words_0"), (2, "words_1")]
     store.close()
+
+
+def test_reset_forgets_and_goes_on() -> None:
+    store, _ = store_with()
+    join(store)
+    post(store, 0), post(store, 1)
+    batch = take(store)
+    store.reset()
+    assert (store.step, store.environments, store.registration, store.groups) == (0, [], None, {})
+    with pytest.raises(RequestError, match="was the server reset"):
+        store.ack(batch.lease_id)
+    assert store.register(trainer(4, wandb_group="other")) == "new"
+    post(store, 9)
+    assert (take(store).step, store.queue.groups) == (1, 0)
 
 
 def test_a_second_trainer_shares_when_the_server_says_so() -> None:
