@@ -40,6 +40,7 @@ def random_samples(count: int, *, vocab_size: int, seed: int = 0, longest: int =
                 rollout_logprobs=np.where(mask, -rng.random(length), np.nan),
                 temperature=1.0 if index % 2 else 0.7,
                 sequence_index=index,
+                rollout_id=index,  # else all would be in one mini-batch
             )
         )
     return samples

@@ -419,6 +419,19 @@ async def test_weights_with_nan_fail_the_request_and_good_ones_repair_the_engine
         await asyncio.to_thread(check_greedy, engine, good, prompt, 6)
 
 
+def test_a_busy_engine_lets_callers_of_any_thread_in_at_every_token_boundary() -> None:
+    model = tiny_causal_lm()
+    [prompt, *rest] = prompts(4, *[8] * 10)
+    with engine_of(copy.deepcopy(model)) as engine, ThreadPoolExecutor(4) as pool:
+        busy = pool.submit(one, engine, prompt, max_tokens=500, ignore_eos=True)
+        loops = [pool.submit(asyncio.run, engine.agenerate(request(t, max_tokens=7, **GREEDY))) for t in rest]
+        values = [engine.compute_logprobs(tokens) for tokens in rest]
+        assert len(busy.result(60.0).token_ids) == 500
+        assert [loop.result(60.0)[0].token_ids for loop in loops] == [greedy_oracle(model, t, 7) for t in rest]
+    for tokens, found in zip(rest, values, strict=True):
+        assert found == pytest.approx(logprob_oracle(model, tokens), abs=1e-5)
+
+
 async def test_many_bad_requests_in_a_row_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_causal_lm()
     error = RuntimeError("this prompt is too much")

@@ -197,6 +197,8 @@ def test_only_complete_staged_weights_are_swapped_in_and_only_once() -> None:
                 engine.swap_weights(policy_version=1)
             with pytest.raises(EngineError, match="no complete weights are staged"):
                 engine.compute_staged_logprobs([1, 2])
+        with pytest.raises(WeightSyncError, match="tensors are missing"):
+            engine.stage_weights_from_tensor(named(new)[1:])
         # what generates is untouched by failures
         assert engine.policy_version == -1
         assert engine.compute_logprobs(tokens) == pytest.approx(logprob_oracle(model, tokens), abs=1e-5)

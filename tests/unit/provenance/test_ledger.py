@@ -7,6 +7,7 @@ import resource
 import signal
 import sqlite3
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,19 @@ def test_bytes_are_bounded_and_none_is_left_when_all_is_forgotten() -> None:
     tiny = Ledger(max_bytes=10)
     tiny.record(PROMPT, [wrote([1], 0)])
     assert (tiny.stats().bytes, len(tiny)) == (0, 0)
+
+
+def test_threads_record_and_look_up_at_the_same_time() -> None:
+    ledger = Ledger(max_spans=500)
+
+    def work(name: int) -> None:
+        for i in range(300):
+            ledger.record((name, i), [wrote([i % 50, name], i)])
+            assert one(ledger, (name, i), [i % 50, name]).versions[2:].tolist() == [i, i]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(ledger) == 500
 
 
 # over a restart ------------------------------------------------------------------------------------------------------

@@ -390,6 +390,7 @@ def test_rollouts_are_found_and_told_token_by_token(client: TestClient) -> None:
     [
         ("other/counts", 404, "no run is called 'other'"),
         ("known/groups/9", 404, "not in the trace"),
+        (f"known/groups/{10**30}", 404, "not in the trace"),
         ("known/sessions/none", 404, "not in the trace"),
         ("known/rollouts?step=two", 400, "$.step"),
         ("known/rollouts?before=two", 400, "two"),

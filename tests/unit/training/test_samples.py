@@ -96,6 +96,17 @@ def test_an_advantage_of_one_or_zero_is_not_changed(changes: dict[str, Any], exp
     assert advantages(built(alone, normalization="batch")) == [[0.0, 1.0]]
 
 
+@pytest.mark.parametrize("normalization", ["none", "batch", "global"])
+@pytest.mark.parametrize("own", [None, [1.0, 2.0, 3.0]])
+def test_set_advantage_to_zero_changes_nobody_else(normalization: str, own: list[float] | None) -> None:
+    """Nor the baseline of its group: its score counts."""
+    plain, zeroed = (
+        advantages(built(group(advantages=[own, None], **more), group(scores=[0.0, 2.0]), normalization=normalization))
+        for more in ({}, {"overrides": [{"set_advantage_to_zero": True}, {}]})
+    )
+    assert zeroed == [[0.0] * 3, *plain[1:]] != plain
+
+
 def test_order_token_level_then_normalise_then_clip() -> None:
     # Trained tokens: A of the first sequence, then 3 and 8 of the second.
     report = built(group(advantages=[None, [0.0, 0.0, 3.0, 8.0]]), normalization="batch", clipping=(-0.5, 1.0))
@@ -300,6 +311,8 @@ def test_reference_logprobs_are_in_the_samples() -> None:
         ([IDS[0], [[], [6], [8], [2, 9]]], LOGPROBS, "[1][3] = [2, 9]: outside the vocabulary [0, 9)"),
         ([IDS[0], [[], [6], [8], [2, 2]]], LOGPROBS, "distill_token_ids[1][3] = [2, 2]: an id is there twice"),
         ([IDS[0], [[], [6], [8], [2, -1]]], LOGPROBS, "[1][3][1] = -1: expected an integer of at least 0"),
+        ([IDS[0], [[], [6], 8, [2, 0]]], LOGPROBS, "distill_token_ids[1][2] = 8: expected a list"),
+        (IDS, [LOGPROBS[0], [[], [-0.1], ["x"], [-1, -1]]], 'distill_logprobs[1][2][0] = "x": expected a number'),
         (IDS, [LOGPROBS[0], [[], [-0.1], [-0.2], [-1, 0.5]]], "[-1.0, 0.5]: a logprob is at most 0; are these prob"),
         (IDS, [LOGPROBS[0], [[], [-0.1], [-0.2], [-0.1, -0.2]]], "the probabilities add up to more than 1"),
     ],

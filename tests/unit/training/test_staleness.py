@@ -98,6 +98,20 @@ def test_unmatched_tokens_are_used_or_dropped(unmatched: str, trained: list[bool
     assert figures["off_policy/dropped_unmatched_tokens"] == trained.count(False)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_environment_without_a_trained_token_has_rates_of_nothing(others: int) -> None:
+    """All masked, only position 0, one token: beside an environment with one, and alone."""
+    masked = group([1, 2], env_id=1)
+    bare = [replace(masked, masks=(np.array([first, *[-100] * 4]),)) for first in (-100, 5)]
+    bare.append(replace(masked, token_ids=(np.array([5]),), masks=(np.array([5]),)))
+    found, figures = samples(provenance_of(holding(PROMPT, wrote([1, 2], 3))), *bare, *[group([1, 2])] * others)
+    assert [sample.loss_mask.sum() for sample in found] == [0, 0, 0, *[2] * others]
+    rates = figures["env/1/unmatched_span_rate"], figures["data/unmatched_token_rate"]
+    assert rates == (None, 0.0 if others else None)
+    for value in (figures | staleness_metrics(found, 7)).values():
+        assert value is None or np.isfinite(value)
+
+
 def test_old_groups_are_left_out_and_unknown_ones_are_not() -> None:
     ledger = holding(PROMPT, wrote([1, 2], 3), wrote([1, 4], 5), wrote([2, 2], 6))
     provenance = provenance_of(ledger, max_staleness=2)

@@ -288,6 +288,24 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
     assert said == [f"{name}ForCausalLM computes prefixes that sequences share for each of them: {why}"]
 
 
+def test_several_updates_with_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(model_path: Path) -> None:
+    """Of GRPO: four updates in each of two steps, which have one rate each."""
+    loss = {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}
+    steps, weights = [], []
+    for shares in (False, True):
+        worker = _worker(model_path, share=shares, loss=loss, optim={"lr": 1e-4, "lr_warmup_steps": 4})
+        steps += [worker.train(branching_samples(7)) for _ in range(2)]
+        weights.append({name: tensor.clone() for name, tensor in worker.named_tensors()})
+    assert [step["lr"] for step in steps] == pytest.approx([2.5e-5, 5e-5] * 2)
+    for one, other in zip(steps[:2], steps[2:], strict=True):
+        assert other["ratio_mean"] != 1.0, "only the first of the updates is of the old logprobs"
+        for name in ("loss", "grad_norm", "ratio_mean"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    for name, tensor in weights[0].items():
+        if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is noise, which Adam scales up
+            assert (weights[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
 def _taught(samples: list[TrainingSample]) -> list[TrainingSample]:
     """Some with a teacher's values of their trained tokens (1 to 5 ids each), some with a reference's, some with both;
     the weights are 0.5 and 0.25."""

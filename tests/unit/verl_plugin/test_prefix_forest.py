@@ -52,6 +52,10 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(rows: list[list[int]
             assert (key in table[0, 0, query, : counts[0, 0, query]]) == wanted
 
 
+def test_answers_of_a_prompt_are_one_call() -> None:
+    assert len(build_forest([np.array([7, 7, 7, 7, *answer]) for answer in ([1, 2], [1, 3], [5])]).calls) == 1
+
+
 @settings(deadline=None)
 @given(rows=SEQUENCES, count=st.integers(1, 6))
 def test_parts_hold_every_sequence_and_the_largest_is_as_small_as_cuts_allow(rows: list[list[int]], count: int) -> None:

@@ -90,12 +90,27 @@ def test_logprobs_loss_gradient_norm_and_update_of_one_step(model_path: Path) ->
         assert (tensor.double() - wanted[name]).abs().median() < 1e-5, name
 
 
-def test_grpo_with_several_updates_uses_old_logprobs(model_path: Path) -> None:
+def test_grpo_with_several_updates_against_float64(model_path: Path) -> None:
+    """Two passes of two mini-batches: their ratios are to the logprobs before the first of the four updates."""
+    samples, names = random_samples(8, vocab_size=200, seed=4), ("loss", "grad_norm", "ratio_mean")
     settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}, "off_policy": {"importance": None}}
-    output = _worker(model_path, **settings).train(random_samples(8, vocab_size=200, seed=4))
-    # The first of the four updates is on-policy (ratio 1); later ones are not, so the mean is near but not 1.
-    assert 0.5 < output["ratio_mean"] < 2.0
-    assert output["ratio_mean"] != pytest.approx(1.0, abs=1e-9)
+    output = _worker(model_path, optim={"lr": 1e-3}, **settings).train(samples)
+    reference = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.float64)
+    old = [_logprobs(reference, sample).detach() for sample in samples]
+    optimiser = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    updates = []
+    for chunk in worker_module._mini_batches(samples, 2, 2, RunConfig().seed):
+        optimiser.zero_grad()
+        columns = [[s.advantages for s in samples], [s.loss_mask for s in samples]]
+        known = (torch.from_numpy(np.concatenate([rows[i] for i in chunk])) for rows in columns)
+        own = torch.cat([_logprobs(reference, samples[i]) for i in chunk])
+        found = clipped_ratio_loss(own, torch.cat([old[i] for i in chunk]), *known)
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimiser.step()
+        updates.append([found.loss.item(), norm.item(), found.metrics["ratio_mean"]])
+    assert [output[name] for name in names] == pytest.approx(np.mean(updates, 0), rel=1e-3)
+    assert abs(output["ratio_mean"] - 1.0) > 1e-3
 
 
 @pytest.mark.parametrize("loss", ["advantage_weighted_sft", "grpo"])
@@ -284,7 +299,7 @@ def test_nothing_to_train_on_is_no_optimiser_step(model_path: Path) -> None:
     """Three mini-batches of one trained sequence and one that is not: one update, with its own loss, in each pass."""
     optim = {"lr": LR, "weight_decay": 0.5, "lr_warmup_steps": 4}
     [sample] = random_samples(1, vocab_size=200, seed=3)
-    untrained = replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+    untrained = replace(sample, loss_mask=np.zeros_like(sample.loss_mask), rollout_id=1)
     alone, split = (
         _worker(model_path, optim=optim, loss={"type": "grpo"} | more, off_policy={"importance": None})
         for more in ({}, {"ppo_mini_batches": 3})
