@@ -115,9 +115,9 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def _build_optimizer(self, module: Any) -> Any:
         """verl's, in one kernel on a CPU: torch's own choice there is a loop over the parameters in Python."""
         settings = self.optimizer_config
-        if get_device_name() == "cpu" and (settings.optimizer_impl, settings.optimizer) == ("torch.optim", "AdamW"):
-            options = {"fused": True, **(settings.override_optimizer_config or {})}
-            self.optimizer_config = dataclasses.replace(settings, override_optimizer_config=options)
+        is_plain = (settings.optimizer_impl, settings.optimizer) == ("torch.optim", "AdamW")
+        if is_plain and get_device_name() == "cpu" and not settings.override_optimizer_config:
+            self.optimizer_config = dataclasses.replace(settings, override_optimizer_config={"fused": True})
         return super()._build_optimizer(module)
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
@@ -213,10 +213,10 @@ class SelectiveHeadEngine(UpdateEngine):
 
         # An instance attribute, not a class patch: only this engine's model is concerned.
         head.forward = forward  # type: ignore[method-assign,assignment]
-        embedding = self.module.get_input_embeddings()
         # The rows of its tokens are then added to the head's gradient, which comes first; others would round each time.
-        is_tied = embedding.weight is head.weight and self._autocast_dtype == torch.float32
-        embedding.sparse = is_tied and get_device_name() == "cpu"
+        for layer in self.module.modules():
+            if isinstance(layer, torch.nn.Embedding) and layer.weight is head.weight:
+                layer.sparse = self._autocast_dtype == torch.float32 and get_device_name() == "cpu"
         return True
 
     def _joins(self, data: Any) -> bool:
@@ -365,7 +365,7 @@ def keep_less(model: torch.nn.Module) -> None:
         return _Normalised.apply(hidden_states, layer.weight, layer.variance_epsilon)  # type: ignore[no-untyped-call]
 
     for layer in model.modules():
-        code = code_of(type(layer))
+        code = None if "forward" in vars(layer) else code_of(type(layer))  # it is somebody's own
         if code == code_of(LlamaMLP) and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
             layer.forward = functools.partial(gated, layer)
         elif code == code_of(LlamaRMSNorm):

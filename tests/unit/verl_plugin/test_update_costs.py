@@ -78,6 +78,14 @@ def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_laye
             assert torch.equal(after[parameter], before[parameter])
 
 
+def test_a_forward_that_a_kernel_has_put_in_its_place_stays() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
+    mlp = model.model.layers[0].mlp
+    mlp.forward = own = torch.nn.Identity()
+    keep_less(model)
+    assert mlp.forward is own
+
+
 @pytest.mark.parametrize("budget", [40, 4096])
 def test_a_tied_head_gets_the_gradient_of_the_embedding_too(tmp_path: Path, budget: int) -> None:
     """Also of a micro-batch without a trained token. AdamW's one kernel computes what the loop does."""
