@@ -81,7 +81,7 @@ def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_laye
 def test_a_forward_that_a_kernel_has_put_in_its_place_stays() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
     mlp = model.model.layers[0].mlp
-    mlp.forward = own = torch.nn.Identity()
+    mlp.forward = own = lambda x: x
     keep_less(model)
     assert mlp.forward is own
 
