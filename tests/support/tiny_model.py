@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
 CHATML_TEMPLATE = (
@@ -52,3 +54,21 @@ def build_tiny_model(path: str | Path, **overrides: Any) -> Path:
     model = tiny_causal_lm(**{**sizes, "max_position_embeddings": 2048, "initializer_range": 0.02, **overrides})
     model.save_pretrained(str(path))
     return Path(path)
+
+
+@contextmanager
+def kept_by_graph(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """When the block is over: bytes of each storage that graphs made in it keep, those of parameters left out."""
+    import torch
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+    sizes.update({key: storage.nbytes() for key, storage in kept.items() if key not in weights})

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from support.tiny_model import kept_by_graph
 from support.trajectory_server import ServerProcess
 
 from atropos_verl.assets import demo_model_path
@@ -332,17 +333,11 @@ def test_a_model_is_measured_without_its_weights(model_path: Path) -> None:
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert install_packed_attention(model)
     keep_less(model)
-    weights, kept = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_graph(model) as kept:
         ids, positions = torch.ones(1, 512, dtype=torch.int64), torch.arange(512)[None]
         options = {"packed_row": joined([512]), "use_cache": False, "logits_to_keep": 1}
         output = model(input_ids=ids, position_ids=positions, **options)
-    found = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    found = sum(kept.values())
     assert output.logits.shape[1] == 1
     assert 512 * (shape.layers * shape.kept_layer + shape.kept_rest) == pytest.approx(found, rel=0.01)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from support.samples import branching_samples
-from support.tiny_model import build_tiny_tokenizer
+from support.tiny_model import build_tiny_tokenizer, kept_by_graph
 
 from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
@@ -33,18 +33,10 @@ SMALL = {
 
 def _gradients(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], int]:
     """By parameter; and the bytes that the graph keeps, parameters left out."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_graph(model) as kept:
         logprobs = model(torch.arange(34).reshape(2, 17)).logits.log_softmax(-1)
     logprobs[..., 3].sum().backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    return found, sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}, sum(kept.values())
 
 
 @pytest.mark.parametrize(
