@@ -1,18 +1,22 @@
 """A seeded fuzzer of HTTP requests: valid ones of each route, with one thing changed or several, and an ASGI client.
 
-``RequestFuzzer(seed, routes)`` is an endless iterator. The same seed gives the same requests.
+The same seed gives the same requests.
 """
 
 import asyncio
+import gc
 import gzip
 import json
+import logging
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, unquote
+
+import psutil
 
 Headers = dict[str, str]
 
@@ -20,6 +24,7 @@ _NUMBERS = [0, -1, 1, 2**31, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**30, 10**
 _TEXTS = ["", "\n", "\x1b[2J", "\x00", "\ud800", "é世", "{{ 9 ** 9 }}", "a" * 3000, "5", "1e999", "nan", "../.."]
 _VALUES: list[Any] = [None, True, False, [], {}, [[]], [None], {"": ""}, *_NUMBERS, *_TEXTS]
 _LITERALS = [b"NaN", b"-Infinity", b"1e999", b"01", b"9" * 5000, b'"\\ud800"', b'"\\x"', b'"\xff"', b"[" * 3000, b"{"]
+_SPACES = [gzip.compress(b" " * count) for count in (10, 3_000_000)]
 _HEADERS: dict[str, list[str]] = {
     "host": ["evil.example", "", "[", "localhost:1", "127.0.0.1"],
     "origin": ["http://evil.example", "null", "http://localhost", "://"],
@@ -63,10 +68,6 @@ class RequestFuzzer:
         self._rng = random.Random(seed)
         self._routes = routes
         self._most = 1000
-
-    def __iter__(self) -> Iterator[FuzzedRequest]:
-        while True:
-            yield self.request()
 
     def request(self) -> FuzzedRequest:
         rng = self._rng
@@ -134,54 +135,42 @@ class RequestFuzzer:
 
     def _damaged(self, body: bytes) -> bytes:
         rng, at = self._rng, self._rng.randrange(len(body) + 1)
-        match rng.randrange(8):
-            case 0:
-                return body[:at]
-            case 1:
-                return body[:at] + rng.randbytes(rng.randrange(1, 20)) + body[at:]
-            case 2:
-                return b"\xef\xbb\xbf" + body
-            case 3:
-                return body.decode("utf-8", "replace").encode(rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-7"]))
-            case 4:
-                return body + body
-            case 5:
-                return rng.randbytes(rng.randrange(200))
-            case _:
-                numbers = [i for i, byte in enumerate(body) if chr(byte).isdigit()]
-                at = rng.choice(numbers) if numbers else at
-                return body[:at] + rng.choice(_LITERALS) + body[at + 1 :]
+        number = rng.choice([i for i, byte in enumerate(body) if chr(byte).isdigit()] or [at])
+        kinds = [
+            body[:at],
+            body[:at] + rng.randbytes(rng.randrange(1, 20)) + body[at:],
+            b"\xef\xbb\xbf" + body,
+            body.decode("utf-8", "replace").encode(rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-7"])),
+            body + body,
+            rng.randbytes(rng.randrange(200)),
+            *[body[:number] + rng.choice(_LITERALS) + body[number + 1 :]] * 2,
+        ]
+        return rng.choice(kinds)
 
     def _encoded(self, body: bytes) -> tuple[bytes, str]:
         rng, packed = self._rng, gzip.compress(body, 1)
-        match rng.randrange(7):
-            case 0:
-                return packed[: rng.randrange(len(packed))], "gzip"
-            case 1:
-                return gzip.compress(b"", 1) * rng.choice([1, 50]) + packed, "gzip"
-            case 2:
-                return zlib.compress(body), "deflate"
-            case 3:
-                return packed + b"\0" * rng.randrange(9), "x-gzip"
-            case 4:
-                return gzip.compress(b" " * rng.choice([10, 3_000_000])), "gzip"
-            case 5:
-                return body, "gzip"
-            case _:
-                return packed, "gzip"
+        kinds = [
+            (packed[: rng.randrange(len(packed))], "gzip"),
+            (gzip.compress(b"", 1) * rng.choice([1, 50]) + packed, "gzip"),
+            (zlib.compress(body), "deflate"),
+            (packed + b"\0" * rng.randrange(9), "x-gzip"),
+            (rng.choice(_SPACES), "gzip"),
+            (body, "gzip"),
+            (packed, "gzip"),
+        ]
+        return rng.choice(kinds)
 
 
-async def answer_of(app: Any, request: FuzzedRequest, *, seconds: float = 60.0) -> tuple[int, bytes]:
+async def answer_of(app: Any, request: FuzzedRequest) -> tuple[int, bytes]:
     """Status and body of an ASGI application's answer. Raises what the application raises."""
     path, _, query = request.target.partition("?")
     pieces = [request.body[:7], request.body[7:]]
     status, answer = 0, b""
 
     async def receive() -> dict[str, Any]:
-        if pieces:
-            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
-        await asyncio.sleep(seconds)
-        return {"type": "http.disconnect"}
+        if not pieces:
+            await asyncio.Future()  # the client waits for its answer
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
     async def send(message: dict[str, Any]) -> None:
         nonlocal status, answer
@@ -190,7 +179,6 @@ async def answer_of(app: Any, request: FuzzedRequest, *, seconds: float = 60.0) 
 
     scope = {
         "type": "http",
-        "asgi": {"version": "3.0"},
         "http_version": "1.1",
         "method": request.method,
         "scheme": "http",
@@ -202,11 +190,27 @@ async def answer_of(app: Any, request: FuzzedRequest, *, seconds: float = 60.0) 
         "client": ("127.0.0.1", 5),
         "server": ("127.0.0.1", 8000),
     }
-    await asyncio.wait_for(app(scope, receive, send), seconds)
+    await asyncio.wait_for(app(scope, receive, send), 60.0)
     return status, answer
 
 
-def check_answer(request: FuzzedRequest, status: int, answer: bytes) -> None:
-    """No failure of the server: 503 and 507 say why."""
-    assert status in (503, 507) or 200 <= status < 500, f"{request}: {status} {answer[:300]!r}"
-    assert status < 500 or len(answer) > 20, f"{request}: {status} without a reason"
+async def fuzzed(
+    app: Any, seed: int, routes: Sequence[FuzzedRoute], count: int, look: Callable[[], None] = lambda: None
+) -> AsyncIterator[tuple[FuzzedRequest, int]]:
+    """``count`` requests and the status of each, none of which is a failure of the server: 503 and 507 say why.
+    ``look`` is called now and then. Of more than 100 000, the memory is looked at as well."""
+    fuzzer, sizes, measured = RequestFuzzer(seed, routes), list[float](), count > 100_000
+    logging.disable(logging.CRITICAL if measured else logging.NOTSET)  # pytest keeps every record
+    for number in range(count):
+        request = fuzzer.request()
+        status, answer = await answer_of(app, request)
+        assert status in (503, 507) or 200 <= status < 500, f"{request}: {status} {answer[:300]!r}"
+        assert status < 500 or len(answer) > 20, f"{request}: {status} without a reason"
+        yield request, status
+        if number % max(100, count // 50) == 0:
+            look()
+            gc.collect()
+            sizes.append(psutil.Process().memory_info().rss / 2**20)
+    look()
+    logging.disable(logging.NOTSET)
+    assert not measured or sizes[-1] - sizes[len(sizes) // 5] < 50, f"memory grows (MiB): {sizes}"
