@@ -1,24 +1,18 @@
 """A real HTTP server whose misbehaviour is scripted per path, so that nothing of the client has to be patched."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import itertools
 import json
-import shutil
 import socket
 import socketserver
 import ssl
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import Any, Self
 
 _TLS_HANDSHAKE = b"\x16"
 
@@ -26,7 +20,7 @@ _TLS_HANDSHAKE = b"\x16"
 class Link(BaseHTTPRequestHandler):
     """One request as it arrived, and the connection that a behaviour answers on."""
 
-    server: FaultServer
+    server: "FaultServer"
     body: bytes
 
     def json(self) -> Any:
@@ -92,10 +86,6 @@ def silent() -> Behaviour:
     return lambda link: link.wait(600.0)
 
 
-def reset_before_answer() -> Behaviour:
-    return Link.reset
-
-
 def close_before_answer() -> Behaviour:
     return lambda link: None
 
@@ -117,7 +107,6 @@ def truncated(body: bytes, after: int, *, promise_length: bool) -> Behaviour:
 
 
 def garbage() -> Behaviour:
-    """Bytes that are not HTTP."""
     return lambda link: link.send(b"\x00\x01SSH-2.0-something\r\n\r\n")
 
 
@@ -158,7 +147,7 @@ class FaultServer(socketserver.ThreadingTCPServer):
             context.load_cert_chain(*tls)
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
-    def __enter__(self) -> FaultServer:
+    def __enter__(self) -> Self:
         self.server_activate()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
@@ -185,27 +174,3 @@ def refused_url() -> Iterator[str]:
     server = FaultServer()
     yield server.url
     server.server_close()
-
-
-@contextlib.contextmanager
-def late_server(seconds: float) -> Iterator[FaultServer]:
-    """A server that refuses connections for ``seconds`` and then serves."""
-    server = FaultServer()
-    starter = threading.Timer(seconds, server.__enter__)
-    starter.start()
-    try:
-        yield server
-    finally:
-        starter.join()
-        server.__exit__()
-
-
-def make_certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key, by the ``openssl`` program; skips where there is none."""
-    certificate, key = directory / "test.crt", directory / "test.key"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    if shutil.which("openssl") is None:
-        pytest.skip("there is no openssl program to make a certificate with")
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    return certificate, key

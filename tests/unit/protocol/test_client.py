@@ -5,7 +5,10 @@ import errno
 import gzip
 import json
 import logging
+import shutil
 import socket
+import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -16,7 +19,7 @@ from unittest.mock import Mock
 import httpx
 import pytest
 from support import http_faults as faults
-from support.http_faults import Behaviour, FaultServer, answer, error, silent
+from support.http_faults import Behaviour, FaultServer, Link, answer, error, silent
 from support.serving import eventually
 from support.trajectory_server import registration
 
@@ -57,7 +60,7 @@ UNSAFE: dict[str, tuple[Call, object]] = {
 Fault = tuple[Behaviour, type[AtroposAPIError], str]
 FAULTS: dict[str, Fault] = {
     "500": (error(500), AtroposHTTPStatusError, "answered {} with HTTP 500: no luck"),
-    "reset": (faults.reset_before_answer(), AtroposConnectionError, "- connection reset before an answer to {}"),
+    "reset": (Link.reset, AtroposConnectionError, "- connection reset before an answer to {}"),
     "closed": (faults.close_before_answer(), AtroposConnectionError, "- connection closed before an answer to {}"),
     "reset mid-body": (faults.reset_mid_body(BATCH, 12), AtroposConnectionError, "- connection reset while reading"),
     "cut": (faults.truncated(BATCH, 12, promise_length=True), AtroposConnectionError, "- connection closed while"),
@@ -112,14 +115,18 @@ def test_what_may_have_been_carried_out_is_never_repeated(fault_server: FaultSer
 @pytest.mark.parametrize("name", [*UNSAFE, "GET /status"])
 def test_every_call_is_repeated_while_the_connection_is_refused(name: str) -> None:
     (call, good), path = {**SAFE, **UNSAFE}[name], name.split()[1]
-    with faults.late_server(0.2) as server, quick(server.url, retry_attempts=30, retry_delay=0.02) as client:
-        server.script(path, answer(good))
+    server = FaultServer()
+    server.script(path, answer(good))
+    with contextlib.ExitStack() as stack, quick(server.url, retry_attempts=30, retry_delay=0.02) as client:
+        begins = threading.Timer(0.2, stack.enter_context, [server])
+        begins.start()
         call(client)
+        begins.join()
         assert server.count(path) == 1
 
 
 def test_an_idempotency_key_makes_a_post_repeatable(fault_server: FaultServer, client: AtroposClient) -> None:
-    fault_server.script("/scored_data_list", faults.reset_before_answer(), error(502), answer({"status": "received"}))
+    fault_server.script("/scored_data_list", Link.reset, error(502), answer({"status": "received"}))
     client.post_scored_data_list([GROUP], idempotency_key="k-1")
     assert [request.headers["idempotency-key"] for request in fault_server.requests] == ["k-1"] * 3
 
@@ -256,13 +263,17 @@ def test_a_connection_that_is_never_accepted() -> None:
     assert reason == f"Cannot connect to Atropos API at {url} - no answer within 0.5 s"
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl program to make a certificate with")
 def test_a_certificate_that_is_not_trusted_is_refused_at_once_and_a_file_makes_it_trusted(tmp_path: Path) -> None:
-    certificate = faults.make_certificate(tmp_path)
-    with FaultServer(tls=certificate) as server:
+    certificate, key = tmp_path / "test.crt", tmp_path / "test.key"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    with FaultServer(tls=(certificate, key)) as server:
         server.script("/status", answer(STATUS))
         reason = failure(quick(server.url), AtroposClient.check)
         assert (server.connections, server.requests) == (1, [])  # waiting does not make a certificate better
-        with quick(server.url, verify=str(certificate[0])) as client:
+        with quick(server.url, verify=str(certificate)) as client:
             assert client.status().queue_size == 2
     why = "TLS handshake failed: certificate of '127.0.0.1' not accepted (self-signed certificate); set atropos.ca_file"
     assert reason.startswith(f"Cannot connect to Atropos API at {server.url} - {why} ")

@@ -62,18 +62,12 @@ def process(server: TrajectoryServer, tmp_path: Path) -> Runs:
 
 
 def register(run: LeasedBatches, *groups: int) -> None:
+    """And groups with these numbers are posted, as by environments."""
     run.client.register(TrainerRegistration(**registration(4)))
-    offer(run, *groups)
-
-
-def offer(run: LeasedBatches, *groups: int) -> None:
-    """Groups with these numbers are posted, as by environments."""
-    for number in groups:
-        run.client.post_scored_data_list([group_bytes(number)])
+    run.client.post_scored_data_list([group_bytes(number) for number in groups])
 
 
 def number_of(held: HeldBatch) -> int:
-    """The number of the one group of the batch."""
     [group] = decode_batch(held.body)
     return int(group.token_ids[0][0])
 
@@ -148,7 +142,7 @@ def test_a_trained_batch_that_comes_again_is_acked_and_not_taken(process: Runs, 
         run.close()  # nobody renews
         run.trained(first.entry, 1)
         clock.pass_(LEASE + 1)
-        offer(run, 3)
+        run.client.post_scored_data_list([group_bytes(3)])
         assert number_of(run.fetch()) == 3
         assert train(run, second, 2) == "acked", "under its new lease"
         assert rest_of(run) == []

@@ -12,6 +12,7 @@ from atroposlib.api import server as upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.malformed import comparable, good_group, malformed_groups
+from support.scripted_api import batch_of
 from support.trajectory_server import complete, group, registration
 
 from atropos_verl.errors import AtroposProtocolError, DataError
@@ -30,12 +31,8 @@ GROUP: dict[str, Any] = {
 RAW = json.dumps(GROUP).encode()
 
 
-def batch_of(*groups: Any) -> bytes:
-    return json.dumps({"batch": list(groups)}).encode()
-
-
 def only(**changes: Any) -> ScoredGroup:
-    (group,) = decode_batch(batch_of({**GROUP, **changes}))
+    (group,) = decode_batch(batch_of([{**GROUP, **changes}]))
     return group
 
 
@@ -113,7 +110,7 @@ def test_absence_per_sequence() -> None:
 )
 def test_a_defect_names_field_index_and_value_and_stays_alone(bad: Any, defect: str) -> None:
     bad = {**GROUP, **bad} if isinstance(bad, dict) else bad
-    first, second, third = decode_batch(batch_of(GROUP, bad, GROUP))
+    first, second, third = decode_batch(batch_of([GROUP, bad, GROUP]))
     assert (second.defect, json.loads(second.raw), second.token_ids) == (defect, bad, ())
     for good in (first, third):
         assert (good.defect, good.scores.tolist()) == (None, [1.0, 0.5])
@@ -121,7 +118,7 @@ def test_a_defect_names_field_index_and_value_and_stays_alone(bad: Any, defect: 
 
 def test_nan_and_infinity_literals_take_nothing_else_along() -> None:
     good = {**GROUP, "messages": [[{"role": "user", "content": 'NaN, ]} \\" [{'}]]}
-    groups = decode_batch(batch_of(good, {**GROUP, "scores": [NAN, -INF]}, None, good))
+    groups = decode_batch(batch_of([good, {**GROUP, "scores": [NAN, -INF]}, None, good]))
     assert [group.defect is None for group in groups] == [True, True, False, True]
     assert str(groups[1].scores.tolist()) == "[nan, -inf]"
     assert groups[0].messages == groups[3].messages == good["messages"]
