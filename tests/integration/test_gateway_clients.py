@@ -3,21 +3,27 @@
 Tokens come from the fake engine, so that every token, logprob, version and mask is known by hand.
 """
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from support.atropos_clients import HI, HI_PROMPT, managed_server, server_manager
+from atroposlib.envs.server_handling.server_baseline import APIServerConfig
+from atroposlib.envs.server_handling.server_manager import ServerManager
 from support.fake_engine import FakeEngine, logprob_of, text_reply
+from support.ledgers import one
 from support.serving import serving
 
 from atropos_verl.provenance.attribution import SequenceQuery, look_up
 from atropos_verl.provenance.ledger import Ledger
-from atropos_verl.types import NO_LOGPROB, UNKNOWN_VERSION, SequenceMatch
+from atropos_verl.types import NO_LOGPROB, UNKNOWN_VERSION
 
+HI = [{"role": "user", "content": "hi"}]
+HI_PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 YES, NO = [88, 68, 82, 258], [77, 78, 258]  # "yes", "no": byte - 33, then <|im_end|>
 
 
@@ -51,14 +57,8 @@ def ledger(served: Served) -> Ledger:
 
 
 @pytest.fixture
-def client(served: Served) -> httpx.Client:
-    return served[2]
-
-
-@pytest.fixture
-def at(client: httpx.Client, model_dir: Path) -> dict[str, Any]:
-    """Where the clients find it."""
-    return {"url": str(client.base_url).rstrip("/"), "model_dir": model_dir, "api_key": "K"}
+def at(served: Served, model_dir: Path) -> dict[str, Any]:
+    return {"url": str(served[2].base_url).rstrip("/"), "model_dir": model_dir, "api_key": "K"}
 
 
 @pytest.fixture(autouse=True)
@@ -68,18 +68,23 @@ def engine(served: Served, tokenizer: Any) -> SwappingEngine:
     return served[0]
 
 
+@asynccontextmanager
+async def server_manager(kind: str, url: str, model_dir: Path, api_key: str = "none") -> AsyncIterator[Any]:
+    """atroposlib's manager, with one server of ``kind`` at the gateway; its health check ends with it."""
+    named = {"server_type": kind, "base_url": url if kind == "trl" else f"{url}/v1", "model_name": str(model_dir)}
+    manager = ServerManager([APIServerConfig(**named, api_key=api_key, timeout=30)])
+    try:
+        yield manager
+    finally:
+        task = manager.servers[0].check_task
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task}, timeout=5.0)
+
+
 def logprobs(index: int, count: int) -> list[float]:
     return [logprob_of(index, position) for position in range(count)]
 
-
-def find(ledger: Ledger, prompt: list[int], completion: list[int]) -> tuple[SequenceMatch, list[int], list[float]]:
-    """What is known of a completion, with its versions and logprobs."""
-    tokens = np.array([*prompt, *completion], dtype=np.int64)
-    [match] = look_up(ledger, [SequenceQuery(token_ids=tokens, loss_mask=np.arange(len(tokens)) >= len(prompt))])
-    return match, match.versions[len(prompt) :].tolist(), match.logprobs[len(prompt) :].tolist()
-
-
-# -- every dialect is written down -----------------------------------------------------------------------------------
 
 SHARED = {"n": 2, "temperature": 0.7}
 FORM = {"type": "json_schema", "name": "n", "schema": {"type": "object"}}
@@ -108,20 +113,19 @@ def test_every_dialect_is_written_down_and_constrained_tokens_have_no_logprob(
     assert answer.status_code == 200, answer.text
     prompt, several = tokenizer.encode(HI_PROMPT if HI in body.values() else "ab"), "temperature" in str(body)
     for index, tokens in enumerate((YES, NO)[: 1 + several]):
-        match, versions, values = find(ledger, prompt, tokens)
+        match = one(ledger, prompt, tokens)
         assert match.unmatched_spans == 0 and (match.temperature == 0.7 or not several)
-        assert versions == engine.versions(len(tokens))
-        assert values == ([NO_LOGPROB] * len(tokens) if constrained else logprobs(index, len(tokens)))
+        assert match.versions[len(prompt) :].tolist() == engine.versions(len(tokens))
+        expected = [NO_LOGPROB] * len(tokens) if constrained else logprobs(index, len(tokens))
+        assert match.logprobs[len(prompt) :].tolist() == expected
 
 
-def test_figures_are_in_the_gateways_metrics(ledger: Ledger, client: httpx.Client) -> None:
+def test_figures_are_in_the_gateways_metrics(served: Served) -> None:
+    _, ledger, client = served
     client.post("/v1/completions", json={"prompt": "figures", "n": 2})
     stats, text = ledger.stats(), client.get("/metrics").text
     assert f"atropos_verl_gateway_ledger_spans {float(stats.spans)}\n" in text and stats.spans >= 2
     assert f"atropos_verl_gateway_ledger_bytes {float(stats.bytes)}\n" in text
-
-
-# -- atroposlib's servers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -188,7 +192,7 @@ async def test_a_managed_conversation_has_the_tokens_of_the_policy_and_is_matche
     # atroposlib extends the node by the text after "yes": its own <|im_end|> doubles the one the policy wrote
     again = tokenizer.encode("<|im_end|>\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n")
     tokens, masks, values = list[int](), list[int](), list[float]()
-    async with managed_server(kind, tokenizer=tokenizer, **at) as managed:
+    async with server_manager(kind, **at) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
         messages = [{"role": "user", "content": kind}]
         for turn in range(3):
             answer = await managed.chat_completion(messages=messages, n=1, max_tokens=16, temperature=1.0)
@@ -218,7 +222,7 @@ async def test_a_group_of_identical_prompts_is_matched_one_to_one(
     for _ in range(2):
         base = engine.base
         engine.logprob = lambda index, position, base=base: logprob_of(index, position) - base / 64  # other weights
-        async with managed_server("vllm", tokenizer=tokenizer, **at) as managed:
+        async with server_manager("vllm", **at) as manager, manager.managed_server(tokenizer=tokenizer) as managed:
             await managed.chat_completion(messages=[{"role": "user", "content": "group"}], n=12, max_tokens=3)
             groups.append((engine.versions(3), list(managed.get_state()["nodes"])))
         engine.base += 10

@@ -100,9 +100,6 @@ def test_reasoning_stays_in_the_content_unless_tools_or_the_client_ask(gateway: 
         assert (apart["content"], apart["reasoning_content"]) == ("b", "a")
 
 
-# -- what one of them has --------------------------------------------------------------------------------------------
-
-
 def test_responses_continue_by_the_id_of_the_last(gateway: Gateway) -> None:
     create = partial(gateway.openai.responses.create, model="tiny", tools=[{"type": "function", **TOOL["function"]}])
     first = create(input="q", instructions="Be brief.")
@@ -138,9 +135,6 @@ def test_messages_count_their_tokens_and_hold_results_beside_text(gateway: Gatew
     answer = gateway.anthropic.messages.create(**asked, max_tokens=9)
     assert "system\nBe brief.<|im_end|>\n<|im_start|>tool\nr<|im_end|>\n<|im_start|>user\nand?" in gateway.prompt()
     assert gateway.anthropic.messages.count_tokens(**asked).input_tokens == answer.usage.input_tokens
-
-
-# -- errors ----------------------------------------------------------------------------------------------------------
 
 
 def test_errors_are_the_sdks_own(gateway: Gateway) -> None:

@@ -53,8 +53,6 @@ def test_metrics_count_what_was_prefilled_and_what_was_reused(served: tuple[http
     assert (after[0] - before[0], after[1] - before[1]) == (12, 48)
 
 
-# -- what is enforced ------------------------------------------------------------------------------------------------
-
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}}}
 SCHEMA |= {"required": ["x"], "additionalProperties": False}
 FUNCTION: dict[str, Any] = {"name": "add", "parameters": SCHEMA}

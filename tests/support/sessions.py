@@ -5,8 +5,6 @@ imported, and forks one that serves; when that one dies, it forks the next. ``ch
 the one that serves.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

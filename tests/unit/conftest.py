@@ -1,7 +1,4 @@
-"""A gateway over real HTTP in front of the fake engine.
-
-A file that asks for ``client`` has a fixture ``engine``: the fake of ``served``, set to the replies its tests expect.
-"""
+"""A gateway over real HTTP in front of the fake engine, one for each file."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +15,13 @@ def served() -> Iterator[tuple[FakeEngine, httpx.Client]]:
     engine = FakeEngine()
     with serving(engine, build_tiny_tokenizer()) as client:
         yield engine, client
+
+
+@pytest.fixture
+def engine(served: tuple[FakeEngine, httpx.Client]) -> FakeEngine:
+    """As new. A file may have another one, with the replies that its tests expect."""
+    served[0].reset()
+    return served[0]
 
 
 @pytest.fixture

@@ -32,24 +32,17 @@ TOKENIZER = build_tiny_tokenizer()
 USER = {"role": "user", "content": "a"}
 
 
-def make_app(engine: FakeEngine | None = None) -> object:
-    return create_app(engine or FakeEngine(), TOKENIZER, model_name="tiny")
-
-
 def metric(client: httpx.Client, name: str) -> float:
     lines = client.get("/metrics").text.splitlines()
     (value,) = [line.split(" ")[-1] for line in lines if line.startswith(f"atropos_verl_gateway_{name} ")]
     return float(value)
 
 
-# -- the server ------------------------------------------------------------------------------------------------------
-
-
 def test_who_connects_before_the_start_is_answered_and_it_can_start_again(caplog: pytest.LogCaptureFixture) -> None:
     listener = listen("127.0.0.1", 0, "inference gateway", "advice")
     address = listener.getsockname()
     assert listener.proto == socket.IPPROTO_TCP, "else asyncio leaves out TCP_NODELAY, and answers wait 44 ms"
-    server = GatewayServer(make_app(), listener=listener)
+    server = GatewayServer(create_app(FakeEngine(), TOKENIZER, model_name="tiny"), listener=listener)
     with pytest.raises(ServiceError, match="not started"):
         _ = server.url
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -83,7 +76,7 @@ def test_stop_lets_requests_finish_and_cancels_those_that_take_too_long(in_time:
     engine = FakeEngine(token_delay=0.02)
     if not in_time:
         engine.pause()  # for ever
-    server = GatewayServer(make_app(engine))
+    server = GatewayServer(create_app(engine, TOKENIZER, model_name="tiny"))
     url = server.start()
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(httpx.post, f"{url}/generate", json={"prompt": [1], "max_tokens": 20}, timeout=30)
@@ -95,9 +88,6 @@ def test_stop_lets_requests_finish_and_cancels_those_that_take_too_long(in_time:
         else:
             failure = answer.exception(10.0)
             assert isinstance(failure, httpx.HTTPError) or answer.result().status_code != 200
-
-
-# -- who may call, and what ------------------------------------------------------------------------------------------
 
 
 def test_without_the_key_or_from_a_web_page_nothing_but_health_can_be_called() -> None:
@@ -124,84 +114,79 @@ def test_without_the_key_or_from_a_web_page_nothing_but_health_can_be_called() -
         assert len(engine.requests) == 1
 
 
-def test_what_one_request_may_ask_for_is_bounded() -> None:
-    engine = FakeEngine(max_context_len=1 << 20)
-    with serving(engine, TOKENIZER) as client:
-        for body, param in (
-            ({"prompt": ["a"] * 400_000}, "prompt"),
-            ({"prompt": ["a"] * 100, "n": 100}, "n"),
-            ({"prompt": ["a"] * 4, "n": 1024, "max_tokens": 1 << 30}, "max_tokens"),
-        ):
-            assert refused(client, "/v1/completions", **body)["param"] == param
-        refused(client, "/v1/completions", prompt="a", chat_template_kwargs=json.loads("[" * 900 + "]" * 900))
-        for content, status, said in (
-            (b'{"prompt":[' + b"[]," * (1 << 18) + b"[]]}", 400, "262144 brackets"),
-            (b'{"prompt":' + b"[" * 100_000, 400, "JSON"),
-            *((body, 400, "JSON") for body in (b"", b"{", b"[1]", b'"x"', b'{"prompt": "\xff"}')),
-            ((b"[" * (1 << 20) for _ in range(65)), 413, "16777216 bytes"),
-        ):
-            response = client.post("/v1/completions", content=content)
-            assert response.status_code == status and said in response.json()["error"]["message"]
-        assert engine.requests == []
-        assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
+def test_what_one_request_may_ask_for_is_bounded(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.max_context_len = 1 << 20
+    for body, param in (
+        ({"prompt": ["a"] * 400_000}, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 100}, "n"),
+        ({"prompt": ["a"] * 4, "n": 1024, "max_tokens": 1 << 30}, "max_tokens"),
+    ):
+        assert refused(client, "/v1/completions", **body)["param"] == param
+    refused(client, "/v1/completions", prompt="a", chat_template_kwargs=json.loads("[" * 900 + "]" * 900))
+    for content, status, said in (
+        (b'{"prompt":[' + b"[]," * (1 << 18) + b"[]]}", 400, "262144 brackets"),
+        (b'{"prompt":' + b"[" * 100_000, 400, "JSON"),
+        *((body, 400, "JSON") for body in (b"", b"{", b"[1]", b'"x"', b'{"prompt": "\xff"}')),
+        ((b"[" * (1 << 20) for _ in range(65)), 413, "16777216 bytes"),
+    ):
+        response = client.post("/v1/completions", content=content)
+        assert response.status_code == status and said in response.json()["error"]["message"]
+    assert engine.requests == []
+    assert client.post("/generate", json={"prompt": [1], "max_tokens": 1}).status_code == 200
 
 
-def test_refused_requests_are_not_kept_until_the_collector_comes() -> None:
+def test_refused_requests_are_not_kept_until_the_collector_comes(client: httpx.Client) -> None:
     body = json.dumps({"prompt": [5] * 77_777 + ["a"]}).encode()
-    with serving(FakeEngine(), TOKENIZER) as client:
-        gc.collect()
-        gc.disable()
-        try:
-            for _ in range(30):
-                assert client.post("/v1/completions", content=body).status_code == 400
-            kept = sum(isinstance(item, list) and len(item) == 77_778 for item in gc.get_objects())
-        finally:
-            gc.enable()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(30):
+            assert client.post("/v1/completions", content=body).status_code == 400
+        kept = sum(isinstance(item, list) and len(item) == 77_778 for item in gc.get_objects())
+    finally:
+        gc.enable()
     assert kept <= 10, "the last of each thread that reads"
 
 
-def test_health_models_and_unknown_routes() -> None:
-    engine = FakeEngine(max_context_len=99)
-    engine.policy_version = 12
-    with serving(engine, TOKENIZER, model_name="org/tiny") as client:
-        health = {"status": "ok", "policy_version": 12, "paused": False, "in_flight": 0}
-        for path in ("/health", f"{client.base_url}//health"):  # base_url.replace("/v1", "") + "/health"
-            assert client.get(path).json() == health
-        (card,) = client.get("/v1/models").json()["data"]
-        assert (card["id"], card["object"], card["max_model_len"]) == ("org/tiny", "model", 99)
-        wrong = client.post("/v1/generate", json={})
-        assert wrong.status_code == 404 and wrong.json()["error"]["type"] == "not_found_error"
-        assert client.get("/generate").status_code == 405
+def test_health_models_and_unknown_routes(client: httpx.Client, engine: FakeEngine) -> None:
+    engine.max_context_len, engine.policy_version = 99, 12
+    health = {"status": "ok", "policy_version": 12, "paused": False, "in_flight": 0}
+    for path in ("/health", f"{client.base_url}//health"):  # base_url.replace("/v1", "") + "/health"
+        assert client.get(path).json() == health
+    (card,) = client.get("/v1/models").json()["data"]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 99)
+    wrong = client.post("/v1/generate", json={})
+    assert wrong.status_code == 404 and wrong.json()["error"]["type"] == "not_found_error"
+    assert client.get("/generate").status_code == 405
 
 
-# -- errors, figures, pauses -----------------------------------------------------------------------------------------
-
-
-def test_engine_errors_become_http_errors_and_faults_leave_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    engine = FakeEngine()
-    with serving(engine, TOKENIZER) as client:
-        for error, status, text in (
-            (GenerationRequestError("token id 9999 is outside the vocabulary", "prompt"), 400, "9999"),
-            (EngineStoppedError("closed"), 503, "has stopped"),
-            (EngineError("out of memory"), 500, "out of memory"),
-            (TimeoutError("not admitted within 1 s"), 504, "not admitted"),
-            (KeyError("inner secret"), 500, "KeyError"),
-            (None, 503, "aborted on the server"),  # not passed off as a whole answer
-        ):
-            engine.fail_with, engine.abort_all = error, error is None
-            caplog.clear()
-            for path, body in (
-                ("/generate", {"prompt": [1]}),
-                ("/v1/completions", {"prompt": ["a", "b"]}),
-                ("/v1/completions", {"prompt": "a", "stream": True}),  # nothing had been sent yet
-            ):
-                response = client.post(path, json=body)
-                assert response.status_code == status
-                assert text in response.json()["error"]["message"] and "secret" not in response.text
-            assert not engine.active
-            logged = [record.exc_info for record in caplog.records if record.levelno == logging.ERROR]
-            assert len(logged) == (3 if status >= 500 else 0)
-            assert all((info is not None and info[0] is type(error)) == (status == 500) for info in logged)
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (GenerationRequestError("token id 9999 is outside the vocabulary", "prompt"), 400, "9999"),
+        (EngineStoppedError("closed"), 503, "has stopped"),
+        (EngineError("out of memory"), 500, "out of memory"),
+        (TimeoutError("not admitted within 1 s"), 504, "not admitted"),
+        (KeyError("inner secret"), 500, "KeyError"),
+        (None, 503, "aborted on the server"),  # not passed off as a whole answer
+    ],
+)
+def test_engine_errors_become_http_errors_and_faults_leave_a_traceback(
+    client: httpx.Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture, error: Any, status: int, text: str
+) -> None:
+    engine.fail_with, engine.abort_all = error, error is None
+    for path, body in (
+        ("/generate", {"prompt": [1]}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),  # nothing had been sent yet
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == status
+        assert text in response.json()["error"]["message"] and "secret" not in response.text
+    assert not engine.active
+    logged = [record.exc_info for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(logged) == (3 if status >= 500 else 0)
+    assert all((info is not None and info[0] is type(error)) == (status == 500) for info in logged)
 
 
 def test_equal_refusals_show_in_our_log_once_in_10_s(
@@ -239,22 +224,22 @@ def test_metrics_count_requests_tokens_and_version() -> None:
         assert "# TYPE atropos_verl_gateway_paused gauge\n" in text
 
 
-def test_client_that_hangs_up_frees_its_slots() -> None:
-    engine = FakeEngine(token_delay=0.05)  # 20 s per request, were it not cancelled
-    with serving(engine, TOKENIZER) as client:
-        for path, more, running in (
-            ("/generate", {"n": 4}, 1),
-            ("/v1/completions", {}, 2),
-            ("/v1/chat/completions", {"stream": True}, 1),
-        ):
-            body = {"prompt": ["a", "b"] if running == 2 else "a", "messages": [USER], "max_tokens": 400, **more}
-            with raw_post(client, path, body):
-                eventually(lambda running=running: len(engine.active) == running, "the request to be running")
-                assert client.get("/health").json()["in_flight"] == 1
-            counted = f'endpoint="{path}",status="499"}} 1'
-            eventually(lambda counted=counted: counted in client.get("/metrics").text, "status 499 to be counted")
-            assert client.get("/health").json()["in_flight"] == 0 and not engine.active
-        assert sorted(engine.cancelled) == sorted(engine.started) and len(engine.started) == 4
+@pytest.mark.parametrize(
+    ("path", "more", "running"),
+    [("/generate", {"n": 4}, 1), ("/v1/completions", {}, 2), ("/v1/chat/completions", {"stream": True}, 1)],
+)
+def test_client_that_hangs_up_frees_its_slots(
+    client: httpx.Client, engine: FakeEngine, path: str, more: Any, running: int
+) -> None:
+    engine.token_delay = 0.05  # 20 s per request, were it not cancelled
+    body = {"prompt": ["a", "b"] if running == 2 else "a", "messages": [USER], "max_tokens": 400, **more}
+    with raw_post(client, path, body):
+        eventually(lambda: len(engine.active) == running, "the request to be running")
+        assert client.get("/health").json()["in_flight"] == 1
+    counted = f'endpoint="{path}",status="499"}} 1'
+    eventually(lambda: counted in client.get("/metrics").text, "status 499 to be counted")
+    assert client.get("/health").json()["in_flight"] == 0 and not engine.active
+    assert sorted(engine.cancelled) == sorted(engine.started) and len(engine.started) == running
 
 
 def test_short_requests_are_read_while_many_long_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,16 +283,12 @@ def test_request_during_a_pause_waits_and_is_served_unless_its_client_hangs_up()
 
 
 def test_request_timeout_is_a_504_and_frees_the_slot() -> None:
-    engine = FakeEngine()
-    engine.pause()
+    engine = FakeEngine(token_delay=20.0)
     with serving(engine, TOKENIZER, request_timeout=0.2) as client:
         response = client.post("/generate", json={"prompt": [1]})
         error = response.json()["error"]
         assert (response.status_code, error["type"]) == (504, "timeout_error") and "0.2 s" in error["message"]
         assert not engine.active and len(engine.cancelled) == 1
-
-
-# -- records, bounds of a run ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -353,12 +334,14 @@ def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplo
     assert said == "requests ask for up to 99 new tokens; max_response_length=3 is what they get"
 
 
-def test_conversations_that_may_be_continued_are_bounded_with_their_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_that_may_be_continued_are_bounded_with_their_calls(
+    client: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("atropos_verl.gateway.service._MAX_KEPT_BYTES", 100_000)
+    engine.max_context_len = 1 << 20
     call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": json.dumps({"a": "x" * 60_000})}
-    with serving(FakeEngine(max_context_len=1 << 20), TOKENIZER) as client:
-        asked: dict[str, Any] = {"input": [USER, call], "max_output_tokens": 1}
-        first, second = (post(client, "/v1/responses", **asked)["id"] for _ in range(2))
-        asked |= {"input": "and?", "store": False}
-        refused(client, "/v1/responses", **asked, previous_response_id=first)
-        post(client, "/v1/responses", **asked, previous_response_id=second)
+    asked: dict[str, Any] = {"input": [USER, call], "max_output_tokens": 1}
+    first, second = (post(client, "/v1/responses", **asked)["id"] for _ in range(2))
+    asked |= {"input": "and?", "store": False}
+    refused(client, "/v1/responses", **asked, previous_response_id=first)
+    post(client, "/v1/responses", **asked, previous_response_id=second)

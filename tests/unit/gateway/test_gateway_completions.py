@@ -46,9 +46,6 @@ def events(client: httpx.Client, path: str, **body: Any) -> list[Any]:
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-2]]
 
 
-# -- OpenAI ----------------------------------------------------------------------------------------------------------
-
-
 def test_chat_answer_has_every_field(client: httpx.Client, engine: FakeEngine) -> None:
     engine.policy_version = 7
     answer = post(client, CHAT, model="tiny", messages=HI, n=2, logprobs=True, return_token_ids=True)
@@ -216,9 +213,6 @@ def test_unknown_fields_and_models_are_logged_once(
     assert "'reasoning'" in field and "'gpt-x'" in model and "'tiny'" in model
 
 
-# -- vLLM, SGLang ----------------------------------------------------------------------------------------------------
-
-
 def test_vllm_answer(client: httpx.Client, counting: FakeEngine) -> None:
     counting.policy_version = 3
     answer = post(client, "/generate", prompt={"prompt_token_ids": [64, 65]}, logprobs=0, n=2, max_tokens=3)
@@ -305,8 +299,6 @@ def test_sglang_says_what_matched(
     assert (answer["text"], answer["meta_info"]["finish_reason"]) == (text, {"type": "stop", "matched": matched})
 
 
-# -- refusals --------------------------------------------------------------------------------------------------------
-
 SCHEMA: dict[str, Any] = {"type": "json_schema"}
 FUNCTION: dict[str, Any] = {"function": {"name": "f"}}
 RESERVED = ("self", "messages", "tools", "chat_template", "tokenize", "conversations", "documents", "return_dict")
@@ -353,40 +345,40 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("path", "field"), [(path, field) for path, fields in REFUSED.items() for field in fields])
-def test_refusals_name_the_field_and_never_reach_the_engine(
-    client: httpx.Client, engine: FakeEngine, path: str, field: str
-) -> None:
-    for value in REFUSED[path][field]:
-        error = refused(client, path, **{"prompt": "a", "messages": HI, field: value})
-        assert error["param"] == field and field in error["message"], value
-    assert engine.requests == []
+NATIVE: dict[str, dict[str, list[Any]]] = {
+    "/generate": {
+        "prompt": [{}, {"prompt": "a", "input_ids": [1]}, {"prompt": ""}, {"prompt": [1] * 512}],
+        "prompt_token_ids": [{"prompt": "a", "prompt_token_ids": [1]}],
+        "prompt.prompt_token_ids": [{"prompt": {"prompt_token_ids": ["a"]}}],
+        "prompt.multi_modal_data": [{"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}}],
+        "stream": [{"prompt": "a", "stream": True}, {"input_ids": [1], "stream": True}],
+        "logprobs": [{"prompt": "a", "logprobs": 3}],
+        "use_beam_search": [{"prompt": "a", "use_beam_search": True}],
+        "input_ids": [
+            *({"input_ids": [1] * 512}, {"input_ids": [1], "text": "a"}),
+            *({"input_ids": [], "stream": False}, {"sampling_params": {}}),
+        ],
+        "sampling_params": [{"input_ids": [1], "sampling_params": [{}]}],
+        "sampling_params.top_p": [{"input_ids": [1], "sampling_params": {"top_p": 7}}],
+        "sampling_params.frequency_penalty": [{"input_ids": [1], "sampling_params": {"frequency_penalty": 1}}],
+        "top_logprobs_num": [{"input_ids": [1], "top_logprobs_num": 2}],
+    },
+    "/generate/": {
+        "prompts": [{"prompt": "a"}, {"prompts": []}],
+        "repetition_penalty": [{"prompts": ["a"], "repetition_penalty": 1.1}],
+        "guided_decoding_regex": [{"prompts": ["a"], "guided_decoding_regex": "a+"}],
+    },
+}
 
 
 @pytest.mark.parametrize(
-    ("param", "bodies"),
-    [
-        ("prompt", [{}, {"prompt": "a", "input_ids": [1]}, {"prompt": ""}, {"prompt": [1] * 512}]),
-        ("prompt_token_ids", [{"prompt": "a", "prompt_token_ids": [1]}]),
-        ("prompt.prompt_token_ids", [{"prompt": {"prompt_token_ids": ["a"]}}]),
-        ("prompt.multi_modal_data", [{"prompt": {"prompt_token_ids": [1], "multi_modal_data": {"image": "x"}}}]),
-        ("stream", [{"prompt": "a", "stream": True}, {"input_ids": [1], "stream": True}]),
-        ("logprobs", [{"prompt": "a", "logprobs": 3}]),
-        ("use_beam_search", [{"prompt": "a", "use_beam_search": True}]),
-        ("input_ids", [{"input_ids": [1] * 512}, {"input_ids": [1], "text": "a"}, {"input_ids": [], "stream": False}]),
-        ("input_ids", [{"sampling_params": {}}]),
-        ("sampling_params", [{"input_ids": [1], "sampling_params": [{}]}]),
-        ("sampling_params.top_p", [{"input_ids": [1], "sampling_params": {"top_p": 7}}]),
-        ("sampling_params.frequency_penalty", [{"input_ids": [1], "sampling_params": {"frequency_penalty": 1}}]),
-        ("top_logprobs_num", [{"input_ids": [1], "top_logprobs_num": 2}]),
-        ("prompts", [{"prompt": "a"}, {"prompts": []}]),
-        ("repetition_penalty", [{"prompts": ["a"], "repetition_penalty": 1.1}]),
-        ("guided_decoding_regex", [{"prompts": ["a"], "guided_decoding_regex": "a+"}]),
-    ],
+    ("path", "field"), [(path, field) for path, fields in (REFUSED | NATIVE).items() for field in fields]
 )
-def test_native_refusals_name_the_field(
-    client: httpx.Client, engine: FakeEngine, param: str, bodies: list[dict[str, Any]]
+def test_refusals_name_the_field_and_never_reach_the_engine(
+    client: httpx.Client, engine: FakeEngine, path: str, field: str
 ) -> None:
-    path = "/generate/" if param == "prompts" or "prompts" in bodies[0] else "/generate"
-    assert [refused(client, path, **body)["param"] for body in bodies] == [param] * len(bodies)
+    for value in (REFUSED | NATIVE)[path][field]:
+        body = value if path in NATIVE else {"prompt": "a", "messages": HI, field: value}
+        error = refused(client, path, **body)
+        assert error["param"] == field and field.rpartition(".")[2] in error["message"], value
     assert engine.requests == []

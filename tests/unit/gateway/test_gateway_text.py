@@ -16,8 +16,7 @@ from atropos_verl.gateway.text import ReplyReader, StreamText, TextCodec, constr
 from atropos_verl.types import GenerationRequest
 
 EOS = 258
-
-# -- prompts ---------------------------------------------------------------------------------------------------------
+CODEC = TextCodec(build_tiny_tokenizer(), frozenset({EOS}))
 
 EACH = "{% for m in messages %}"
 USER: dict[str, Any] = {"role": "user", "content": "x"}
@@ -25,7 +24,6 @@ TOOLS = ({"type": "function", "function": {"name": "w", "parameters": {"type": "
 
 
 def prompt(template: str, *messages: dict[str, Any], **body: Any) -> str:
-    """The prompt of the model's ``template``."""
     tokenizer = build_tiny_tokenizer()
     tokenizer.chat_template = template
     own = ChatTemplate(tokenizer)
@@ -113,19 +111,11 @@ def test_tools_are_text_for_a_template_that_knows_none() -> None:
     assert prompt(EACH + "{{ tools[0].function.name }}{% endfor %}", USER, tools=TOOLS) == "w"
 
 
-# -- text ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def codec() -> TextCodec:
-    return TextCodec(build_tiny_tokenizer(), frozenset({EOS}))
-
-
 def plain(**fields: object) -> Sampling:
     return parse_sampling(Fields(fields), ("max_tokens",))
 
 
-def test_completion_text_follows_vllm(codec: TextCodec) -> None:
+def test_completion_text_follows_vllm() -> None:
     shown, kept = {"skip_special_tokens": False}, {"include_stop_str_in_output": True}
     cases: list[tuple[list[int], Any, dict[str, Any], Any]] = [
         ([71, 72, EOS], "stop", {}, ("hi", EOS)),
@@ -142,7 +132,7 @@ def test_completion_text_follows_vllm(codec: TextCodec) -> None:
         ([71, 72], "stop", {"stop": ["j"]}, ("hi", None)),
     ]
     for ids, finish, asked, expected in cases:
-        assert codec.completion_text(ids, finish, plain(**asked)) == expected, asked
+        assert CODEC.completion_text(ids, finish, plain(**asked)) == expected, asked
 
 
 def test_tokens_that_are_no_text_have_their_bytes() -> None:
@@ -155,23 +145,21 @@ def test_tokens_that_are_no_text_have_their_bytes() -> None:
     assert texts == [("\ufffd", b"\xe6"), (" the", b" the"), ("the", b"the"), ("the", b"the")]
 
 
-def test_stream_holds_back_half_a_character_and_a_possible_stop_string(codec: TextCodec) -> None:
-    stream = StreamText(codec, plain(stop=["</a>"]))
-    *ids, last = codec.encode("é</b></a>", add_special_tokens=False)
+def test_stream_holds_back_half_a_character_and_a_possible_stop_string() -> None:
+    stream = StreamText(CODEC, plain(stop=["</a>"]))
+    *ids, last = CODEC.encode("é</b></a>", add_special_tokens=False)
     pieces = [stream.push([token_id], None) for token_id in ids]
     #          é (1st, 2nd byte)  <   /   b      >    <   /   a: begins the stop string until b comes
     assert pieces == ["", "é", "", "", "</b", ">", "", "", ""]
     assert stream.push([last], "stop") == ""
 
 
-def test_endless_invalid_bytes_are_not_held_back_for_ever(codec: TextCodec) -> None:
-    stream, lone_continuation = StreamText(codec, plain()), 97
+def test_endless_invalid_bytes_are_not_held_back_for_ever() -> None:
+    stream, lone_continuation = StreamText(CODEC, plain()), 97
     pieces = [stream.push([lone_continuation], None) for _ in range(130)]
     assert "".join(pieces) == "\ufffd" * 128  # two windows of 64 were given up
     assert stream.push([lone_continuation], "length") == "\ufffd" * 3
 
-
-# -- messages --------------------------------------------------------------------------------------------------------
 
 REQUEST = GenerationRequest(prompt_token_ids=(1,), request_id="chatcmpl-ab-0")
 F = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -227,21 +215,21 @@ ONE = ("f", '{"x": 1}')
 BROKEN = "<tool_call>\n{'name': f}\n</tool_call>"
 
 
-def test_stream_pieces_join_to_the_whole_text(codec: TextCodec) -> None:
+def test_stream_pieces_join_to_the_whole_text() -> None:
     rng = random.Random(0)
     alphabet = ["a", "b", "é", "漢", "🙂", "<", "/", "<|im_start|>", "\n"]
     for case in range(300):
         text = "".join(rng.choices(alphabet, k=rng.randrange(1, 40)))
         noise = [rng.randrange(259) for _ in range(rng.randrange(1, 200))]  # mostly bytes that are no UTF-8
-        ids = codec.encode(text, add_special_tokens=False) if case % 3 else tuple(noise)
+        ids = CODEC.encode(text, add_special_tokens=False) if case % 3 else tuple(noise)
         finish, stop = rng.choice(["stop", "length"]), rng.choice([[], ["b/"], ["ab", "é<"], ["🙂"]])
         if finish == "stop":  # an engine stops at the stop string
             begun = (ids[:k] for k in range(1, len(ids)))
-            texts = ((some, codec.decode(some, skip_special_tokens=True)) for some in begun)
+            texts = ((some, CODEC.decode(some, skip_special_tokens=True)) for some in begun)
             ids = next((some for some, text in texts if any(word in text for word in stop)), ids)
         turn = turn_of(**RAW, stop=stop)
-        expected, _ = codec.completion_text(ids, finish, turn.sampling)  # type: ignore[arg-type]
-        assert read(codec, turn, ids, reason=finish).content == expected, (case, ids, stop, finish)
+        expected, _ = CODEC.completion_text(ids, finish, turn.sampling)  # type: ignore[arg-type]
+        assert read(CODEC, turn, ids, reason=finish).content == expected, (case, ids, stop, finish)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +267,14 @@ def test_tags(text: str, expected: Message | None) -> None:
     assert read(codec_of(), turn_of(), text) == (expected or called(content=text))
 
 
-def test_what_is_read_is_what_was_asked_for(codec: TextCodec) -> None:
+def test_what_is_read_is_what_was_asked_for() -> None:
     thought = f"<think>a</think>{F}"
-    assert read(codec, turn_of(**RAW), thought) == called(content=thought)
-    assert read(codec, turn_of(tool_choice="none"), thought) == called(content=F, thought="a")
-    assert read(codec, turn_of(parallel_tool_calls=False), f"{F}\n{F}") == called(ONE)
-    assert read(codec, turn_of(stop="</tool_call>"), F) == called(ONE)
-    opened = GenerationRequest(prompt_token_ids=codec.encode("<think>\n", add_special_tokens=False), request_id="a-b-0")
-    assert read(codec, turn_of(), "\nso\n</think>\n\n7", request=opened) == called(content="7", thought="so")
+    assert read(CODEC, turn_of(**RAW), thought) == called(content=thought)
+    assert read(CODEC, turn_of(tool_choice="none"), thought) == called(content=F, thought="a")
+    assert read(CODEC, turn_of(parallel_tool_calls=False), f"{F}\n{F}") == called(ONE)
+    assert read(CODEC, turn_of(stop="</tool_call>"), F) == called(ONE)
+    opened = GenerationRequest(prompt_token_ids=CODEC.encode("<think>\n", add_special_tokens=False), request_id="a-b-0")
+    assert read(CODEC, turn_of(), "\nso\n</think>\n\n7", request=opened) == called(content="7", thought="so")
     special = codec_of()
     special.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     assert read(special, turn_of(), f"<think>a</think>b{F}<|im_end|>") == called(ONE, content="b", thought="a")
@@ -315,8 +303,6 @@ def test_an_unknown_format_is_said_and_tags_are_looked_for(caplog: pytest.LogCap
     [message] = caplog.messages
     assert "/m/my-own" in message
 
-
-# -- grammars --------------------------------------------------------------------------------------------------------
 
 HERMES = '{{ tools }} {"name": <function-name>, "arguments": <args-json-object>} '
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}

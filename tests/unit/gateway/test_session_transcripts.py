@@ -5,8 +5,6 @@ exactly the context in which it was sampled. Of those that Responses and Message
 four forms (which API, streamed or not); ``ATROPOS_VERL_ALL_TRANSCRIPTS=1`` runs all.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -73,7 +71,6 @@ class Agent(list[Message]):
         return said(self.asked(history))
 
     def ask(self, *contents: Any, pick: int = 0) -> None:
-        """Say something, and take the answer."""
         self.extend(map(user, contents))
         self.append(self.send(self)[pick])
 
@@ -86,7 +83,6 @@ class Agent(list[Message]):
         self.send(self[:-1])
 
     def parallel(self, *questions: str) -> None:
-        """Several questions at once after this history."""
         with ThreadPoolExecutor(len(questions)) as pool:
             list(pool.map(self.send, ([*self, user(text)] for text in questions)))
 
@@ -99,7 +95,6 @@ class Agent(list[Message]):
         del self[count:]
 
     def become(self, content: str) -> None:
-        """The history is compacted."""
         self[:] = [system(content)]
 
     def save(self) -> None:
@@ -155,7 +150,6 @@ def arguments(how: Callable[[str], str]) -> Any:
 
 
 def written(**style: Any) -> Any:
-    """The arguments are read and written again."""
     return arguments(lambda text: json.dumps(json.loads(text), **style))
 
 

@@ -1,7 +1,5 @@
 """Sessions over real HTTP: what is recorded, what a retry gets, what survives a restart, and who may call."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import threading
@@ -109,9 +107,6 @@ def test_the_responses_api_continues_by_the_id_of_an_answer(session: Opened, eng
     with pytest.raises(openai.BadRequestError, match="not known"):
         Opened(session.client).sdk.responses.create(**asked, previous_response_id=first.id)
     session.check(engine.samples)
-
-
-# -- retries ---------------------------------------------------------------------------------------------------------
 
 
 def in_flight(client: httpx.Client, count: int) -> None:
@@ -240,9 +235,6 @@ def test_what_is_refused_or_fails_or_cannot_be_stored_leaves_nothing(
     session.check(engine.samples)
 
 
-# -- restarts --------------------------------------------------------------------------------------------------------
-
-
 def test_a_restarted_gateway_knows_its_sessions(tmp_path: Path, engine: OracleEngine) -> None:
     body, key = {"group": "g", "size": 8, "task": "t", "metadata": {"a": 1}}, {"idempotency-key": "k"}
     with session_gateway(tmp_path, engine, TOKENIZER) as client:
@@ -289,9 +281,6 @@ def test_a_record_that_cannot_be_read_is_left_out_and_the_others_are_kept(
         assert new.seen("turns") == 1, "its number is new"
 
 
-# -- rewards and ends ------------------------------------------------------------------------------------------------
-
-
 def test_a_reward_is_set_once(session: Opened) -> None:
     for _ in range(2):
         session.say()
@@ -333,9 +322,6 @@ def test_a_session_without_a_reward_ends_at_its_ttl_and_is_counted(client: httpx
     figures = client.get("/metrics").text
     assert "atropos_verl_gateway_sessions_expired_total 1.0" in figures
     assert "atropos_verl_gateway_sessions_open 1.0" in figures and "session_turns_total 1.0" in figures
-
-
-# -- who may do what -------------------------------------------------------------------------------------------------
 
 
 def test_bad_bodies_are_refused_by_their_field(session: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
