@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ def fault_server() -> Iterator[FaultServer]:
     """An HTTP server whose behaviour the test scripts."""
     with FaultServer() as server:
         yield server
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory in memory where there is one, for thousands of small files."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as made:
+        yield Path(made)
 
 
 @pytest.fixture(scope="session")

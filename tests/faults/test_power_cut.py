@@ -7,8 +7,7 @@ import os
 import random
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -95,13 +94,6 @@ for step in range(1, 9):
         save(step)
 save(8)  # once more, in the place of the one before
 """
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A directory in memory where there is one: thousands of small files are laid out in it."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as made:
-        yield Path(made)
 
 
 def recorded(live: Path, program: str) -> Recording:

@@ -5,8 +5,6 @@ whole run with an environment of agents, which is resumed each time, and ``ATROP
 has the gateway of a launch on Ray, after which the launcher starts the trainer again (0: they are left out).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -30,10 +28,10 @@ from support.runs import REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
 from support.sessions import trained_samples
 from support.tiny_model import build_tiny_tokenizer
-from support.trajectory_server import free_port
 from transformers import AutoTokenizer
 
 from atropos_verl.assets import demo_model_path
+from atropos_verl.launch.probes import free_port
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import Store
 
@@ -73,7 +71,6 @@ class Drill:
                 pause = min(1.5 * pause, 1.0)
 
     def agent(self, number: int) -> None:
-        """Sessions one after the other, until the drill ends."""
         rng = random.Random(number)
         for count in itertools.count():
             if self.stop.is_set():

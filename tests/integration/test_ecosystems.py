@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from support.runs import REPOSITORY, SMALL, LaunchRun
 from support.serving import eventually
-from support.trajectory_server import free_port
 
-from atropos_verl.launch.probes import request_json
+from atropos_verl.launch.probes import free_port, request_json
 
 SUPPORT = REPOSITORY / "tests" / "support" / "ecosystems"
 PATH = {"PYTHONPATH": f"{REPOSITORY / 'src'}{os.pathsep}{SUPPORT}"}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 from support.runs import REPOSITORY, SMALL, LaunchRun, checkpointed_step, summary_of
-from support.trajectory_server import free_port
 
 from atropos_verl.http_thread import environment_token
+from atropos_verl.launch.probes import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -37,7 +37,6 @@ def gap(version: int) -> float:
 
 
 def spelled(version: int) -> float:
-    """Logprob of that token."""
     return -math.log1p((VOCAB - 1) * math.exp(-gap(version)))
 
 

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from support.runs import metrics_of
 from support.serving import eventually, post
-from support.trajectory_server import TrajectoryServer, free_port
+from support.trajectory_server import TrajectoryServer
 
 from atropos_verl import AtroposTrainer
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.weights import WeightStore
 from atropos_verl.errors import EngineStoppedError, WeightSyncError
+from atropos_verl.launch.probes import free_port
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group

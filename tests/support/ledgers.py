@@ -34,7 +34,6 @@ def query(*parts: Sequence[int], logprobs: Sequence[float] | None = None, **fiel
 
 
 def holding(prompt: Sequence[int], *made: Generation, temperature: float = 1.0) -> Ledger:
-    """A ledger with the completions of one request."""
     ledger = Ledger()
     ledger.record(prompt, made, temperature)
     return ledger

@@ -1,15 +1,7 @@
 """Power cuts at every system call of a program: recorded with strace, replayed as what the disk may hold.
 
-::
-
-    recording = record([sys.executable, "-c", PROGRAM, str(tmp_path / "live")], tmp_path / "live")
-    for cut in recording.cuts():
-        for number, disk in enumerate(cut.disks(random.Random(cut.number), 3)):
-            lay_out(disk, tmp_path / f"cut_{cut.number}_{number}")
-            ...  # open that directory; everything that ``cut.said`` acknowledges must be there
-
-``PROGRAM`` works in the directory (which exists; what is in it before counts as synced), and writes a line to its
-standard output, unbuffered, after each thing that must survive from then on. It is one process; threads are fine.
+The program works in a directory (what is in it before counts as synced), and writes a line to its standard output,
+unbuffered, after each thing that must survive from then on. It is one process; threads are fine.
 
 What a cut leaves: data that a completed fsync or fdatasync of the file covers, and names that an fsync of their
 directory covers. Of everything else anything may be there: the first disk of a cut has none of it, the second all, the

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import httpx
 import psutil
 
 from atropos_verl.http_thread import ServerThread
+from atropos_verl.launch.probes import free_port
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.schema import CheckedGroup, check_group
 from atropos_verl.server.app import TrajectoryApi, check_bind, uvicorn_options
@@ -80,11 +80,6 @@ async def turns() -> None:
     """Turns of the event loop, no time: what could go on has gone on."""
     for _ in range(100):
         await asyncio.sleep(0)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class TrajectoryServer(ServerThread):

@@ -13,14 +13,15 @@ from atropos_verl.cli import main
 Capture = pytest.CaptureFixture[str]
 WORDS = ["--help", "--version", "inspect --help", "train --help", "doctor --json", "launch --dry-run"]
 SAMPLES = "import atropos_verl.training.batch_source as _, atropos_verl as it; it.decode_batch; it.build_samples([])"
+SERVER = "import uvicorn, atropos_verl.server.app as server; uvicorn.Config(server.TrajectoryApi()).load()"
 
 
-@pytest.mark.parametrize("words", [*WORDS, "launch backend=ray --dry-run", SAMPLES])
-def test_nothing_heavy_is_imported_to_help_to_plan_to_check_or_for_samples(words: str) -> None:
-    call = words if words == SAMPLES else f"from atropos_verl.cli import main; main({words.split()})"
+@pytest.mark.parametrize("words", [*WORDS, "launch backend=ray --dry-run", SAMPLES, SERVER])
+def test_nothing_heavy_is_imported_to_help_to_plan_to_check_to_serve_or_for_samples(words: str) -> None:
+    call = words if words.startswith("import") else f"from atropos_verl.cli import main; main({words.split()})"
     code = (
         f"import sys\ntry:\n    {call}\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'verl', 'ray', 'transformers', 'atroposlib'} & set(sys.modules)\n"
+        "heavy = {'torch', 'verl', 'ray', 'transformers', 'atroposlib', 'fastapi'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -1,17 +1,15 @@
 """The ledger by values: what was written after which ids, what must stay unknown, and what outlives a restart."""
 
 import logging
-import os
 import random
 import resource
 import signal
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from atropos_verl.provenance.attribution import SequenceQuery, first_difference,
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import UNKNOWN_VERSION
 
+Log = pytest.LogCaptureFixture
 PROMPT = (5, 6, 7)
 U = UNKNOWN_VERSION
 
@@ -72,9 +71,6 @@ def test_what_is_known_of_a_sequence_and_where_it_first_differs(
     if differs is not None:
         at, _, known = first_difference(ledger, sent.token_ids, np.ndarray.tolist)
         assert (at, known[at] if 0 < at < len(known) else None) == differs
-
-
-# identical completions ----------------------------------------------------------------------------------------------
 
 
 def test_each_record_is_used_once_but_identical_ones_of_one_version_are_no_question() -> None:
@@ -128,9 +124,6 @@ def test_a_turn_was_written_before_the_turns_after_it() -> None:
     assert match.versions[3:].tolist() == [0, U, 0] and match.ambiguous_spans == 0
 
 
-# bounds -------------------------------------------------------------------------------------------------------------
-
-
 def test_the_oldest_is_forgotten_first_and_never_mistaken() -> None:
     ledger = Ledger(max_spans=3)
     for i in range(5):
@@ -170,18 +163,11 @@ def test_threads_record_and_look_up_at_the_same_time() -> None:
     assert len(ledger) == 500
 
 
-# over a restart ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process(directory: Path, resumed_at: int | None = 0, max_bytes: int = 1 << 20) -> Iterator[Ledger]:
+def process(directory: Path, resumed_at: int | None = 0, max_bytes: int = 1 << 20) -> closing[Ledger]:
     """The ledger of a process of the run that keeps ``directory``."""
     ledger = Ledger(max_bytes)
     ledger.persist(directory, resumed_at)
-    try:
-        yield ledger
-    finally:
-        ledger.close()
+    return closing(ledger)
 
 
 def of(ledger: Ledger, *tokens: int) -> list[int]:
@@ -229,27 +215,7 @@ def test_against_a_list_of_everything_that_was_written_also_after_a_restart(tmp_
                 assert getattr(found, name) == getattr(expected, name), name
 
 
-def test_kill_9_loses_nothing_that_was_recorded(tmp_path: Path) -> None:
-    def records_and_dies() -> NoReturn:
-        ledger = Ledger()
-        ledger.persist(tmp_path)
-        for number in range(50):
-            recorded, _ = ledger.record(PROMPT, [wrote([number, 8], 3)])
-            assert recorded is not None
-            recorded.result()
-        os.kill(os.getpid(), signal.SIGKILL)
-        raise AssertionError
-
-    assert exit_code_in_a_child(records_and_dies) == -signal.SIGKILL
-    with process(tmp_path, 3) as after:
-        for number in range(50):
-            match = one(after, PROMPT, [number, 8])
-            assert match.versions[3:].tolist() == [3, 3] and match.logprobs[3:].tolist() == [-1.0, -1.125]
-
-
-def test_two_damaged_databases_are_named_and_nothing_is_taken_in(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_damaged_databases_are_named_and_nothing_is_taken_in(tmp_path: Path, caplog: Log) -> None:
     """Of two alike completions half a ledger might know only the wrong one."""
     with process(tmp_path, None) as ledger:
         for number in range(4):
@@ -348,9 +314,7 @@ def test_what_is_forgotten_is_deleted_on_disk(tmp_path: Path) -> None:
             assert len(again) == held
 
 
-def test_a_prompt_that_less_room_drops_and_takes_in_again_stays_on_disk(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_prompt_that_less_room_drops_and_takes_in_again_stays_on_disk(tmp_path: Path, caplog: Log) -> None:
     """Its row was deleted, and the next process took the file for damaged."""
     with process(tmp_path, None) as before:
         for prompt in (PROMPT, [4, 4], PROMPT):
@@ -371,7 +335,7 @@ def test_a_new_run_takes_nothing_in(tmp_path: Path) -> None:
             assert len(ledger) == 0
 
 
-def test_two_processes_cannot_keep_one_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_processes_cannot_keep_one_log(tmp_path: Path, caplog: Log) -> None:
     with process(tmp_path, None) as first, process(tmp_path, 0) as second:
         assert "is in use by ledger, pid" in caplog.text and "will not survive a restart" in caplog.text
         second.record(PROMPT, [wrote([1, 2], 3)])

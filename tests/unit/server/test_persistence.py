@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -146,38 +145,28 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
     store.close()
 
 
-@pytest.fixture(scope="module")
-def small_store() -> Iterator[tuple[Path, Clock, dict[str, Any]]]:
-    """A directory with a store as a killed process and one as an orderly end leaves it; the time; its content: a batch
-    that was acked, one that is out, a group that waits. Two changes are in the WALs alone."""
-    memory, clock = Path("/dev/shm"), Clock()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as made,
-    ):
-        directory = Path(made)
-        patch.setattr("atropos_verl.storage._PAGE_BYTES", 512)
-        store = started(directory / "closed", 2, clock)
-        post(store, 0, 2, 0, "key0"), post(store, 1, 2, None, "key1")
-        store.ack(take(store).lease_id)
-        store = restarted(store)
-        post(store, 2, 2, 0, "key2")
-        asyncio.run(store.synced())  # a commit of its own
-        take(store)
-        asyncio.run(store.synced())
-        shutil.copytree(directory / "closed", directory / "killed")
-        expected = content(store)
-        store.close()
-        yield directory, clock, expected
-
-
 @pytest.mark.parametrize("state", ["killed", "closed"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 @pytest.mark.timeout(7200)
-def test_no_damage_is_silent(small_store: Any, caplog: pytest.LogCaptureFixture, state: str, damage: str) -> None:
-    directory, clock, expected = small_store
-    rng, work = random.Random(f"{state} {damage}"), directory / f"work-{os.getpid()}"
-    files = {path.name: path.read_bytes() for path in sorted((directory / state).iterdir())}
+def test_no_damage_is_silent(
+    memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, state: str, damage: str
+) -> None:
+    """Of what a killed process leaves, or an orderly end: a batch was acked, one is out, a group waits. Two changes are
+    in the WALs alone."""
+    monkeypatch.setattr("atropos_verl.storage._PAGE_BYTES", 512)
+    store = started(memory / "closed", 2, clock := Clock())
+    post(store, 0, 2, 0, "key0"), post(store, 1, 2, None, "key1")
+    store.ack(take(store).lease_id)
+    store = restarted(store)
+    post(store, 2, 2, 0, "key2")
+    asyncio.run(store.synced())  # a commit of its own
+    take(store)
+    asyncio.run(store.synced())
+    shutil.copytree(memory / "closed", memory / "killed")
+    expected = content(store)
+    store.close()
+    rng, work = random.Random(f"{state} {damage}"), memory / "work"
+    files = {path.name: path.read_bytes() for path in sorted((memory / state).iterdir())}
     for name, whole in files.items():
         size = len(whole)
         positions: Sequence[int] = sorted(rng.sample(range(size), min(25, size)))
