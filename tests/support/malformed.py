@@ -90,15 +90,6 @@ def _with_entry(fields: tuple[str, ...], at: int, bad: Any) -> Callable[[Group, 
     return spoil
 
 
-def _emptied(group: Group, row: int) -> None:
-    for field in _PER_TOKEN:
-        group[field][row] = []
-
-
-def _with_zeros_and_ones(group: Group, row: int) -> None:
-    group["masks"] = [[int(entry != NOT_TRAINED) for entry in masks] for masks in group["masks"]]
-
-
 _KINDS: list[Callable[[Group, int], Any]] = [
     lambda group, row: group.update({field: [] for field in _ROWS}),  # the first three change the size
     *(lambda group, row, f=field: group[f].pop(row) for field in _ROWS[:1]),
@@ -108,6 +99,6 @@ _KINDS: list[Callable[[Group, int], Any]] = [
     *(lambda group, row, f=field: group[f][row].append(group[f][row][0]) for field in _PER_TOKEN[1:]),
     *(_with_entry(*entry) for entry in _ENTRIES),
     *(lambda group, row, f=fields: group.update(f) for fields in _FIELDS),
-    _emptied,
-    _with_zeros_and_ones,
+    lambda group, row: [group[field][row].clear() for field in _PER_TOKEN],
+    lambda group, row: group.update(masks=[[int(entry != NOT_TRAINED) for entry in m] for m in group["masks"]]),
 ]

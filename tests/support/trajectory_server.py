@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
 import psutil
 
 from atropos_verl.http_thread import ServerThread
-from atropos_verl.launch.probes import free_port
+from atropos_verl.launch.probes import free_port, request_json
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.schema import CheckedGroup, check_group
 from atropos_verl.server.app import TrajectoryApi, check_bind, uvicorn_options
@@ -120,11 +119,7 @@ class ServerProcess:
     def _answers(self) -> bool:
         said = self.log_path.read_text(errors="replace")[-2000:]
         assert self.process.poll() is None, f"the server exited with {self.process.returncode}:\n{said}"
-        try:
-            # Without ``verify=False`` each call would read the certificates of the machine.
-            return httpx.get(f"{self.url}{self.ready_path}", trust_env=False, verify=False).is_success
-        except httpx.HTTPError:
-            return False
+        return request_json(f"{self.url}{self.ready_path}") is not None
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
