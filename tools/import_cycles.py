@@ -12,13 +12,14 @@ Modules that are named by a string (``importlib``, ``python -m``, worker classes
 because only the run decides whether they are loaded. They are listed for the reader.
 """
 
+import argparse
 import ast
 import graphlib
 import importlib.util
 import itertools
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grimp
@@ -79,10 +80,16 @@ def _module_of(name: str, root: Path) -> str:
     return ""
 
 
-def main(package: str = "atropos_verl") -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Prints the cycles and the modules named by strings. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Find import cycles of a package; the exit code is 1 when there is one.", allow_abbrev=False
+    )
+    parser.add_argument("package", nargs="?", default="atropos_verl", help="default: %(default)s")
+    package = parser.parse_args(words).package
     spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not importable"
+    if spec is None or spec.origin is None:
+        parser.error(f"{package} is not importable")
     cycles = find_cycles(package)
     for number, cycle in enumerate(cycles, start=1):
         sys.stdout.write(f"import cycle {number}\n{cycle}\n")
@@ -93,4 +100,4 @@ def main(package: str = "atropos_verl") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main())

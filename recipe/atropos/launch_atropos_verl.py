@@ -8,7 +8,7 @@ python recipe/atropos/launch_atropos_verl.py --help                # every key
 
 import sys
 
-from atropos_verl.launch.launch import main
+from atropos_verl.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(config_name="local_demo"))
+    sys.exit(main(["launch", *sys.argv[1:]], "local_demo"))

@@ -10,7 +10,7 @@ python recipe/atropos/main_atropos.py backend=ray --help   # docs/cluster.md
 
 import sys
 
-from atropos_verl.launch.train import main
+from atropos_verl.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(config_name="atropos"))
+    sys.exit(main(["train", *sys.argv[1:]], "atropos"))

@@ -4,8 +4,7 @@ Names are imported on first use, so ``import atropos_verl`` needs neither torch 
 ``__init__.pyi``, so that this module, which every other one runs first, imports none of them.
 """
 
-import importlib
-from typing import Any
+from importlib import import_module
 
 _HOMES = {
     "AtroposAPIError": "errors",
@@ -26,11 +25,11 @@ __version__ = "0.2.0"
 __all__ = sorted([*_HOMES, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

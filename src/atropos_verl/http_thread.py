@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 import resource
 import socket
 import threading
@@ -23,7 +24,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 from urllib.parse import urlsplit
 
-from atropos_verl.errors import ServiceError
+from atropos_verl.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -158,6 +159,32 @@ async def disconnected(receive: Any) -> None:
     """Returns when the client of an ASGI request goes away (or when its response is complete)."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def check_url(api_url: str, key: str = "atropos.api_url") -> str:
+    """The URL's host. Raises ``ConfigError`` for what is not the address of an API or a gateway."""
+    import httpx
+
+    try:
+        parts = urlsplit(api_url)
+        host = parts.hostname or ""
+        httpx.URL(api_url)
+        valid = parts.scheme in ("http", "https") and host != "" and parts.port != 0 and not re.search(r"\s", api_url)
+    except (ValueError, TypeError, AttributeError, httpx.InvalidURL) as error:
+        # The error may quote a piece of the password.
+        advice = "check its port, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
+        why = advice if "@" in str(api_url) else error
+        raise ConfigError(f"{without_password(str(api_url))!r} is not a URL: {why}", key) from None
+    if not valid:
+        raise ConfigError(f"{without_password(api_url)!r} is not an http:// or https:// URL with a host", key)
+    if parts.query or parts.fragment:
+        raise ConfigError(f"{without_password(api_url)!r} must not hold a query or a fragment", key)
+    return host
+
+
+def without_password(api_url: str) -> str:
+    """The URL as it may be shown: user and password left out, also of one that holds a ``/`` or ``@`` of its own."""
+    return re.sub(r"(?s)//.*@", "//***@", api_url)
 
 
 def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origins: Collection[str] = ()) -> str | None:

@@ -100,10 +100,11 @@ def test_it_is_told_to_stop(how: str, mode: str, run_dir: Path) -> None:
         assert "\ninterrupted\n" in run.stderr
         assert "Traceback" not in run.stderr
     step = metrics_of(run_dir)[-1]["step"]
+    again = f"(the same command with run_dir={run_dir} resume=auto goes on from step {step})"
+    assert run.stderr.splitlines()[-1] == again
     assert checkpointed_step(run_dir) == step >= before + 3
     if step % 5:  # otherwise it was saved in passing
-        note = f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step}; the same command with "
-        assert note + f"run_dir={run_dir} resume=auto goes on)" in run.stderr
+        assert f"(steps up to {step} are saved in {run_dir}/checkpoints/global_step_{step})" in run.stderr
     # Batches that are on disk and not trained on: what the trainer had taken ahead, never more.
     assert len(journalled(run_dir)) <= 2
 

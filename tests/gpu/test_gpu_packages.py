@@ -68,7 +68,8 @@ _VALIDATE = """
 import sys
 from omegaconf import OmegaConf
 from atropos_verl.config.composition import SHIPPED
-from atropos_verl.launch.launch import backend_of, load_settings
+from atropos_verl.config.verl_keys import backend_of
+from atropos_verl.launch.launch import load_settings
 name, words = sys.argv[1], ["run_dir=/tmp/never"]
 on_ray = backend_of((), SHIPPED, name) == "ray"
 words += ["actor_rollout_ref.model.path=/models/mine"] if on_ray else []

@@ -164,7 +164,9 @@ def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: St
 def test_a_killed_replica_is_replaced_a_killed_task_runner_is_one_message_and_a_session_goes_on(story: Story) -> None:
     assert [line["sync/replicas_replaced"] for line in story.metrics] == [0, 0, 1, 0]
     assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in story.metrics)
-    assert "Ray's actor AtroposTaskRunner was killed; the same command goes on from step 3." in story.said
+    assert "Ray's actor AtroposTaskRunner was killed." in story.said
+    again = f"(the same command with run_dir={story.run_dir} trainer.resume_mode=auto goes on from step 3)"
+    assert story.said.splitlines()[-1] == again
     assert "Traceback" not in story.said
     first, again = ([answer[name] for name in ("id", "choices")] for answer in story.answers)
     assert first == again, "it was not sampled again"

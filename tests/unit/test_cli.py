@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.runs import LAUNCH, MAIN
 
-from atropos_verl import __version__
+from atropos_verl import __version__, cli
 from atropos_verl.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -45,6 +47,46 @@ def test_help_names_the_program_that_was_called(monkeypatch: pytest.MonkeyPatch,
     text = shown("train", "--help")
     assert text.startswith("usage: python recipe/atropos/main_atropos.py [") and "--dry-run" not in text
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("verb", cli._COMMANDS)
+def test_no_option_is_guessed_from_its_beginning(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main([verb, "--hel"]))
+    assert capsys.readouterr().out == ""
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+module, *sys.argv = sys.argv[1:]
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("pydantic", [MAIN]),
+        ("hydra", [MAIN, "steps=3"]),
+        ("hydra", [LAUNCH, "--dry-run"]),
+        ("verl", [MAIN, "eval.before=false"]),  # API and environment run by then
+        ("httpx", [cli.__file__, "agents", "run", "x:y"]),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line(module: str, words: list[Any], tmp_path: Path) -> None:
+    place = [f"run_dir={tmp_path / 'run'}"] if words[0] == MAIN else []
+    command = [sys.executable, "-c", INTERRUPTED, module, *map(str, words), *place]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
+    assert not (tmp_path / "run" / "launch" / "tmp").exists()
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

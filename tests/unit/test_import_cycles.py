@@ -45,6 +45,18 @@ def test_a_planted_cycle_is_found(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text.format(package=root.name))
     monkeypatch.syspath_prepend(tmp_path)
-    assert import_cycles.main(root.name) == code
+    assert import_cycles.main([root.name]) == code
     output, said = capsys.readouterr().out, said.format(package=root.name)
     assert said in output if code else said == output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [(["--help"], 0, "Find import cycles of a package"), (["no_such"], 2, "error: no_such is not importable")],
+)
+def test_help_and_a_package_that_is_not_there_are_answered(
+    words: list[str], code: int, said: str, capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit, match=str(code)):
+        import_cycles.main(words)
+    assert said in "".join(capsys.readouterr())

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from atropos_verl.errors import (
     AtroposVerlError,
     ConfigError,
 )
-from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines
+from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines, check_url
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import encode_group
@@ -46,7 +47,7 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import group_advantages, turn_advantages
 from atropos_verl.training.extensions import load_function
 
-logger = logging.getLogger("atropos_verl.agents.runner")  # it is started as a program, too
+logger = logging.getLogger(__name__)
 
 Solve = Callable[[Any, AgentSession], Awaitable[None]]
 """Works on a task and gives the session its reward."""
@@ -379,13 +380,19 @@ class Runner:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, parser.usage = parser.add_argument, "%(prog)s {run,evaluate} MODULE:FUNCTION [--tasks FILE] [option ...]"
     add("action", choices=("run", "serve", "evaluate"), help="run (serve is the same), or evaluate on held-out tasks")
     add("function", nargs="?", metavar="MODULE:FUNCTION", help="async def solve(task, session) -> float | Reward")
     add("--agent", dest="named", help=argparse.SUPPRESS)
     add("--command", metavar="WORDS", help="a command in its place: the task is its input, exit code 0 is reward 1")
     add("--scorer", metavar="MODULE:FUNCTION", help="score(task, output of the command), in place of the exit code")
-    add("--tasks", metavar="FILE", type=Path, required=True, help="one JSON value a line")
+    add(
+        "--tasks",
+        metavar="FILE",
+        type=Path,
+        default="tasks.jsonl",
+        help="JSON values, one a line (default: %(default)s)",
+    )
     add("--eval-tasks", metavar="FILE", type=Path, help="for evaluate (default: --tasks)")
     add_runner_arguments(parser)
 
@@ -412,11 +419,11 @@ def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0, or 1 where the API, the gateway or the agent failed for good. Raises ``ConfigError``."""
     path = options.named or options.function
+    file = (options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks
     if (path is None) == (options.command is None):
         raise ConfigError("name the agent: MODULE:FUNCTION, or --command")
     solve = of_function(path) if path is not None else of_command(options.command, options.scorer)
-    tasks = read_tasks((options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks)
-    return run_tasks(options, contextlib.nullcontext((solve, tasks)))
+    return run_tasks(options, contextlib.nullcontext((solve, read_tasks(file))))
 
 
 def run_tasks(
@@ -432,8 +439,9 @@ def run_tasks(
         options.gateway_url = url.removesuffix("/v1").removesuffix(EVALUATION_PATH)  # sessions are the gateway's own
         options.api_url, token = content.get("env", {}).get("rollout_server_url", options.api_url), None
     for name in ("gateway_url", *(() if options.action == "evaluate" else ("api_url",))):
-        if not getattr(options, name):
+        if not (url := getattr(options, name)):
             raise ConfigError(f"set it, or ATROPOS_{name.upper()}", f"--{name.replace('_', '-')}")
+        check_url(url, f"--{name.replace('_', '-')}")
     if options.group_size < 1 or options.concurrency < 1 or not options.timeout > 0:
         raise ConfigError("--group-size, --concurrency and --timeout must be above 0")
 
@@ -457,18 +465,5 @@ def run_tasks(
     return 0
 
 
-def program(
-    verb: str, add: Callable[[argparse.ArgumentParser], None], command: Callable[[argparse.Namespace], int]
-) -> int:
-    """What the launcher starts in an interpreter of its own: a verb alone, without the others."""
-    parser = argparse.ArgumentParser(prog=f"atropos-verl {verb}")
-    add(parser)
-    try:
-        return command(parser.parse_args())
-    except ConfigError as error:
-        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(program("agents", add_arguments, run))
+if __name__ == "__main__":  # so the launcher starts it, as the module of an environment
+    sys.exit(import_module("atropos_verl.cli").main(["agents", *sys.argv[1:]]))

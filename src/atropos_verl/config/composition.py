@@ -144,6 +144,18 @@ def compose_with_hydra(config_dir: Path, config_name: str, words: Sequence[str])
         return compose(config_name=config_name, overrides=list(words))
 
 
+def built_on(config_dir: Path, config_name: str, depth: int = 8) -> Iterator[dict[str, Any]]:
+    """A file's content and that of files that it builds on, the weakest last; what cannot be read is left out."""
+    try:
+        content = yaml.safe_load((config_dir / f"{config_name.removesuffix('.yaml')}.yaml").read_text())
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return  # composing it gives the better message
+    if isinstance(content, dict) and depth > 0:
+        yield content
+        for below in reversed(content.get("defaults") or ()):
+            yield from built_on(config_dir, str(below), depth - 1)
+
+
 def _compose(overrides: Sequence[str], config_dir: Path | None, config_name: str) -> dict[str, Any]:
     """A plain mapping, not yet validated: the schema says which keys there are. Environment variables are in it."""
     from hydra.core.config_store import ConfigStore
@@ -210,7 +222,9 @@ def help_text(
 ) -> str:
     """The text of ``--help``: usage, examples of words for ``verb``, every key with meaning and value."""
     program = f"python {sys.argv[0]}" if Path(sys.argv[0]).name in _SCRIPTS else f"atropos-verl {verb}"
-    names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+    known = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    of_launch = {name for name in known for file in built_on(SHIPPED, name) if _SCHEMAS[1] in file["defaults"]}
+    names = ", ".join(name for name in known if verb == "launch" or name not in of_launch)
     shown = "\n".join(f"  {program} {words}" for words in examples)
     texts = {"about": about, "names": names, "examples": shown, "of_what": of_what}
     return _HELP.format(program=program, more=_DRY_RUN if verb == "launch" else "", **texts) + help_rows(rows, values)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from atropos_verl.assets import SMOLLM2, demo_model_path, smollm2_path
 from atropos_verl.errors import ConfigError
-from atropos_verl.http_thread import is_loopback
+from atropos_verl.http_thread import check_url, is_loopback
 
 _VARIABLES = {
     "ATROPOS_API_URL": ("atropos", "api_url"),
@@ -57,13 +57,6 @@ class Section(BaseModel):
             raise _as_config_error(error, cls, prefix) from None
 
 
-def _check_url(name: str, url: str | None) -> None:
-    if url is not None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{name}: {url!r} is not an http:// or https:// URL with a host")
-
-
 def _check_header(name: str, secret: str | None) -> None:
     if secret and not (secret.isascii() and secret.isprintable() and secret.strip() == secret):
         raise ValueError(f"{name}: HTTP headers carry it; take printable ASCII without spaces around it")
@@ -84,7 +77,8 @@ class AtroposConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_url("api_url", self.api_url)
+        if self.api_url is not None:
+            check_url(self.api_url, "api_url")
         _check_header("token", self.token)
         return self
 
@@ -210,7 +204,8 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_url("advertise_url", self.advertise_url)
+        if self.advertise_url is not None:
+            check_url(self.advertise_url, "advertise_url")
         _check_header("api_key", self.api_key)
         return self
 

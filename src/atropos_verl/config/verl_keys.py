@@ -13,6 +13,7 @@ from pydantic import Field
 from atropos_verl.assets import SMOLLM2
 from atropos_verl.config.composition import (
     SHIPPED,
+    built_on,
     check_form,
     compose_with_hydra,
     composition_errors,
@@ -88,6 +89,16 @@ class RayRun:
     def mode(self) -> str:
         """``sync`` | ``colocate_async`` | ``separate_async``."""
         return str(self.verl.trainer.v1.trainer_mode)
+
+
+def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
+    """As a word says, else the file or one that it builds on, else local. Raises ``ConfigError`` for another."""
+    of_words = (word.partition("=")[2] for word in reversed(words) if word.startswith("backend="))
+    of_files = (str(file["backend"]) for file in built_on(config_dir, config_name or "") if file.get("backend"))
+    found = next(of_words, None) or next(of_files, "local")
+    if found not in ("local", "ray"):
+        raise ConfigError(f"{found!r} is neither local nor ray", "backend")
+    return found
 
 
 @composition_errors()

@@ -70,9 +70,10 @@ def plan_environments(
             _check_agent(launch.agents[name], settings, run_dir, f"agents.{name}")
         program = program_of(section, settings)
         python = interpreter(settings.python, f"{section}.python")
-        check_needs(python, program, settings, run_dir, f"{section}.{'module' if settings.module else 'script'}")
+        key = f"{section}.{'module' if settings.module else 'script'}"
+        check_needs(python, program, settings, run_dir, key)
         if name not in launch.agents and settings.ecosystem is None:
-            warnings += [f"environments.{name}: {note}" for note in notes_of(config, settings, program)]
+            warnings += [f"{key}: {note}" for note in notes_of(config, settings, program)]
         for copy in range(1, settings.copies + 1):
             which: dict[str, Any] = {"copy": copy, "allocation": allocations[name], "embedded": embedded}
             services.append(environment_spec(config, name, settings, of_training=of_training, **which))

@@ -17,7 +17,7 @@ from atropos_verl.config.composition import SHIPPED, as_yaml, gateway_key, help_
 from atropos_verl.config.launch_schema import LaunchConfig, describe_launch
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig, hide_secrets
-from atropos_verl.config.verl_keys import compose_run, public, read_run
+from atropos_verl.config.verl_keys import backend_of, compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import is_loopback
 from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
-    from atropos_verl.report.console import output_may_close
-
     parser = command_parser()
     parser.add_argument("--dry-run", action="store_true")
     options, overrides = parser.parse_known_args(argv)
@@ -49,10 +47,10 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
             return 0
         if verl is None and launch.starts("trainer"):
             check_gpu(config)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until the supervisor has begun
         with ExitStack() as stack:
             take_run_dir(stack, plan.run_dir, is_launch=True)
             prepare_run_dir(plan)
-            stack.enter_context(output_may_close())
             return _supervise(plan)
     except (ConfigError, ServiceError) as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
 
 def command_parser() -> argparse.ArgumentParser:
     """Of the options that every command of a run has beside its ``key=value`` words."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--cfg", action="store_true")
     parser.add_argument("--config-name")
@@ -134,36 +132,11 @@ def _port(host: str, port: int, key: str) -> int:
         raise ConfigError(text, key) from error
 
 
-def backend_of(words: Sequence[str], config_dir: Path, config_name: str | None) -> str:
-    """As a word says, else the file or one that it builds on, else local. Raises ``ConfigError`` for another."""
-    of_words = (word.partition("=")[2] for word in reversed(words) if word.startswith("backend="))
-    found = next(of_words, None) or (_backend_in(config_dir, config_name) if config_name else None) or "local"
-    if found not in ("local", "ray"):
-        raise ConfigError(f"{found!r} is neither local nor ray", "backend")
-    return found
-
-
-def _backend_in(config_dir: Path, config_name: str, depth: int = 8) -> str | None:
-    import yaml
-
-    try:
-        content = yaml.safe_load((config_dir / f"{config_name.removesuffix('.yaml')}.yaml").read_text())
-    except (OSError, UnicodeError, yaml.YAMLError):
-        return None  # composing it gives the better message
-    if not isinstance(content, dict) or depth == 0:
-        return None
-    if content.get("backend"):
-        return str(content["backend"])
-    below = [item for item in content.get("defaults") or () if isinstance(item, str) and item != "_self_"]
-    found = (_backend_in(config_dir, item, depth - 1) for item in reversed(below))
-    return next((backend for backend in found if backend), None)
-
-
 def _supervise(plan: LaunchPlan) -> int:
-    from atropos_verl.report.console import LaunchView, log_to_file
+    from atropos_verl.report.console import LaunchView, log_to_file, output_may_close
 
     log_to_file(plan.run_dir / "logs" / "launcher.log")
-    with LaunchView() as view:
+    with output_may_close(), LaunchView() as view:
         for note in plan.config.notes:
             view.note(note)
         supervisor = Supervisor(plan, view.note, view)

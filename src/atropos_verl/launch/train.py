@@ -8,6 +8,7 @@ import logging
 import netrc
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -17,32 +18,32 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
 from atropos_verl.config.schema import RunConfig
+from atropos_verl.config.verl_keys import RayRun, backend_of, compose_run, notes_for_model, public, ray_help, read_run
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
 from atropos_verl.launch.environments import direct, own_temporary, write_tokenizer
 from atropos_verl.launch.evaluation import EVALUATIONS, EvaluationProcesses
-from atropos_verl.launch.launch import backend_of, command_parser
+from atropos_verl.launch.launch import command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
 from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, unwritable, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.process import ended_with_this_process
 from atropos_verl.launch.supervisor import Supervisor
+from atropos_verl.protocol.client import make_client
+from atropos_verl.report.console import ProgressReporter, log_to_file, output_may_close
 from atropos_verl.server.store import STORE_FILE
 from atropos_verl.storage import write_atomic
-from atropos_verl.training.checkpoint_state import find_checkpoint, saved_step
+from atropos_verl.training.checkpoint_state import TRACKER, find_checkpoint, saved_step
 from atropos_verl.training.extensions import check_extensions
+from atropos_verl.training.step import write_summary
 from atropos_verl.verl_plugin import own_rank
-
-if TYPE_CHECKING:
-    from atropos_verl.config.verl_keys import RayRun
-    from atropos_verl.report.console import ProgressReporter
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +60,6 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
     train: Callable[[], int]
     try:
         if backend_of(words, *where) == "ray":
-            from atropos_verl.config.verl_keys import compose_run, public, ray_help, read_run
-
             run = read_run(compose_run(overrides, *where))
             values, help_of, train = public(run.verl), ray_help, partial(_train_on_ray, run)
         else:
@@ -68,9 +67,8 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
             # Threads that wait for work sleep instead of spinning: with an environment on the other core a training
             # step of the demo took 5 s spinning and 0.4 s sleeping. OpenMP reads it when torch is imported.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            is_first = own_rank()[0] == 0
             values, help_of = config.public(), train_help
-            train = partial(_train_locally if is_first else _serve_rank, config)
+            train = partial(_train_locally if own_rank()[0] == 0 else _serve_rank, config)
     except ConfigError as error:
         sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
         return 2
@@ -83,11 +81,9 @@ def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> i
 def _exit_code_of(run: Callable[[], int]) -> int:
     """Run a command; an exception becomes a message and an exit code. From here on ``kill`` and a terminal that closes
     end the process as Ctrl-C does: every ``finally`` runs, and so the children end."""
-    from atropos_verl.report.console import output_may_close
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup wants it
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, and a shell for what is in its background, want it
+            signal.signal(number, signal.default_int_handler)
     with output_may_close():
         try:
             return run()
@@ -135,8 +131,6 @@ class TrainingServices:
     def contact_api(self, progress: ProgressReporter) -> None:
         """Ask the user's, before a file is made or torch imported: is there one at all? Raises ``AtroposAPIError``."""
         if self.config.is_attached:
-            from atropos_verl.protocol.client import make_client
-
             url = str(self.config.atropos.api_url)
             logging.getLogger().addHandler(logging.NullHandler())  # of the tries; there is no log yet
             progress.phase(f"contacting the trajectory API at {url}")
@@ -220,8 +214,6 @@ class TrainingServices:
 
 def _train_locally(config: RunConfig) -> int:
     from atropos_verl.backends.local.run import run
-    from atropos_verl.report.console import ProgressReporter
-    from atropos_verl.training.step import write_summary
 
     started = time.monotonic()
     run_dir = config.resolve_run_dir()
@@ -232,7 +224,6 @@ def _train_locally(config: RunConfig) -> int:
     check_extensions(config)
     _check_trackers(config.trainer.logger)
     checkpoints, progress = run_dir / "checkpoints", ProgressReporter(total_steps=config.steps)
-    is_resumed = find_checkpoint(checkpoints, config.resume) is not None
     is_trained = (step := saved_step(checkpoints, config.resume)) >= config.steps
     if is_trained and (read_json(run_dir / "summary.json")[0].get("steps") or -1) >= step:
         progress.note(f"{run_dir} is complete at step {step}; raise steps= or choose another run_dir")
@@ -248,7 +239,7 @@ def _train_locally(config: RunConfig) -> int:
                 raise
             raise ConfigError(str(error), "gateway.port") from error
         stack.callback(listener.close)
-        services = TrainingServices(config, listener.getsockname()[1], is_resumed=is_resumed)
+        services = TrainingServices(config, listener.getsockname()[1], is_resumed=step > 0)
         services.contact_api(progress)
         text = json.dumps(config.public(), indent=2)
         _prepare_run_dir(stack, config, "config.json", text, log="trainer.log", advice="resume=auto")
@@ -290,10 +281,6 @@ def _serve_rank(config: RunConfig) -> int:
 
 
 def _train_on_ray(run: RayRun) -> int:
-    from atropos_verl.config.verl_keys import notes_for_model, public
-    from atropos_verl.report.console import ProgressReporter
-    from atropos_verl.training.step import write_summary
-
     started = time.monotonic()
     config, verl, run_dir = run.run, run.verl, run.run_dir
     check_usable(config, config.resolve_model_path(), "actor_rollout_ref.")
@@ -357,9 +344,14 @@ def _prepare_run_dir(stack: ExitStack, config: RunConfig, name: str, settings: s
     run_dir = config.resolve_run_dir()
     if config.resume == "disable" and any((run_dir / found).exists() for found in ("metrics.jsonl", "checkpoints")):
         raise ConfigError(f"{run_dir} already holds a run; choose another, or {advice}", "run_dir")
-    from atropos_verl.report.console import log_to_file
-
     take_run_dir(stack, run_dir)
+
+    @stack.push
+    def say_how_to_go_on(_kind: object, error: BaseException | None, _trace: object) -> None:
+        tracker, here = run_dir / "checkpoints" / TRACKER, shlex.quote(f"run_dir={run_dir}")
+        if error is not None and not isinstance(error, ConfigError) and tracker.exists():
+            error.add_note(f"(the same command with {here} {advice} goes on from step {tracker.read_text()})")
+
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         write_atomic(run_dir / name, settings, private=True)

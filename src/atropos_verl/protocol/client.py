@@ -35,7 +35,7 @@ from atropos_verl.errors import (
     AtroposTimeoutError,
     ConfigError,
 )
-from atropos_verl.http_thread import is_loopback, printable, reachable
+from atropos_verl.http_thread import check_url, is_loopback, printable, reachable, without_password
 from atropos_verl.protocol.messages import EnvIdentifier, EnvRegistration, TrainerRegistration
 from atropos_verl.protocol.wire import MAGIC, MEDIA_TYPE
 
@@ -116,8 +116,8 @@ class AtroposClient:
             lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many.
             transport: replaces the network, for tests.
         """
-        host = _check_url(api_url)
-        self.api_url = _without_password(api_url)  # as configured, a password left out
+        host = check_url(api_url)
+        self.api_url = without_password(api_url)  # as configured, a password left out
         self.timeout, self.max_wait_time = timeout, max_wait_time
         self.retry_attempts, self.retry_delay = retry_attempts, retry_delay
         self.lease_seconds = lease_seconds
@@ -404,31 +404,6 @@ def register_trainer(
             "restart it, or set atropos.reset=true to clear it",
             client.api_url,
         )
-
-
-def _check_url(api_url: str) -> str:
-    """The URL's host. Raises ``ConfigError`` for what is not the address of an API."""
-    key = "atropos.api_url"
-    try:
-        parts = urlsplit(api_url)
-        host = parts.hostname or ""
-        httpx.URL(api_url)
-        valid = parts.scheme in ("http", "https") and host != "" and parts.port != 0 and not re.search(r"\s", api_url)
-    except (ValueError, TypeError, AttributeError, httpx.InvalidURL) as error:
-        # The error may quote a piece of the password.
-        advice = "check its port, and write /, ?, # and @ of a password as %2F, %3F, %23 and %40"
-        why = advice if "@" in str(api_url) else error
-        raise ConfigError(f"{_without_password(str(api_url))!r} is not a URL: {why}", key) from None
-    if not valid:
-        raise ConfigError(f"{_without_password(api_url)!r} is not an http:// or https:// URL with a host", key)
-    if parts.query or parts.fragment:
-        raise ConfigError(f"{_without_password(api_url)!r} must not hold a query or a fragment", key)
-    return host
-
-
-def _without_password(api_url: str) -> str:
-    """The URL as it may be shown: user and password left out, also of one that holds a ``/`` or ``@`` of its own."""
-    return re.sub(r"(?s)//.*@", "//***@", api_url)
 
 
 def _check_headers(token: str | None, headers: Mapping[str, str] | None, api_url: str) -> dict[str, str]:

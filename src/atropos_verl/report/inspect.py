@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console | None = None) -> int:
     """Inspects and shows. Returns the exit code: 0; 1 the content is at fault; 2 the command is wrong."""
+    logging.basicConfig(level=logging.ERROR)  # what the pipeline logs about the groups is shown in place, once
     try:
         _inspect(options, console or Console())
     except (ConfigError, DataError) as error:

@@ -24,7 +24,7 @@ from atropos_verl.training.step import RunTotals
 
 logger = logging.getLogger(__name__)
 
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 """verl's name of the newest one; manifests say which that is."""
 _STATE = "atropos.json"
 _MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ def new_checkpoint(
                 final.rename(replaced)
             place.rename(final)
         sync_to_disk(root, root.parent)
-        write_atomic(root / _TRACKER, str(step), durable=True)
+        write_atomic(root / TRACKER, str(step), durable=True)
     except (OSError, RuntimeError) as error:
         cause = _why_nothing_can_be_written(root) or error
         if replaced.exists():
@@ -238,9 +238,9 @@ def find_checkpoint(root: Path, resume: str, tell: Callable[[str], None] = logge
             for text in (text for other, text in damages.items() if other > step):
                 tell(f"{text}; {paths[step].name} is used")
             return paths[step]
-    if not paths and not (root / _TRACKER).exists():
+    if not paths and not (root / TRACKER).exists():
         return None
-    listed = "; ".join(damages.values()) or f"{root / _TRACKER} is there, but none that it could name"
+    listed = "; ".join(damages.values()) or f"{root / TRACKER} is there, but none that it could name"
     raise CheckpointError(
         f"no checkpoint in {root} is complete: {listed}. resume=PATH takes one of an earlier version, which has no "
         "manifest; another run_dir starts a new run"

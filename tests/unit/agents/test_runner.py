@@ -303,6 +303,31 @@ def test_no_address_is_guessed(
     assert capsys.readouterr().err == f"CONFIGURATION ERROR: --{missing}: set it, or {variable}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--tsks {tasks} json:loads", "error: unrecognized arguments: --tsks "),
+        ("--task {tasks} json:loads", "error: unrecognized arguments: --task "),
+        ("json:loads", "CONFIGURATION ERROR: --tasks: cannot read tasks.jsonl: "),
+        ("--tasks {tasks} no_such:solve", "CONFIGURATION ERROR: agent: "),
+        (
+            "--tasks {tasks} json:loads --gateway-url localhost:8001",
+            "CONFIGURATION ERROR: --gateway-url: 'localhost:8001' is",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_words_is_said_before_anything_is_asked(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.jsonl").write_text("1\n")
+    monkeypatch.setattr(module, "AtroposClient", lambda *_, **__: pytest.fail("the API was asked"))
+    addresses = ["--gateway-url", "http://127.0.0.1:1", "--api-url", "http://127.0.0.1:1"]
+    with pytest.raises(SystemExit, match="2"):
+        raise SystemExit(main(["agents", "run", *addresses, *words.format(tasks="t.jsonl").split()]))
+    assert told in capsys.readouterr().err
+
+
 async def test_which_failures_say_nothing_of_the_agent() -> None:
     named = type("APIConnectionError", (Exception,), {})()
     for error in (httpx.ReadTimeout("x"), ConnectionResetError(), named, SessionError("x", 503)):

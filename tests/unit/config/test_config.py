@@ -211,7 +211,6 @@ def test_help_explains_every_key_with_its_value_in_the_chosen_configuration(tmp_
     text = shown(launch_main, "envs=[demo]", "api.port=8123")
     assert re.search(r"\n  api.port .*\(8123\)\n", text)
     assert all(f"  {name} " in text for name, *_ in describe_launch())
-    assert all(path.stem in text for path in SHIPPED.glob("*.yaml"))
     text = shown(main, "backend=ray", "atropos.poll_interval=0.5")
     assert re.search(r"\n  atropos.poll_interval .*\(0.5\)\n", text) and "atropos.off_policy.max_staleness" in text
 
@@ -334,6 +333,18 @@ def test_verl_gets_the_directory_of_a_model_with_a_name(tmp_path: Path, monkeypa
     monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
     config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
     assert config.actor_rollout_ref.model.path == str(tmp_path)
+
+
+def test_help_of_a_command_names_the_files_that_it_takes(capsys: Capture) -> None:
+    def named(run: Command) -> set[str]:
+        assert run(["--help"]) == 0
+        return set(capsys.readouterr().out.split("one of: ")[1].splitlines()[0].split(", "))
+
+    assert named(launch_main) == {path.stem for path in SHIPPED.glob("*.yaml")}
+    assert named(main) == {"atropos", "smollm2", *FILES}
+    for name in named(launch_main) - named(main) - {"production"}:  # which needs an address first
+        with pytest.raises(ConfigError, match=f"a key of a launch; run `atropos-verl launch --config-name {name}`"):
+            load_config([], config_name=name)
 
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipe" / "atropos"

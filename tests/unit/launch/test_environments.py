@@ -239,7 +239,7 @@ def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
         "its arguments send it to http://elsewhere/v1, not to the gateway",
     )
     for said, words in zip(plan({"mine": settings})[1], expected, strict=True):
-        assert said.startswith(f"environments.mine: {words}")
+        assert said.startswith(f"environments.mine.script: {words}")
     assert len(plan({"mine": {**settings, "python": sys.executable}})[1]) == 3, "its own interpreter may have that"
 
 

@@ -7,6 +7,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -15,10 +16,10 @@ from atropos_verl.assets import demo_model_path
 from atropos_verl.config.composition import SHIPPED, load_config, load_launch
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig, note_of_unused_keys
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.config.verl_keys import compose_run, read_run
-from atropos_verl.errors import ConfigError
+from atropos_verl.config.verl_keys import backend_of, compose_run, read_run
+from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.http_thread import environment_token
-from atropos_verl.launch.launch import backend_of, build_plan, load_settings, main
+from atropos_verl.launch.launch import build_plan, load_settings, main
 from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir, take_run_dir
 from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.train import TrainingServices, _check_trackers, _train_locally
@@ -319,6 +320,29 @@ def test_a_tracker_that_cannot_start_is_named_before_anything_does(
         (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n\n")
         _check_trackers(names)
         assert os.environ["WANDB_MODE"] == "offline", "what 'wandb offline' has stored holds"
+
+
+@pytest.mark.parametrize(
+    ("error", "saved", "is_told"),
+    [(KeyboardInterrupt, 0, False), (KeyboardInterrupt, 6, True), (ServiceError, 6, True), (ConfigError, 6, False)],
+)
+def test_what_ends_a_run_says_how_to_go_on_from_what_is_saved(
+    error: type[BaseException], saved: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Wherever it happens: before the first step, after a checkpoint, in an evaluation, while processes end."""
+    caplog.set_level(logging.WARNING, "atropos_verl")  # is put back at the end
+    run_dir = tmp_path / "my runs"
+    config = RunConfig.from_mapping({"run_dir": str(run_dir), "steps": 9})
+    if saved:
+        with new_checkpoint(run_dir / "checkpoints", saved, None) as directory:
+            RunState(step=saved).save(directory, config)
+    monkeypatch.setattr(TrainingServices, "start_api", lambda self, _: self.config)
+    monkeypatch.setattr("atropos_verl.backends.local.run.run", Mock(side_effect=error("x")))
+    with pytest.raises(error) as caught:
+        _train_locally(config)
+    logging.getLogger().handlers.pop().close()
+    note = f"(the same command with 'run_dir={run_dir}' resume=auto goes on from step {saved})"
+    assert getattr(caught.value, "__notes__", []) == ([note] if is_told else [])
 
 
 @pytest.mark.parametrize("summarised", [None, 3, 6])

@@ -58,13 +58,8 @@ def run(
         held_out = HeldOut(evaluations, progress, trainer.state.held_out)
         outcome = trainer.fit(progress=progress, check_services=check_services, held_out=held_out, on_step=on_step)
         if config.eval.after:
-            try:
-                held_out.start("after")
-                trainer.evaluate("after")
-            except BaseException as error:
-                if config.save_freq > 0:
-                    error.add_note("(every step is saved; the same command evaluates again and writes summary.json)")
-                raise
+            held_out.start("after")
+            trainer.evaluate("after")
         return outcome, held_out.scores
 
 

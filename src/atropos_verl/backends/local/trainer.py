@@ -551,18 +551,16 @@ class AtroposTrainer(AbstractContextManager["AtroposTrainer"]):
 
     def _save_what_was_trained(self, error: BaseException, progress: Progress) -> None:
         unusable, saved_at = CheckpointError | TrainingDivergedError | WeightSyncError, self._saved_at
-        if self.config.save_freq <= 0 or self.step == saved_at or isinstance(error, unusable):
+        if self.config.save_freq <= 0 or isinstance(error, unusable) or not (self.updating or self.step > saved_at):
             return
-        again = f"the same command with run_dir={self.run_dir} resume=auto"
         if self.updating:
-            note = f"in the middle of an optimiser step: nothing after step {saved_at} is saved; the journal holds the "
-            note += f"batches, {again} trains on them again"
+            note = f"in the middle of an optimiser step: a resumed run trains the steps after {saved_at} again"
         else:
             progress.phase(f"saving checkpoint {self.step}")
             try:
                 with held_interrupts(deliver=False):
                     directory = self.save_checkpoint()
-                note = f"steps up to {self.step} are saved in {directory}; {again} goes on"
+                note = f"steps up to {self.step} are saved in {directory}"
             except CheckpointError as second:
                 note = f"and the trained steps since {saved_at} could not be saved: {second}"
         error.add_note(f"({note})")

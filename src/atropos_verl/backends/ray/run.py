@@ -156,7 +156,7 @@ class _Session:
             return self._watch()
         except (KeyboardInterrupt, ServiceError):
             if self._steps_seen and not self._end.done():
-                self._progress.note("ending: the step on its way is finished and saved (Ctrl-C: at once)")
+                self._progress.note("ending: what was trained is saved first (Ctrl-C: at once)")
                 self._stop_deadline = time.monotonic() + _STOP_SECONDS
                 self._raise_flag("stop")
                 self._watch()
@@ -221,10 +221,8 @@ class _Session:
             raise cause
         if isinstance(error, RayActorError):  # nothing is in the logs of a process that was killed
             found = re.search(r"class_name: (\w+)", str(error))
-            tracker = self._checkpoints / "latest_checkpointed_iteration.txt"
-            saved = f"; the same command goes on from step {tracker.read_text()}" if tracker.exists() else ""
-            text = f"the process of Ray's actor {found[1] if found else '?'} was killed{saved}. (The kernel kills one "
-            text += "when memory runs out.)"
+            text = f"the process of Ray's actor {found[1] if found else '?'} was killed. (The kernel kills one when "
+            text += "memory runs out.)"
         else:
             text = f"verl's task runner failed: {(str(error).strip() or repr(error)).splitlines()[-1]}"
         log = self._run.run_dir / "logs"

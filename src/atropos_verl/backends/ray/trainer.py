@@ -389,7 +389,7 @@ class _AtroposTrainer(PPOTrainer):  # type: ignore[misc]
         if self._whole_step > self._covered_step:
             self.global_steps = self._whole_step
             self._save_checkpoint()
-        return f"steps up to {self._whole_step} are saved in {self.checkpoint_root}; the same command goes on"
+        return f"steps up to {self._whole_step} are saved in {self.checkpoint_root}"
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
         self._is_updating = True
