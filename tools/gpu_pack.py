@@ -131,7 +131,9 @@ def lay(wheels: list[Path], target: Path) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path, help="a new one")
     parser.add_argument("--python", default="3.12", help="version of the GPU machine's (default: 3.12)")
     parser.add_argument("--have", type=Path, help="its `pip list --format=freeze`")

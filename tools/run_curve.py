@@ -60,7 +60,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("file", type=Path, help="the SVG file to write")
     options = parser.parse_args()

@@ -51,7 +51,7 @@ def main(path: Path, samples: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("model", type=Path, help="a Hugging Face directory")
     parser.add_argument("samples", type=int, nargs="?", default=8, help="answers to each question (default: 8)")
     options = parser.parse_args()

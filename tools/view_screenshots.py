@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("run_dir", type=Path)
     run_dir = parser.parse_args().run_dir.absolute()
     command = [sys.executable, "-m", "atropos_verl.cli", "view", str(run_dir), "--port", "0"]

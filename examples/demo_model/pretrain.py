@@ -246,7 +246,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Pre-train, measure on held-out words, save. Prints one JSON line; returns it."""
-    parser = argparse.ArgumentParser(description="Pre-train the demo model (spell words backward).")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Pre-train the demo model (spell words backward).")
     parser.add_argument("--out", type=Path, required=True, help="directory for the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--clean-steps", type=int, default=CLEAN_STEPS, help="steps on right answers only")
