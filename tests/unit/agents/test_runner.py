@@ -306,12 +306,12 @@ def test_no_address_is_guessed(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("--tsks {tasks} json:loads", "error: unrecognized arguments: --tsks "),
-        ("--task {tasks} json:loads", "error: unrecognized arguments: --task "),
-        ("json:loads", "CONFIGURATION ERROR: --tasks: cannot read tasks.jsonl: "),
+        ("--tsks {tasks} operator:add", "error: unrecognized arguments: --tsks "),
+        ("--task {tasks} operator:add", "error: unrecognized arguments: --task "),
+        ("operator:add", "CONFIGURATION ERROR: --tasks: cannot read tasks.jsonl: "),
         ("--tasks {tasks} no_such:solve", "CONFIGURATION ERROR: agent: "),
         (
-            "--tasks {tasks} json:loads --gateway-url localhost:8001",
+            "--tasks {tasks} operator:add --gateway-url localhost:8001",
             "CONFIGURATION ERROR: --gateway-url: 'localhost:8001' is",
         ),
     ],
