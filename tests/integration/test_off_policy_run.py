@@ -131,9 +131,7 @@ def fit(trainer: AtroposTrainer, env: Told) -> list[dict[str, Any]]:
     trainer.fit()
     assert not env.failures
     lines = metrics_of(trainer.run_dir)[-len(told) :]
-    assert [line["step"] for line in lines] == [*range(trainer.step - len(told) + 1, trainer.step + 1)], (
-        "each has its line"
-    )
+    assert [line["step"] for line in lines] == [*range(trainer.step - len(told) + 1, trainer.step + 1)]
     for line, ages in zip(lines, told, strict=True):
         line["told"] = ages
         assert min(ages) >= 0

@@ -98,99 +98,83 @@ def turn(client: httpx.Client, session: dict[str, Any], *messages: dict[str, str
     return dict(answer.json())
 
 
-class Story:
-    """Observations: the run until Ctrl-C after two steps; the run that went on, whose replica and later whose task
-    runner were killed; the run that went on after that; and the API at the end."""
+def test_a_run_that_is_interrupted_and_killed_trains_every_batch_once_as_the_local_backend_does(tmp_path: Path) -> None:
+    """Until Ctrl-C after two steps; going on, with a killed replica and later a killed task runner; to the end."""
+    run_dir, batches = tmp_path / "run", recorded_batches()
+    with ServerProcess(tmp_path) as server, AtroposClient(server.url) as client:
+        words = [
+            "backend=ray",
+            f"atropos.api_url={server.url}",
+            f"trainer.total_training_steps={STEPS}",
+            f"data.train_batch_size={GROUPS}",
+            f"actor_rollout_ref.rollout.n={GROUP_SIZE}",
+            "trainer.save_freq=1",
+            "atropos.off_policy.max_staleness=null",
+            "atropos.advantage_normalization=global",
+            "atropos.loss.ref_weight=0.1",
+        ]
+        with TrainingRun(words, run_dir=run_dir) as run:
+            run.wait_for_output("waiting for a batch")
+            for batch in batches[:2]:
+                client.post_scored_data_list(batch)
+            run.wait_for_step(2)
+            run.ctrl_c()
+            run.must_end(130)
+            assert run.processes_seen > 8, "Ray's processes were among those watched"
+        assert checkpointed_step(run_dir) == 2
+        with TrainingRun(words, run_dir=run_dir) as run:
+            run.wait_for_output("resumed at step 2")
+            run.kill_actor("TransformersServer")
+            client.post_scored_data_list(batches[2])
+            run.wait_for_step(3)
+            with at_gateway(run) as gateway:
+                session = post(gateway, "/sessions", group="g")
+                first = turn(gateway, session)
+            run.kill_actor("AtroposTaskRunner")
+            run.must_end(1)
+            assert "Ray's actor AtroposTaskRunner was killed." in run.stderr
+            goes_on = f"(the same command with run_dir={run_dir} trainer.resume_mode=auto goes on from step 3)"
+            assert run.stderr.splitlines()[-1] == goes_on
+            assert "Traceback" not in run.stderr
+        with TrainingRun(words, run_dir=run_dir) as run:
+            run.wait_for_output("resumed at step 3")
+            with at_gateway(run) as gateway:
+                again = turn(gateway, session)
+                assert (again["id"], again["choices"]) == (first["id"], first["choices"]), "it was sampled again"
+                turn(gateway, session, {"role": "user", "content": "a"}, first["choices"][0]["message"])
+                post(gateway, f"/sessions/{session['id']}/reward", reward=1)
+                rollout = gateway.get(f"/sessions/{session['id']}/rollout").json()
+                assert [row["turns"] for row in rollout["rows"]] == [[0, 1]]
+            client.post_scored_data_list(batches[3])
+            run.must_end(0)
+        status = client.status()
+    assert (status.queue_size, status.current_step) == (0, STEPS)
+    assert (checkpointed_step(run_dir), journalled(run_dir)) == (STEPS, [])
 
-    def __init__(self, directory: Path) -> None:
-        self.run_dir = directory / "run"
-        self.batches = recorded_batches()
-        with ServerProcess(directory) as server, AtroposClient(server.url) as client:
-            words = [
-                "backend=ray",
-                f"atropos.api_url={server.url}",
-                f"trainer.total_training_steps={STEPS}",
-                f"data.train_batch_size={GROUPS}",
-                f"actor_rollout_ref.rollout.n={GROUP_SIZE}",
-                "trainer.save_freq=1",
-                "atropos.off_policy.max_staleness=null",
-                "atropos.advantage_normalization=global",
-                "atropos.loss.ref_weight=0.1",
-            ]
-            with TrainingRun(words, run_dir=self.run_dir) as run:
-                run.wait_for_output("waiting for a batch")
-                for batch in self.batches[:2]:
-                    client.post_scored_data_list(batch)
-                run.wait_for_step(2)
-                run.ctrl_c()
-                run.must_end(130)
-                self.processes = run.processes_seen
-            self.saved_step = checkpointed_step(self.run_dir)
-            with TrainingRun(words, run_dir=self.run_dir) as run:
-                run.wait_for_output("resumed at step 2")
-                run.kill_actor("TransformersServer")
-                client.post_scored_data_list(self.batches[2])
-                run.wait_for_step(3)
-                with at_gateway(run) as gateway:
-                    session = post(gateway, "/sessions", group="g")
-                    self.answers = [turn(gateway, session)]
-                run.kill_actor("AtroposTaskRunner")
-                run.must_end(1)
-                self.said = run.stderr
-            with TrainingRun(words, run_dir=self.run_dir) as run:
-                run.wait_for_output("resumed at step 3")
-                with at_gateway(run) as gateway:
-                    self.answers.append(turn(gateway, session))
-                    said = self.answers[0]["choices"][0]["message"]
-                    turn(gateway, session, {"role": "user", "content": "a"}, said)
-                    post(gateway, f"/sessions/{session['id']}/reward", reward=1)
-                    self.rollout = gateway.get(f"/sessions/{session['id']}/rollout").json()
-                client.post_scored_data_list(self.batches[3])
-                run.must_end(0)
-            self.api_status = client.status()
-        self.metrics = metrics_of(self.run_dir)
-
-
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    return Story(tmp_path_factory.mktemp("ray"))
-
-
-def test_ctrl_c_ends_after_a_whole_step_saves_it_and_leaves_no_process(story: Story) -> None:
-    assert story.saved_step == 2
-    assert story.processes > 8, "Ray's processes were among those watched"
-
-
-def test_a_killed_replica_is_replaced_a_killed_task_runner_is_one_message_and_a_session_goes_on(story: Story) -> None:
-    assert [line["sync/replicas_replaced"] for line in story.metrics] == [0, 0, 1, 0]
-    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in story.metrics)
-    assert "Ray's actor AtroposTaskRunner was killed." in story.said
-    again = f"(the same command with run_dir={story.run_dir} trainer.resume_mode=auto goes on from step 3)"
-    assert story.said.splitlines()[-1] == again
-    assert "Traceback" not in story.said
-    first, again = ([answer[name] for name in ("id", "choices")] for answer in story.answers)
-    assert first == again, "it was not sampled again"
-    assert [row["turns"] for row in story.rollout["rows"]] == [[0, 1]]
-
-
-def test_every_batch_is_trained_once_and_the_bad_group_quarantined(story: Story) -> None:
-    assert [line["step"] for line in story.metrics] == [1, 2, 3, 4]
-    assert checkpointed_step(story.run_dir) == STEPS
-    assert (story.api_status.queue_size, story.api_status.current_step) == (0, STEPS)
-    assert journalled(story.run_dir) == []
-    summary = summary_of(story.run_dir)
-    assert summary["rewards"] == [line["reward/mean"] for line in story.metrics], "of both runs"
+    lines = metrics_of(run_dir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["sync/replicas_replaced"] for line in lines] == [0, 0, 1, 0]
+    assert all(line["sync/canary_max_abs_logprob_diff"] < 1e-5 for line in lines)
+    summary = summary_of(run_dir)
+    assert summary["rewards"] == [line["reward/mean"] for line in lines], "of all processes"
     assert summary["reward_first"] == pytest.approx(sum(summary["rewards"][:2]) / 2)
-    totals = json.loads((story.run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())["totals"]
+    totals = json.loads((run_dir / "checkpoints" / f"global_step_{STEPS}" / "atropos.json").read_text())["totals"]
     assert (totals["groups_used"], totals["groups_quarantined"]) == (STEPS * GROUPS - 1, 1)
-    [path] = (story.run_dir / "quarantine").glob("*.json")
+    [path] = (run_dir / "quarantine").glob("*.json")
     assert "tokens[2]" in path.read_text()
-    assert [line["data/quarantined"] for line in story.metrics] == [0, 1, 0, 0]
+    assert [line["data/quarantined"] for line in lines] == [0, 1, 0, 0]
+    # The engine that wrote the first batch had the trainer's weights. The later ones are of the same weights: the
+    # figure says that they are old.
+    diffs = [line["training/rollout_probs_diff_mean"] for line in lines]
+    assert diffs[0] < 1e-5
+    assert all(earlier < later for earlier, later in pairwise(diffs))
+    assert [line["off_policy/staleness_max"] for line in lines] == [0, 1, 2, 3]
+    check_against_the_local_backend(lines, batches, tmp_path / "local")
 
 
-def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, tmp_path: Path) -> None:
+def check_against_the_local_backend(lines: list[dict[str, Any]], batches: list[list[bytes]], run_dir: Path) -> None:
     config = {
-        "run_dir": str(tmp_path),
+        "run_dir": str(run_dir),
         "atropos": {"api_url": "http://127.0.0.1:9"},  # never asked
         "group_size": GROUP_SIZE,
         "batch_size": GROUPS * GROUP_SIZE,
@@ -202,11 +186,11 @@ def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, 
         "loss": {"ref_weight": 0.1},
     }
     with AtroposTrainer.from_config(config) as trainer:
-        bodies = [b'{"batch": [' + b",".join(batch) + b"]}" for batch in story.batches]
+        bodies = [b'{"batch": [' + b",".join(batch) + b"]}" for batch in batches]
         reports = [trainer.train_on(RolloutData(decode_batch(body))) for body in bodies]
     # To the last bit but one: verl multiplies a figure by the number of rows and divides again. The values themselves
     # are compared bit by bit in tests/unit/backends/ray/test_feed.py.
-    for line, report in zip(story.metrics, reports, strict=True):
+    for line, report in zip(lines, reports, strict=True):
         step = report.metrics
         assert line["advantage/mean_abs"] == pytest.approx(step["advantage/mean_abs"], rel=1e-14)
         assert line["data/trained_tokens"] == step["data/trained_tokens"]
@@ -217,12 +201,4 @@ def test_advantages_loss_and_gradient_norm_are_the_local_backends(story: Story, 
         ours, theirs = ({k: v for k, v in d.items() if k.startswith(("distill/", "ref/"))} for d in (step, line))
         assert theirs == pytest.approx(ours, rel=1e-4), line["step"]
         assert (line["advantage/replaced_sequences"], line["advantage/zeroed_sequences"]) == (2.0, 1.0)
-    assert {"distill/kl", "distill/known", "ref/kl", "ref/known"} <= story.metrics[0].keys()
-
-
-def test_the_engine_that_wrote_the_first_batch_had_the_trainers_weights(story: Story) -> None:
-    """And the figure says so when it had not: the later batches were written by the weights of step 0 as well."""
-    diffs = [line["training/rollout_probs_diff_mean"] for line in story.metrics]
-    assert diffs[0] < 1e-5
-    assert all(earlier < later for earlier, later in pairwise(diffs))
-    assert [line["off_policy/staleness_max"] for line in story.metrics] == [0, 1, 2, 3]
+    assert {"distill/kl", "distill/known", "ref/kl", "ref/known"} <= lines[0].keys()

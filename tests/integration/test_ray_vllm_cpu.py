@@ -131,18 +131,12 @@ async def _under_load(cluster: Cluster) -> None:
         assert any(first < end for first, end in versions), "no answer was cut and went on"
 
 
-def test_sleep_wake_abort_and_weights_under_load(model_path: Path) -> None:
+def test_vllm_follows_the_trainer_also_under_load(model_path: Path) -> None:
     with started_cluster(model_path, *_VLLM) as cluster:
         cluster.step(0)
+        assert _difference(cluster) < 1e-4
         asyncio.run(_under_load(cluster))
         assert _difference(cluster) < 1e-4
-
-
-def test_vllm_follows_the_trainer(model_path: Path) -> None:
-    with started_cluster(model_path, *_VLLM) as cluster:
-        for step in range(2):
-            cluster.step(step)
-            assert _difference(cluster) < 1e-4
         cluster.workers.nudge(3, 0.05)
         assert _difference(cluster) > 1e-2
 

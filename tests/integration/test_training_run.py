@@ -49,62 +49,42 @@ def environment_command(api_url: str, gateway: str, key: str) -> list[str]:
     return [sys.executable, str(script), "serve", *(word for option in options.items() for word in option)]
 
 
-class Attached:
-    """One attached run, to which malformed groups are posted."""
+def test_attached_to_the_users_api_it_trains_ends_only_itself_and_quarantines_malformed_groups(tmp_path: Path) -> None:
+    run_dir, malformed = tmp_path / "run", malformed_groups(11, MALFORMED, same_size=True)
+    sizes = [f"steps={STEPS}", *SMALL, f"batch_size={BATCH_SIZE}", f"group_size={GROUP_SIZE}"]
+    with (
+        UpstreamApi(tmp_path) as api,
+        TrainingRun([f"atropos.api_url={api.url}", *sizes], run_dir=run_dir) as run,
+        (tmp_path / "environment.log").open("wb") as log,
+    ):
+        run.wait_for_output("environments are to use the gateway at http://127.0.0.1:")
+        gateway = run.stdout.split("environments are to use the gateway at ")[1].split("/v1")[0]
+        key_file = run_dir / "gateway.key"
+        assert f"the gateway's key, in {key_file}" in run.stdout and key_file.stat().st_mode & 0o777 == 0o600
+        assert httpx.get(f"{gateway}/v1/models", timeout=10.0, trust_env=False).status_code == 401, "it needs the key"
+        command = environment_command(api.url, gateway, key_file.read_text().strip())
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path)
+        try:
+            run.wait_for_step(2)
+            with AtroposClient(api.url, timeout=60.0) as poster:
+                poster.post_scored_data_list([json.dumps(group).encode() for group in malformed])
+            run.must_end(0)
+            assert env.poll() is None and api.process.poll() is None, "API and environment are the user's"
+        finally:
+            env.kill()
+            env.wait(timeout=20.0)
+        assert run.stderr == ""
+        assert "starting the" not in run.stdout
+    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["trainer.log"]
 
-    def __init__(self, directory: Path) -> None:
-        self.run_dir = directory / "run"
-        self.malformed = malformed_groups(11, MALFORMED, same_size=True)
-        sizes = [f"steps={STEPS}", *SMALL, f"batch_size={BATCH_SIZE}", f"group_size={GROUP_SIZE}"]
-        with (
-            UpstreamApi(directory) as api,
-            TrainingRun([f"atropos.api_url={api.url}", *sizes], run_dir=self.run_dir) as run,
-            (directory / "environment.log").open("wb") as log,
-        ):
-            run.wait_for_output("environments are to use the gateway at http://127.0.0.1:")
-            gateway = run.stdout.split("environments are to use the gateway at ")[1].split("/v1")[0]
-            key_file = self.run_dir / "gateway.key"
-            assert f"the gateway's key, in {key_file}" in run.stdout and key_file.stat().st_mode & 0o777 == 0o600
-            self.without_key = httpx.get(f"{gateway}/v1/models", timeout=10.0, trust_env=False).status_code
-            command = environment_command(api.url, gateway, key_file.read_text().strip())
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            env = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=directory)
-            try:
-                run.wait_for_step(2)
-                with AtroposClient(api.url, timeout=60.0) as poster:
-                    poster.post_scored_data_list([json.dumps(group).encode() for group in self.malformed])
-                run.must_end(0)
-                self.others_alive = env.poll() is None and api.process.poll() is None
-            finally:
-                env.kill()
-                env.wait(timeout=20.0)
-            self.stdout, self.stderr = run.stdout, run.stderr
-        self.metrics = metrics_of(self.run_dir)
-
-
-@pytest.fixture(scope="module")
-def attached(tmp_path_factory: pytest.TempPathFactory) -> Attached:
-    return Attached(tmp_path_factory.mktemp("attached"))
-
-
-def test_attached_to_the_users_api_it_trains_and_ends_only_itself(attached: Attached) -> None:
-    assert attached.stderr == ""
-    assert "starting the" not in attached.stdout
-    assert sorted(path.name for path in (attached.run_dir / "logs").iterdir()) == ["trainer.log"]
-    assert attached.others_alive, "API and environment are the user's"
-    assert attached.without_key == 401
-
-
-def test_malformed_groups_are_quarantined_each_with_its_reason(attached: Attached) -> None:
-    assert summary_of(attached.run_dir)["groups_quarantined"] == MALFORMED
-    files = [json.loads(path.read_text()) for path in (attached.run_dir / "quarantine").iterdir()]
+    assert summary_of(run_dir)["groups_quarantined"] == MALFORMED
+    files = [json.loads(path.read_text()) for path in (run_dir / "quarantine").iterdir()]
     refused = Counter(json.dumps(file["group"]["tokens"]) for file in files)
-    assert refused == Counter(json.dumps(group["tokens"]) for group in attached.malformed)
+    assert refused == Counter(json.dumps(group["tokens"]) for group in malformed)
     assert all(len(file["reason"]) > 10 for file in files)
 
-
-def test_malformed_groups_leave_training_unharmed(attached: Attached) -> None:
-    lines = attached.metrics
+    lines = metrics_of(run_dir)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert sum(line["data/quarantined"] for line in lines) == MALFORMED
     # No batch lost a group on the way: what was not refused was used.
@@ -192,9 +172,8 @@ def test_every_evaluated_token_is_of_one_version_while_training_goes_on(distille
     assert any(order < max(pinned) for order, version in trained if version > PINNED), "newer weights wrote meanwhile"
     summary = summary_of(distilled)
     [score] = summary["held_out_steps"].values()
-    told = [
-        (line["held_out/step"], line["held_out/score"]) for line in metrics_of(distilled) if "held_out/step" in line
-    ]
+    lines = [line for line in metrics_of(distilled) if "held_out/step" in line]
+    told = [(line["held_out/step"], line["held_out/score"]) for line in lines]
     assert told in ([], [(PINNED, score)])  # none: it ended after the last step
     best = LAST if summary["held_out_after"] >= score else PINNED
     assert (distilled / "checkpoints" / f"global_step_{best}").is_dir()

@@ -72,7 +72,8 @@ def test_logprobs_are_of_the_sampling_temperature_over_the_full_vocabulary(
 def test_a_seeded_request_gives_the_same_tokens_alone_and_among_thirty_others_in_fewer_slots() -> None:
     [prompt, *others] = prompts(11, *range(3, 33))
     wanted = request(prompt, n=11, max_tokens=25, temperature=0.9, top_p=0.95, seed=44, ignore_eos=True)
-    noise = [request(p, max_tokens=5 + i, temperature=1.2, ignore_eos=True) for i, p in enumerate(others)]
+    kinds: tuple[Any, ...] = ({"temperature": 1.7}, GREEDY, {"top_k": 3}, {"top_p": 0.4}, {"min_p": 0.1})
+    noise = [request(p, max_tokens=5 + i, **{"ignore_eos": True, **kinds[i % 5]}) for i, p in enumerate(others)]
     unseeded: list[Any] = []
     for seed in (7, 7, 8):  # requests without a seed have the engine's
         with engine_of(tiny_causal_lm(), seed=seed) as wide:

@@ -101,22 +101,6 @@ def test_candidate_sets_equal_those_of_transformers_warpers(vocab_size: int) -> 
         assert float((quantile == tokens).double().mean()) > 0.995, case
 
 
-def test_rows_with_different_settings_do_not_touch_each_other() -> None:
-    logits = torch.randn((6, 50), generator=torch.Generator().manual_seed(2))
-    logits[:, ::2] = -torch.inf  # never drawn
-    settings = ({}, {"temperature": 0.0}, {"top_k": 3}, {"temperature": 1.7}, {"top_p": 0.4}, {"min_p": 0.1})
-    requests = [request((1,), **entry) for entry in settings]
-    keys = [stream_key(11, row) for row in range(6)]
-    positions = np.arange(6, dtype=np.uint64)
-    together, logprobs, _ = sample(logits, SamplingRows.build(requests, keys, 50, "cpu"), positions)
-    assert (together % 2 == 1).all()
-    for row in range(6):
-        alone = SamplingRows.build([requests[row]], [keys[row]], 50, "cpu")
-        token, logprob, _ = sample(logits[row : row + 1], alone, positions[row : row + 1])
-        assert int(token[0]) == int(together[row])
-        assert float(logprob[0]) == pytest.approx(float(logprobs[row]), abs=1e-6)
-
-
 def test_uniforms_follow_splitmix64_and_streams_differ() -> None:
     # Reference outputs of SplitMix64 seeded with 1234567 (the generator's published test vector).
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]

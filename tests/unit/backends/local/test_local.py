@@ -90,11 +90,15 @@ def test_logprobs_loss_gradient_norm_and_update_of_one_step(model_path: Path) ->
         assert (tensor.double() - wanted[name]).abs().median() < 1e-5, name
 
 
-def test_grpo_with_several_updates_against_float64(model_path: Path) -> None:
-    """Two passes of two mini-batches: their ratios are to the logprobs before the first of the four updates."""
-    samples, names = random_samples(8, vocab_size=200, seed=4), ("loss", "grad_norm", "ratio_mean")
-    settings = {"loss": {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}, "off_policy": {"importance": None}}
-    output = _worker(model_path, optim={"lr": 1e-3}, **settings).train(samples)
+@pytest.mark.parametrize("shares", [False, True])
+def test_grpo_with_several_updates_against_float64(model_path: Path, shares: bool) -> None:
+    """Two passes of two mini-batches: their ratios are to the logprobs before the first of the four updates, which have
+    the rate of the step."""
+    samples, names = random_samples(8, vocab_size=200, seed=4), ("loss", "grad_norm", "ratio_mean", "lr")
+    trainer = {"device": "cpu", "max_token_len_per_gpu": 64, "share_prefixes": shares}
+    loss, optim = {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}, {"lr": 4e-3, "lr_warmup_steps": 4}
+    worker = _worker(model_path, trainer=trainer, loss=loss, off_policy={"importance": None}, optim=optim)
+    output = worker.train(samples)
     reference = AutoModelForCausalLM.from_pretrained(str(model_path), dtype=torch.float64)
     old = [_logprobs(reference, sample).detach() for sample in samples]
     optimiser = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -108,9 +112,11 @@ def test_grpo_with_several_updates_against_float64(model_path: Path) -> None:
         found.loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
         optimiser.step()
-        updates.append([found.loss.item(), norm.item(), found.metrics["ratio_mean"]])
+        updates.append([found.loss.item(), norm.item(), found.metrics["ratio_mean"], 1e-3])
     assert [output[name] for name in names] == pytest.approx(np.mean(updates, 0), rel=1e-3)
     assert abs(output["ratio_mean"] - 1.0) > 1e-3
+    wanted = reference.state_dict()
+    assert all((tensor.double() - wanted[name]).abs().median() < 1e-5 for name, tensor in worker.named_tensors())
 
 
 @pytest.mark.parametrize("loss", ["advantage_weighted_sft", "grpo"])
@@ -197,23 +203,19 @@ def test_what_cannot_be_loaded_is_an_error_with_its_directory_and_no_lock_file_s
 
 
 def test_two_ranks_give_what_one_gives(model_path: Path, tmp_path: Path) -> None:
-    """Loss, logprobs, weights; and on random forests with shared prefixes and without, where every gradient is compared
-    (see the scripts)."""
+    """And on them every gradient of random forests is the same with shared prefixes and without."""
     out, forests = tmp_path / "two.json", os.environ.get("ATROPOS_VERL_FORESTS", "24")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [train_ranks.__file__, str(model_path), str(out), forests]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, check=True, timeout=900, env=environment)
     one, two = train_ranks.results(model_path, tmp_path), json.loads(out.read_text())
-    assert np.allclose(two["forests"], train_ranks.compare(model_path, int(forests) // 8), rtol=1e-4, atol=1e-6)
     for kind in ("advantage_weighted_sft", "grpo"):
         a, b = one[kind], two[kind]
         assert (a["world_size"], b["world_size"]) == (1, 2)
-        for figures_a, figures_b in zip(a["figures"], b["figures"], strict=True):
-            assert figures_b == pytest.approx(figures_a, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(b["figures"], a["figures"], rtol=1e-3, atol=1e-5)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
-        for row_a, row_b in zip(a["logprobs"], b["logprobs"], strict=True):
-            assert row_b == pytest.approx(row_a, abs=2e-3)
+        torch.testing.assert_close(b["logprobs"], a["logprobs"], rtol=0, atol=2e-3)
         assert b["after_load"] == b["logprobs"]
         assert b["weights"] == pytest.approx(a["weights"], rel=1e-4)
 
