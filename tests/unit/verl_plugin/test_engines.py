@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.engines import TINY
 from support.samples import branching_samples
@@ -110,23 +110,32 @@ def _grown(plan: list[tuple[int, int, int]], seed: int) -> list[torch.Tensor]:
     return rows
 
 
-@pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("block", [4, 256])
-def test_loss_and_every_gradient_of_a_packed_row_equal_those_of_separate_sequences(
-    model_path: Path, shares: bool, block: int, monkeypatch: pytest.MonkeyPatch
+FORESTS = int(os.environ.get("ATROPOS_VERL_FORESTS", "24"))
+"""Random forests of the tests below."""
+PLANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 60), st.integers(2, 40)), min_size=2, max_size=12)
+# Branches of one sequence, a beginning of it, and it again.
+PLAN = [*((0, 0, own) for own in (3, 17, 1, 30, 6)), *((3, at, 17) for at in (9, 9, 20)), (3, 12, 0), (3, 30, 0)]
+
+
+@settings(max_examples=FORESTS, deadline=None, suppress_health_check=list(HealthCheck))
+@example(plan=PLAN, block=4, seed=3)
+@example(plan=PLAN, block=256, seed=3)
+@given(plan=PLANS, block=st.sampled_from([4, 32, 256]), seed=st.integers(0, 1000))
+def test_loss_and_every_gradient_of_packed_forests_equal_those_of_separate_sequences(
+    model_path: Path, plan: list[tuple[int, int, int]], block: int, seed: int
 ) -> None:
-    """With ``block`` 4 the branches are long ones, whose masks are made part by part, and again in the backward."""
-    _set_blocks(monkeypatch, block, block, 8 * block)
-    # Branches of one sequence, a beginning of it, and it again.
-    rows = _grown([(0, 0, 3), (0, 0, 17), (0, 0, 1), (0, 0, 30), (0, 0, 6), (3, 9, 17), (3, 9, 17), (3, 20, 17)], 3)
-    rows += [rows[3][:12], rows[3]]
-    expected = _figures(_model(model_path, packed=False), rows, 0, None)
-    found = _figures(_model(model_path), rows, 0, shares)
-    names = ["loss", "logprobs", *(name for name, _ in _model(model_path).named_parameters())]
-    for name, value, reference in zip(names, found, expected, strict=True):
-        # RMSNorm rounds to float32; sums over branches are rounded once where single ones are rounded one by one.
-        limit = 1e-6 if shares and name not in ("loss", "logprobs") else 1e-12
-        assert (value - reference).norm() <= limit * reference.norm(), name
+    """With a small ``block`` branches are long ones, whose masks are made part by part, and again in the backward."""
+    rows, model = _grown(plan, seed), _model(model_path)
+    expected = _figures(_model(model_path, packed=False), rows, seed, None)
+    names = ["loss", "logprobs", *(name for name, _ in model.named_parameters())]
+    for shares in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            _set_blocks(patch, block, block, 8 * block)
+            found = _figures(model, rows, seed, shares)
+        for name, value, reference in zip(names, found, expected, strict=True):
+            # RMSNorm rounds to float32; sums over branches are rounded once where single ones are rounded one by one.
+            limit = 1e-6 if shares and name not in ("loss", "logprobs") else 1e-12
+            assert (value - reference).norm() <= limit * (reference.norm() + 1e-3), name
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -156,25 +165,6 @@ def test_no_mask_of_a_long_branch_is_kept_for_the_backward(model_path: Path, mon
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         _figures(_model(model_path, torch.float32), rows, 0, shares=True)
     assert not {(32, 92), (32, 124), (26, 150), (90, 150), (150, 150)} & set(kept)
-
-
-FORESTS = int(os.environ.get("ATROPOS_VERL_FORESTS", "24"))
-"""Random forests of the tests below; 200 take 10 s."""
-PLANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 60), st.integers(2, 40)), min_size=2, max_size=12)
-
-
-@settings(max_examples=FORESTS, deadline=None, suppress_health_check=list(HealthCheck))
-@given(plan=PLANS, block=st.sampled_from([4, 32, 256]), seed=st.integers(0, 1000))
-def test_random_forests_give_loss_gradients_and_logprobs_of_sequences_end_to_end(
-    model_path: Path, plan: list[tuple[int, int, int]], block: int, seed: int
-) -> None:
-    """float32, 1e-5 relative."""
-    rows, model = _grown(plan, seed), _model(model_path, torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        _set_blocks(patch, block, block, 8 * block)
-        flat, shared = (_in_all(_figures(model, rows, seed, shares)) for shares in (False, True))
-    for expected, found in zip(flat, shared, strict=True):
-        assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-7
 
 
 def test_in_bfloat16_the_error_against_float32_is_that_of_sequences_end_to_end(model_path: Path) -> None:
@@ -286,24 +276,6 @@ def test_a_model_that_cannot_share_prefixes_is_trained_whole_and_the_log_says_so
         assert worker.train(samples)["loss"] == pytest.approx(expected, rel=1e-4)
     said = [message for message in caplog.messages if "prefixes that sequences share" in message]
     assert said == [f"{name}ForCausalLM computes prefixes that sequences share for each of them: {why}"]
-
-
-def test_several_updates_with_shared_prefixes_give_the_loss_and_weights_of_unshared_ones(model_path: Path) -> None:
-    """Of GRPO: four updates in each of two steps, which have one rate each."""
-    loss = {"type": "grpo", "ppo_epochs": 2, "ppo_mini_batches": 2}
-    steps, weights = [], []
-    for shares in (False, True):
-        worker = _worker(model_path, share=shares, loss=loss, optim={"lr": 1e-4, "lr_warmup_steps": 4})
-        steps += [worker.train(branching_samples(7)) for _ in range(2)]
-        weights.append({name: tensor.clone() for name, tensor in worker.named_tensors()})
-    assert [step["lr"] for step in steps] == pytest.approx([2.5e-5, 5e-5] * 2)
-    for one, other in zip(steps[:2], steps[2:], strict=True):
-        assert other["ratio_mean"] != 1.0, "only the first of the updates is of the old logprobs"
-        for name in ("loss", "grad_norm", "ratio_mean"):
-            assert other[name] == pytest.approx(one[name], rel=1e-4), name
-    for name, tensor in weights[0].items():
-        if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is noise, which Adam scales up
-            assert (weights[1][name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
 def _taught(samples: list[TrainingSample]) -> list[TrainingSample]:
