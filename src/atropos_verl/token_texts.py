@@ -18,10 +18,6 @@ _PLAIN, _COMPOSED = "a B\n c", "e\u0301\ufb01\u3000"
 second."""
 _SPACES = [character.encode() for character in map(chr, range(0x3001)) if character.isspace()]
 
-_WIDTH = 16  # bytes in which most tokens fit
-_FILL, _NO_TEXT = b"\xff", b"\xfe"
-"""Neither is in any UTF-8."""
-
 
 class TokenTexts(dict[int, tuple[str, bytes]]):
     """Token id → its text alone, special tokens shown (a part of a character is U+FFFD), and its bytes."""
@@ -37,9 +33,11 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         self.special_ids = frozenset(special)
         self._is_special = np.zeros(max(special, default=0) + 2, dtype=np.bool_)
         self._is_special[list(special)] = True
-        edges = {*_SPACES, *(text.encode() for text in special.values() if text)}
-        self._edges = tuple(sorted(edges, key=len, reverse=True))
-        self._first_bytes, self._last_bytes = ({edge[at] for edge in edges} for at in (0, -1))
+        edges = sorted({*_SPACES, *(text.encode() for text in special.values() if text)}, key=len, reverse=True)
+        self._heads, self._tails = (
+            {edge[at]: [one for one in edges if one[at] == edge[at]] for edge in edges} for at in (0, -1)
+        )
+        """White space and special tokens by their first and by their last byte, the longest first."""
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         normalize = str if normalizer is None else normalizer.normalize_str
         self._normalize = normalize if normalize(_PLAIN) == _PLAIN and normalize(_COMPOSED) != _COMPOSED else str
@@ -68,26 +66,23 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
-    def _table(self) -> tuple[dict[int, bytes], IntArray, NDArray[np.void]]:
-        """Tokens longer than a row; how many bytes each token has; and these, filled up to a row. The last one, for ids
-        outside, has none."""
+    def _table(self) -> tuple[NDArray[np.uint8], IntArray, IntArray]:
+        """The bytes of all tokens, where those of each begin, and how many it has. The last one, for ids outside, has
+        none."""
         pieces = [*(self[token_id][1] for token_id in range(len(self._tokenizer))), b""]
-        rows = [piece[:_WIDTH].replace(_FILL, _NO_TEXT).ljust(_WIDTH, _FILL) for piece in pieces]
-        long = {token_id: piece for token_id, piece in enumerate(pieces) if len(piece) > _WIDTH}
-        return long, np.array([len(piece) for piece in pieces]), np.frombuffer(b"".join(rows), f"V{_WIDTH}")
+        lengths = np.array([len(piece) for piece in pieces])
+        return np.frombuffer(b"".join(pieces), np.uint8), lengths.cumsum() - lengths, lengths
 
     def read(self, token_ids: NDArray[np.int32]) -> tuple[bytes | None, IntArray]:
         """The text in UTF-8, special tokens shown, and the byte at which each token begins, ``[T + 1]``. None: it holds
         a part of a character, so that these tokens are not those of a text."""
-        long, lengths, rows = self._table
-        starts = np.zeros(len(token_ids) + 1, dtype=np.int64)
-        counts, joined = lengths.take(token_ids, mode="clip"), rows.take(token_ids, mode="clip")
-        counts.cumsum(out=starts[1:])
-        parts, at = list[bytes](), 0
-        for place in (counts > _WIDTH).nonzero()[0].tolist():
-            parts += joined[at:place].tobytes().translate(None, _FILL), long[int(token_ids[place])]
-            at = place + 1
-        found = b"".join([*parts, joined[at:].tobytes().translate(None, _FILL)])
+        everything, begins, lengths = self._table
+        ids, starts = token_ids.astype(np.intp), np.zeros(len(token_ids) + 1, dtype=np.int64)
+        counts = lengths.take(ids, mode="clip")
+        np.add.accumulate(counts, out=starts[1:])
+        places = (begins.take(ids, mode="clip") - starts[:-1]).repeat(counts)
+        places += np.arange(len(places))
+        found = everything.take(places).tobytes()
         try:
             found.decode()
         except UnicodeDecodeError:
@@ -102,17 +97,21 @@ class TokenTexts(dict[int, tuple[str, bytes]]):
     def core(self, text: bytes, start: int = 0, stop: int | None = None) -> tuple[int, int]:
         """``[start, stop)`` of a text without the white space and the special tokens at both ends."""
         stop = len(text) if stop is None else stop
-        while start < stop and text[start] in self._first_bytes and text.startswith(self._edges, start, stop):
-            start += next(len(edge) for edge in self._edges if text.startswith(edge, start, stop))
-        while start < stop and text[stop - 1] in self._last_bytes and text.endswith(self._edges, start, stop):
-            stop -= next(len(edge) for edge in self._edges if text.endswith(edge, start, stop))
-        return start, max(start, stop)
+        while start < stop and (edges := self._heads.get(text[start])):
+            if not (length := next((len(edge) for edge in edges if text.startswith(edge, start, stop)), 0)):
+                break
+            start += length
+        while start < stop and (edges := self._tails.get(text[stop - 1])):
+            if not (length := next((len(edge) for edge in edges if text.endswith(edge, start, stop)), 0)):
+                break
+            stop -= length
+        return start, stop
 
     def cores(self, token_ids: NDArray[np.int32], text: bytes) -> list[bytes]:
         """The texts of a completion, whose whole one is ``text``, that an environment may post: without the white space
         and the special tokens at both ends, and those between shown or left out."""
-        plain = np.flatnonzero(~self._is_special.take(token_ids, mode="clip"))
-        is_mixed = plain.size and plain.size <= plain[-1] - plain[0]
-        texts = [*([self.text(token_ids[plain])] if is_mixed else []), text]
+        is_special = self._is_special.take(token_ids, mode="clip")
+        is_mixed = b"\1" in is_special.tobytes().strip(b"\1")
+        texts = [*([self.text(token_ids[~is_special])] if is_mixed else []), text]
         forms = [form if form.isascii() else self._normalize(form.decode()).encode() for form in texts]
         return list(dict.fromkeys(form[slice(*self.core(form))] for form in forms))

@@ -479,10 +479,11 @@ def _remove(directory: Path) -> None:
 
 def trained_spans(loss_mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """``[start, stop)`` of each run of True."""
-    padded = np.zeros(len(loss_mask) + 2, dtype=np.bool_)
-    padded[1:-1] = loss_mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
-    return list(zip(edges[0::2], edges[1::2], strict=True))
+    marks, spans, stop = loss_mask.tobytes() + b"\0", list[tuple[int, int]](), 0
+    while (start := marks.find(1, stop)) >= 0:
+        stop = marks.find(0, start)
+        spans.append((start, stop))
+    return spans
 
 
 def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.uint64]:
@@ -490,17 +491,15 @@ def prefix_hashes(token_ids: NDArray[np.int32], offset: int = 0) -> NDArray[np.u
     well mixed value of each (token, position) pair (splitmix64's finaliser, Steele et al. 2014), so that all prefixes
     come from one cumulative sum, and that of a prompt plus that of what follows it (``offset`` = length of the prompt)
     is that of both."""
-    count = len(token_ids)
-    mixed = token_ids.astype(np.uint64) * _TOKEN_FACTOR
-    mixed += np.arange(offset + 1, offset + count + 1, dtype=np.uint64) * _POSITION_FACTOR
+    mixed = np.arange(offset, offset + len(token_ids) + 1, dtype=np.uint64) * _POSITION_FACTOR
+    mixed[1:] += token_ids.astype(np.uint64) * _TOKEN_FACTOR
     mixed ^= mixed >> _S30
     mixed *= _MIX_1
     mixed ^= mixed >> _S27
     mixed *= _MIX_2
     mixed ^= mixed >> _S31
-    hashes = np.zeros(count + 1, dtype=np.uint64)
-    np.cumsum(mixed, out=hashes[1:])
-    return hashes
+    mixed[0] = 0
+    return np.add.accumulate(mixed, out=mixed)
 
 
 def _note_branches(records: Iterable[SpanRecord], resumes: Runs) -> None:

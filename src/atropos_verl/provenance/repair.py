@@ -93,13 +93,6 @@ class Repairer:
         self._cores: Callable[[bytes], list[bytes]] = lru_cache(_CACHED)(
             lambda ids: texts.cores(np.frombuffer(ids, IDS), self._text(ids))
         )
-        self._ends: Callable[[bytes], tuple[int, bytes]] = lru_cache(_CACHED)(self._read_ends)
-
-    def _read_ends(self, ids: bytes) -> tuple[int, bytes]:
-        """Bytes before the core of a completion, and what is behind it."""
-        text = self._text(ids)
-        first, last = self.texts.core(text)
-        return first, text[last:]
 
     def repair(
         self,
@@ -121,7 +114,7 @@ class Repairer:
             return result
         self._catch_up()
         posted = _Posted(ids, text, starts, loss_mask)
-        made = _Assembly(self.texts, self._ends, posted, wants_origin=wants_origin)
+        made = _Assembly(self.texts, self._text, posted, wants_origin=wants_origin)
         pieces: list[list[Piece]] = []
         for (start, stop), own, is_lost in zip(spans, found, lost, strict=True):
             chains = self._chains(posted, made.cursor, start, stop) if is_lost else []
@@ -237,9 +230,9 @@ class _Assembly:
     """A sequence that is put together from posted and from sampled tokens."""
 
     def __init__(
-        self, texts: TokenTexts, ends: Callable[[bytes], tuple[int, bytes]], posted: _Posted, *, wants_origin: bool
+        self, texts: TokenTexts, text: Callable[[bytes], bytes], posted: _Posted, *, wants_origin: bool
     ) -> None:
-        self._texts, self._ends = texts, ends
+        self._texts, self._text = texts, text
         self._posted = posted
         self._ids = b""
         self._trained: list[tuple[int, int]] = []
@@ -265,7 +258,8 @@ class _Assembly:
 
     def _completion(self, link: _Link, start: int, stop: int) -> Piece:
         posted, written = self._posted, link.records[0].ids
-        ids, (first, behind) = np.frombuffer(written, IDS), self._ends(written)
+        ids, text = np.frombuffer(written, IDS), self._text(written)
+        first, last = self._texts.core(text)
         head, tail, places = 0, len(ids), None
         is_headless = link.prompt_end < posted.starts[start - 1]  # the environment left its head untrained
         if is_headless or self._places is not None:
@@ -280,8 +274,8 @@ class _Assembly:
             if posted.text.startswith(end, after):
                 self.cursor = after + len(end)
                 tail -= not posted.mask[_token_at(posted.starts, after)]
-        elif posted.text.startswith(behind, link.stop):
-            self.cursor += len(behind)
+        elif posted.text.startswith(text[last:], link.stop):
+            self.cursor += len(text) - last
         begin = self._length
         self._append(ids, places)
         self._trained.append((begin + head, begin + tail))
