@@ -152,9 +152,10 @@ class Fields:
     def refuse(self, *names: str, **unless: Any) -> None:
         """Fields that are not implemented. What is null, empty, zero or false changes nothing; of those in ``unless``,
         null and that value."""
-        for name in (*names, *unless):
-            value = self.raw(name)
-            if value is not None and (value != unless[name] if name in unless else value):
+        self.ignore(*names, *unless)
+        for name, value in self._data.items():
+            is_refused = value != unless[name] if name in unless else name in names and value
+            if value is not None and is_refused:
                 shown = reprlib.repr(value)[:80]
                 raise self.error(name, f"not supported by this server ({shown}); leave it out", "unsupported_field")
 

@@ -120,6 +120,8 @@ class Prompt:
     reason: str | None = None
     text: str = ""
     turn: ChatTurn | None = None
+    key: int = 0
+    """Hash of all its messages."""
 
 
 @dataclass(eq=False)
@@ -193,7 +195,8 @@ class Tree:
     def render(self, codec: TextCodec, turn: ChatTurn) -> Prompt:
         """The prompt of a turn: recorded tokens and more, where that is proven to be what the template renders."""
         text = codec.template.prompt(turn)
-        alike, reason = self._longest(turn.messages)
+        keys = [0, *message_keys(turn.messages)]
+        alike, reason = self._longest(turn.messages, keys)
         found = next((one for one in alike if _begins(text, one)), None)
         if alike and found is None:
             # An answer that was cut, trimmed or whose calls are written in another way is still the one that was given:
@@ -212,10 +215,10 @@ class Tree:
             before, rest = self.ids(found.number), text[found.characters :]
             more = codec.encode(rest, add_special_tokens=False)
             if _text_after(codec, before, more) == rest:
-                return Prompt(ids=before + more, parent=found, reason=reason, text=text, turn=turn)
+                return Prompt(ids=before + more, parent=found, reason=reason, text=text, turn=turn, key=keys[-1])
             reason = "the tokenizer does not give back the text of the new messages"
         ids = codec.encode(text, add_special_tokens=turn.add_special_tokens)
-        return Prompt(ids=ids, reason=reason, text=text, turn=turn)
+        return Prompt(ids=ids, reason=reason, text=text, turn=turn, key=keys[-1])
 
     def place(self, ids: tuple[int, ...]) -> Prompt:
         """A prompt of token ids: it continues the longest recorded sequence that it begins with."""
@@ -229,12 +232,12 @@ class Tree:
         known.sort(key=lambda turn: (turn.length, -turn.children, turn.number))
         return Prompt(ids=ids, parent=known[-1] if known else None)
 
-    def _longest(self, messages: Sequence[Message]) -> tuple[list[Turn], str | None]:
+    def _longest(self, messages: Sequence[Message], keys: Sequence[int]) -> tuple[list[Turn], str | None]:
         """The turns whose messages are the longest beginning of ``messages``, those that nothing continues first; and
         why it is not all answers among them."""
-        keys, reason = [*message_keys(messages)], None
+        reason = None
         for last in (i for i in reversed(range(len(messages))) if messages[i].role == "assistant"):
-            if len(alike := np.flatnonzero(self.turns["key"] == keys[last])):
+            if len(alike := np.flatnonzero(self.turns["key"] == keys[last + 1])):
                 newest_first = [self.turn(number) for number in alike[-_MOST_ALIKE:][::-1]]
                 return sorted(newest_first, key=lambda turn: turn.children > 0), reason
             reason = f"messages[{last}] is no answer that was given after these messages"
@@ -273,7 +276,7 @@ def new_turn(
         finish_reason=generation.finish_reason,
         has_end=codec.has_end(generation.token_ids, generation.finish_reason, asked),
         constrained=asked.constraint is not None,
-        key=list(message_keys(messages))[-1] if messages else 0,
+        key=next(message_keys(messages[-1:], prompt.key), 0),
         messages=len(messages),
         characters=len(text),
         text_hash=hash_of(text),
@@ -283,13 +286,12 @@ def new_turn(
     )
 
 
-def message_keys(messages: Sequence[Message]) -> Iterator[int]:
-    """For each message a hash of it and all before it.
+def message_keys(messages: Sequence[Message], key: int = 0) -> Iterator[int]:
+    """For each message a hash of it and all before it; ``key``: of those before the first.
 
     Equal answers: the same text but for white space around it, the same reasoning, calls of the same tools in the same
     order with arguments that are equal as JSON. Ids of calls do not count: where a template shows them, its text does.
     """
-    key = 0
     for message in messages:
         parts: list[Any] = [key, message.role, message.content]
         if message.role == "assistant":

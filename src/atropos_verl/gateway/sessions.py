@@ -374,7 +374,9 @@ class SessionStore:
     async def _store(self, session: Session, record: SessionRecord, state: State) -> None:
         """``session.lock`` is held. Raises ``ApiError`` 507."""
         record = msgspec.structs.replace(record, state=state, turns=session.tree.count)
-        await self.write([self._row(session, record)])
+        keys = range(session.base, session.last + 1)
+        own = {place: change for place, change in self._waiting.items() if place[1] in keys}
+        await self.write([self._row(session, record)], own)
         if state == "open":
             session.record = record
         else:
@@ -438,9 +440,10 @@ class SessionStore:
     def _row(self, session: Session, record: SessionRecord) -> Change:
         return "sessions", session.number, msgspec.msgpack.encode(record)
 
-    async def write(self, changes: Sequence[Change]) -> None:
-        """Store what waits, and ``changes``. Raises ``ApiError`` 507 when the disk refuses."""
-        waiting = dict(self._waiting)
+    async def write(self, changes: Sequence[Change], waiting: Mapping[tuple[str, Key], Change] = {}) -> None:
+        """Store ``changes``, and some of those that wait. (If each took all, those that are stored at once would have
+        the same ones.) Raises ``ApiError`` 507 when the disk refuses."""
+        waiting = dict(waiting)
         try:
             await asyncio.wrap_future(self.records.write([*waiting.values(), *changes]))
         except StorageWriteError as error:
@@ -452,7 +455,7 @@ class SessionStore:
                 del self._waiting[place]
 
     def write_later(self, changes: Sequence[Change]) -> None:
-        """Store ``changes``, for which nobody waits, now or with the next ``write``."""
+        """Store ``changes``, for which nobody waits, soon."""
         self._waiting |= {change[:2]: change for change in changes}
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
@@ -460,7 +463,7 @@ class SessionStore:
     async def _write_waiting(self) -> None:
         try:
             while self._waiting:
-                await self.write([])
+                await self.write([], self._waiting)
         except ApiError as error:
             logger.error("%s; it is tried again with the next change of a session", error.message)
 
