@@ -128,7 +128,7 @@ class _Session:
         terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a plain one on a machine so loaded that Ray starts too slowly
             raise ServiceError(f"Ray: {error}", "ray") from error
         # Ray takes SIGTERM over and exits at once; the step on its way is to be saved.
         signal.signal(signal.SIGTERM, terminate)

@@ -21,12 +21,13 @@ from atropos_verl.backends.ray import workers
 from atropos_verl.backends.ray.trainer import MODES, AtroposAgentLoopManager, AtroposSyncTrainer
 from atropos_verl.backends.ray.workers import AtroposActorRolloutRefWorker
 from atropos_verl.config.schema import RunConfig
-from atropos_verl.config.verl_keys import compose_run
+from atropos_verl.config.verl_keys import compose_run, read_run
 from atropos_verl.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     EngineStoppedError,
+    ServiceError,
     TrainingDivergedError,
     WeightSyncError,
 )
@@ -191,6 +192,13 @@ def test_verl_removes_nothing_of_a_checkpoint_before_the_next_one_is_whole(
     for node in (tmp_path, other):
         assert sorted(int(path.name[-1]) for path in node.glob("global_step_*")) == kept
     assert settings.items() <= dict(trainer.config.trainer).items()
+
+
+def test_a_ray_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module.ray, "init", Mock(side_effect=Exception("the node timed out")))
+    parts: dict[str, Any] = {"progress": Mock(), "evaluations": None, "check_services": Mock()}
+    with pytest.raises(ServiceError, match="Ray: the node timed out"):
+        run_module.run_on_ray(read_run(compose_run([f"run_dir={tmp_path}"])), **parts)
 
 
 IN_DOUBT = (CheckpointError, TrainingDivergedError, WeightSyncError, ray.exceptions.RayError)
