@@ -13,22 +13,13 @@ from atropos_verl import __version__
 from atropos_verl.errors import ConfigError
 
 _COMMANDS = {
-    "train": (
-        "launch.train",
-        "train a policy on an Atropos environment; key=value settings as in verl (train --help lists them)",
-    ),
-    "launch": (
-        "launch.launch",
-        "start and watch everything of a run: API, trainer, environments (launch --help lists them)",
-    ),
+    "train": ("launch.train", "train a policy on an Atropos environment; train --help lists its key=value settings"),
+    "launch": ("launch.launch", "start and watch all of a run: API, trainer, environments; launch --help lists keys"),
     "serve-api": ("server.app", "serve the trajectory API that environments post to and a trainer takes batches from"),
     "doctor": ("launch.doctor", "say what this machine can run and what is missing, before anything slow starts"),
     "inspect": ("report.inspect", "show what the trainer would see in a run, a batch, groups or a quarantine file"),
     "simulate": ("", "predict throughput, idle shares and staleness of a configuration, on a virtual clock"),
-    "agents": (
-        "agents.runner",
-        "run your agent on tasks, for a run that trains on its rollouts; or evaluate it on tasks",
-    ),
+    "agents": ("agents.runner", "run your agent on tasks, for a run that trains on its rollouts; or evaluate it"),
     "environments": ("environments.serve", "serve one of verifiers, OpenEnv, NeMo Gym or Harbor to the trainer"),
     "report": ("report.run_report", "show what came of a run, or compare; --survivors: rollouts never trained on"),
     "view": ("report.view", "serve a page of runs, live and afterwards: curves, processes, rollouts token by token"),

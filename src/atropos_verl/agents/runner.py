@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from atropos_verl.storage import write_atomic
 from atropos_verl.training.advantages import group_advantages, turn_advantages
 from atropos_verl.training.extensions import load_function
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("atropos_verl.agents.runner")  # it is started as a program, too
 
 Solve = Callable[[Any, AgentSession], Awaitable[None]]
 """Works on a task and gives the session its reward."""
@@ -386,13 +385,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--agent", dest="named", help=argparse.SUPPRESS)
     add("--command", metavar="WORDS", help="a command in its place: the task is its input, exit code 0 is reward 1")
     add("--scorer", metavar="MODULE:FUNCTION", help="score(task, output of the command), in place of the exit code")
-    add(
-        "--tasks",
-        metavar="FILE",
-        type=Path,
-        default="tasks.jsonl",
-        help="JSON values, one a line (default: %(default)s)",
-    )
+    tasks = "JSON values, one a line (default: %(default)s)"
+    add("--tasks", metavar="FILE", type=Path, default="tasks.jsonl", help=tasks)
     add("--eval-tasks", metavar="FILE", type=Path, help="for evaluate (default: --tasks)")
     add_runner_arguments(parser)
 
@@ -465,5 +459,18 @@ def run_tasks(
     return 0
 
 
-if __name__ == "__main__":  # so the launcher starts it, as the module of an environment
-    sys.exit(import_module("atropos_verl.cli").main(["agents", *sys.argv[1:]]))
+def program(
+    verb: str, add: Callable[[argparse.ArgumentParser], None], command: Callable[[argparse.Namespace], int]
+) -> int:
+    """What the launcher starts in an interpreter of its own: a verb alone, without the others."""
+    parser = argparse.ArgumentParser(prog=f"atropos-verl {verb}", allow_abbrev=False)
+    add(parser)
+    try:
+        return command(parser.parse_intermixed_args())
+    except ConfigError as error:
+        sys.stderr.write(f"CONFIGURATION ERROR: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(program("agents", add_arguments, run))

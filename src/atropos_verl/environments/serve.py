@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from atropos_verl.agents.client import AgentSession, Reward
-from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, run_tasks
+from atropos_verl.agents.runner import AgentError, Solve, add_runner_arguments, give, program, run_tasks
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import ConfigError
 from atropos_verl.training.extensions import search_launch_directory
@@ -141,4 +141,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("atropos_verl.cli").main(["environments", *sys.argv[1:]]))
+    sys.exit(program("environments", add_arguments, run))
