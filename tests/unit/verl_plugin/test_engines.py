@@ -138,6 +138,19 @@ def test_loss_and_every_gradient_of_packed_forests_equal_those_of_separate_seque
             assert (value - reference).norm() <= limit * (reference.norm() + 1e-3), name
 
 
+@settings(max_examples=FORESTS, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plan=PLANS, block=st.sampled_from([4, 32, 256]), seed=st.integers(0, 1000))
+def test_random_forests_in_float32_give_loss_gradients_and_logprobs_of_sequences_end_to_end(
+    model_path: Path, plan: list[tuple[int, int, int]], block: int, seed: int
+) -> None:
+    rows, model = _grown(plan, seed), _model(model_path, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        _set_blocks(patch, block, block, 8 * block)
+        flat, shared = (_in_all(_figures(model, rows, seed, shares)) for shares in (False, True))
+    for expected, found in zip(flat, shared, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-7
+
+
 @pytest.mark.parametrize("shares", [False, True])
 def test_flex_attention_gives_the_logits_of_sdpa(
     model_path: Path, shares: bool, monkeypatch: pytest.MonkeyPatch
