@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import LAUNCH, MAIN
+from support.runs import LAUNCH, LIMIT, MAIN
 
 from atropos_verl import __version__, cli
 from atropos_verl.cli import main
@@ -84,7 +84,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_ctrl_c_while_modules_are_imported_is_one_line(module: str, words: list[Any], tmp_path: Path) -> None:
     place = [f"run_dir={tmp_path / 'run'}"] if words[0] == MAIN else []
     command = [sys.executable, "-c", INTERRUPTED, module, *map(str, words), *place]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
     assert not (tmp_path / "run" / "launch" / "tmp").exists()
 
