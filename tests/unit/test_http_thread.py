@@ -17,6 +17,8 @@ from atropos_verl import http_thread
 from atropos_verl.errors import ServiceError
 from atropos_verl.http_thread import Listener, ServerThread, environment_token, foreign_page, has_token, listen
 
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 OWN, SITE = {"host": "localhost:8000"}, "sec-fetch-site"
 
 
@@ -110,13 +112,13 @@ BODY_AHEAD = HEAD + b"Content-Length: 9\r\n\r\n"
 
 
 @pytest.mark.parametrize("said", [b"", b"POST / HT", HEAD, BODY_AHEAD, BODY_AHEAD + b"12"])
-def test_an_unfinished_request_is_closed(monkeypatch: pytest.MonkeyPatch, said: bytes, port: int) -> None:
+def test_an_unfinished_request_is_closed(monkeypatch: Patch, said: bytes, port: int) -> None:
     monkeypatch.setattr(http_thread, "_SECONDS", 0.1)
     wait_for_the_end(connect(port, said))
 
 
 @pytest.mark.parametrize(("length", "pause"), [(1, 0.01), (1000, 0.0)], ids=["byte by byte", "never ends"])
-def test_an_endless_header_is_closed(monkeypatch: pytest.MonkeyPatch, port: int, length: int, pause: float) -> None:
+def test_an_endless_header_is_closed(monkeypatch: Patch, port: int, length: int, pause: float) -> None:
     monkeypatch.setattr(http_thread, "_SECONDS", 0.3)
     connection = connect(port, HEAD)
     with pytest.raises(OSError):
@@ -137,7 +139,7 @@ def test_a_body_that_was_refused_unread_is_no_header(port: int) -> None:
     assert [line[9:12] for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")] == [b"401", b"200"]
 
 
-def test_who_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, listener: Listener, port: int) -> None:
+def test_who_does_not_read_is_not_waited_for(monkeypatch: Patch, listener: Listener, port: int) -> None:
     accept, accepted = listener.accept, list[Any]()
     monkeypatch.setattr(listener, "accept", lambda: accepted.append(accept()) or accepted[-1])
     monkeypatch.setattr(http_thread, "_SECONDS", 0.2)
@@ -145,7 +147,7 @@ def test_who_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, li
         eventually(lambda: bool(accepted) and listener.count == 0, "its end")
 
 
-def test_what_is_no_http_is_refused_and_fills_no_log(port: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_http_is_refused_and_fills_no_log(port: int, caplog: Log) -> None:
     rng = random.Random(0)
     for length in [1, 5, 50, 500] * 25:
         connection = connect(port, rng.randbytes(length) + b"\r\n\r\n")
@@ -168,7 +170,7 @@ def test_idle_connections_make_room_for_the_next_and_kept_ones_are_used_again(li
 
 
 def test_with_every_connection_busy_further_ones_are_refused_and_that_is_said_once(
-    listener: Listener, port: int, caplog: pytest.LogCaptureFixture
+    listener: Listener, port: int, caplog: Log
 ) -> None:
     listener.limit = 3
     BUSY.set()
@@ -184,7 +186,7 @@ def test_with_every_connection_busy_further_ones_are_refused_and_that_is_said_on
 
 
 def test_without_file_descriptors_connections_wait_and_are_served_later(
-    listener: Listener, port: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    listener: Listener, port: int, caplog: Log, monkeypatch: Patch
 ) -> None:
     accept, left = socket.socket.accept, [0] * 3
 
@@ -199,7 +201,7 @@ def test_without_file_descriptors_connections_wait_and_are_served_later(
     assert ["no file descriptor left" in record.getMessage() for record in caplog.records] == [True] and not left
 
 
-def test_a_thread_that_ended_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_ended_by_itself_is_named(monkeypatch: Patch) -> None:
     server = ServerThread(app, service="inference gateway", advice="", host="127.0.0.1", port=0)
     server.check_alive()
     with server:

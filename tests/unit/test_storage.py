@@ -24,6 +24,7 @@ from support.serving import eventually, exit_code_in_a_child
 from atropos_verl.errors import StorageDamagedError, StorageInUseError, StorageWriteError
 from atropos_verl.storage import RecordStore, locked, write_atomic
 
+Patch = pytest.MonkeyPatch
 Log = pytest.LogCaptureFixture
 Open = Callable[..., RecordStore]
 
@@ -37,7 +38,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_fails_names_its_file_and_changes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_names_its_file_and_changes_none(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(OSError, match="directory"):
         write_atomic(tmp_path / "file", b"x")
@@ -58,7 +59,7 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
         assert path.read_text().startswith("me, pid ")
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: Patch, caplog: Log) -> None:
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
     with locked(tmp_path / "lock", "me"):
         assert "lock cannot be locked (No locks available): nothing keeps a second process out" in caplog.text
@@ -180,7 +181,7 @@ def test_one_damaged_database_costs_nothing(opened: Open, killed: Path, caplog: 
     ],
 )
 def test_a_damaged_large_value_costs_itself(
-    opened: Open, killed: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch, lost: list[int], damage: Any
+    opened: Open, killed: Path, caplog: Log, monkeypatch: Patch, lost: list[int], damage: Any
 ) -> None:
     pread, bad = os.pread, 2 * len(body(0))
 
@@ -291,7 +292,7 @@ def test_a_foreign_or_later_file_is_refused_by_name_and_not_touched(opened: Open
 
 @pytest.mark.parametrize("most", [100, 3], ids=["catches up", "is given up until a restart"])
 def test_a_copy_that_cannot_be_written(
-    opened: Open, tmp_path: Path, caplog: Log, monkeypatch: pytest.MonkeyPatch, most: int
+    opened: Open, tmp_path: Path, caplog: Log, monkeypatch: Patch, most: int
 ) -> None:
     monkeypatch.setattr("atropos_verl.storage._MOST_NOT_COPIED", most)
     store = opened()
@@ -326,9 +327,7 @@ def test_room_of_values_that_are_gone_is_used_again(opened: Open, tmp_path: Path
 
 @pytest.mark.parametrize("what", ["COMMIT", "wal_checkpoint"])
 @pytest.mark.parametrize("which", ["_db", "_copy"])
-def test_no_write_is_confirmed_after_a_failed_sync(
-    opened: Open, monkeypatch: pytest.MonkeyPatch, what: str, which: str
-) -> None:
+def test_no_write_is_confirmed_after_a_failed_sync(opened: Open, monkeypatch: Patch, what: str, which: str) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)  # after each commit
     store = opened()
     store.write([("notes", "a", b"1")]).result()
@@ -350,7 +349,7 @@ def test_no_write_is_confirmed_after_a_failed_sync(
     assert opened().write([("notes", "c", b"3")]).exception() is None
 
 
-def test_a_network_disk_is_told_of(opened: Open, killed: Path, monkeypatch: pytest.MonkeyPatch, caplog: Log) -> None:
+def test_a_network_disk_is_told_of(opened: Open, killed: Path, monkeypatch: Patch, caplog: Log) -> None:
     mounts = {"/": "ext4", str(killed.parent): "nfs4", str(killed.parent / "live"): "xfs"}
     found = [SimpleNamespace(mountpoint=point, fstype=fstype) for point, fstype in mounts.items()]
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: found)
@@ -383,7 +382,7 @@ def test_a_full_disk_refuses_the_write_and_all_after_it_until_recovery(opened: O
 
 
 @pytest.mark.parametrize("failing", ["_commit", "_move_wals"])
-def test_a_writer_that_fails_keeps_nobody_waiting(opened: Open, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_writer_that_fails_keeps_nobody_waiting(opened: Open, monkeypatch: Patch, failing: str) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 0)
     store = opened()
     monkeypatch.setattr(store, failing, Mock(side_effect=MemoryError("no room")))
@@ -394,7 +393,7 @@ def test_a_writer_that_fails_keeps_nobody_waiting(opened: Open, monkeypatch: pyt
     assert isinstance(refused, StorageWriteError) and "its writer failed (MemoryError('no room'))" in str(refused)
 
 
-def test_the_wal_is_moved_into_the_database(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wal_is_moved_into_the_database(opened: Open, monkeypatch: Patch) -> None:
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", 100_000)
     store = opened()
     for number in range(60):
@@ -403,7 +402,7 @@ def test_the_wal_is_moved_into_the_database(opened: Open, monkeypatch: pytest.Mo
     assert keys(store) == [59]
 
 
-def test_the_wal_of_killed_processes_is_moved(opened: Open, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wal_of_killed_processes_is_moved(opened: Open, killed: Path, monkeypatch: Patch) -> None:
     """Each of them may end before it has written enough."""
     wal, sizes = killed / "store.sqlite-wal", list[int]()
     monkeypatch.setattr("atropos_verl.storage._CHECKPOINT_BYTES", wal.stat().st_size)
@@ -414,7 +413,7 @@ def test_the_wal_of_killed_processes_is_moved(opened: Open, killed: Path, monkey
     assert max(sizes[1:]) <= sizes[0]  # the second one begins it anew
 
 
-def test_an_emptied_store_gives_its_room_back(opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emptied_store_gives_its_room_back(opened: Open, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("atropos_verl.storage._FREE_BYTES", 1000)
     store = opened()
     store.write([("bodies", number, b"x" * 100_000) for number in range(40)]).result()

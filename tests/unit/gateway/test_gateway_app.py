@@ -28,6 +28,8 @@ from atropos_verl.http_thread import bracketed, listen, reachable
 from atropos_verl.provenance.ledger import Ledger
 from atropos_verl.types import GenerationRequest
 
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 TOKENIZER = build_tiny_tokenizer()
 USER = {"role": "user", "content": "a"}
 
@@ -38,7 +40,7 @@ def metric(client: httpx.Client, name: str) -> float:
     return float(value)
 
 
-def test_who_connects_before_the_start_is_answered_and_it_can_start_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_who_connects_before_the_start_is_answered_and_it_can_start_again(caplog: Log) -> None:
     listener = listen("127.0.0.1", 0, "inference gateway", "advice")
     address = listener.getsockname()
     assert listener.proto == socket.IPPROTO_TCP, "else asyncio leaves out TCP_NODELAY, and answers wait 44 ms"
@@ -172,7 +174,7 @@ def test_health_models_and_unknown_routes(client: httpx.Client, engine: FakeEngi
     ],
 )
 def test_engine_errors_become_http_errors_and_faults_leave_a_traceback(
-    client: httpx.Client, engine: FakeEngine, caplog: pytest.LogCaptureFixture, error: Any, status: int, text: str
+    client: httpx.Client, engine: FakeEngine, caplog: Log, error: Any, status: int, text: str
 ) -> None:
     engine.fail_with, engine.abort_all = error, error is None
     for path, body in (
@@ -189,9 +191,7 @@ def test_engine_errors_become_http_errors_and_faults_leave_a_traceback(
     assert all((info is not None and info[0] is type(error)) == (status == 500) for info in logged)
 
 
-def test_equal_refusals_show_in_our_log_once_in_10_s(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_refusals_show_in_our_log_once_in_10_s(caplog: Log, monkeypatch: Patch) -> None:
     right = {"Authorization": "Bearer k"}
     with caplog.at_level(logging.WARNING, "atropos_verl"), serving(FakeEngine(), TOKENIZER, api_key="k") as client:
         for seconds, times in ((1e9, 3), (0.0, 1)):
@@ -242,7 +242,7 @@ def test_client_that_hangs_up_frees_its_slots(
     assert sorted(engine.cancelled) == sorted(engine.started) and len(engine.started) == running
 
 
-def test_short_requests_are_read_while_many_long_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_requests_are_read_while_many_long_ones_are(monkeypatch: Patch) -> None:
     tokenizer, go_on, encode = build_tiny_tokenizer(), threading.Event(), TOKENIZER.encode
 
     def slow_where_long(text: str, **options: Any) -> Any:
@@ -292,7 +292,7 @@ def test_request_timeout_is_a_504_and_frees_the_slot() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_end_of_an_answer_is_sent_after_its_record_is_safe(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_the_end_of_an_answer_is_sent_after_its_record_is_safe(monkeypatch: Patch, stream: bool) -> None:
     stored, recorded = Future[None](), list[Any]()
     monkeypatch.setattr(Ledger, "record", lambda self, prompt, made, temperature: recorded.extend(made) or (stored, []))
     with serving(FakeEngine(), TOKENIZER, ledger=Ledger()) as client, ThreadPoolExecutor(1) as pool:
@@ -324,7 +324,7 @@ def test_a_stream_is_told_once_whenever_its_reader_leaves(read: int, of_records:
     assert [tokens for _, tokens, _ in records] == of_records and (reason is None) == bool(read)
 
 
-def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplog: Log) -> None:
     engine = FakeEngine()
     with serving(engine, TOKENIZER, max_new_tokens=3) as client:
         for asked in ({"max_tokens": 99}, {}, {"max_tokens": 2}):
@@ -335,7 +335,7 @@ def test_the_runs_bound_on_new_tokens_holds_for_requests_that_ask_for_more(caplo
 
 
 def test_conversations_that_may_be_continued_are_bounded_with_their_calls(
-    client: httpx.Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, engine: FakeEngine, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr("atropos_verl.gateway.service._MAX_KEPT_BYTES", 100_000)
     engine.max_context_len = 1 << 20

@@ -26,6 +26,7 @@ from atropos_verl.gateway.sessions import SessionStore
 from atropos_verl.http_thread import EVALUATION_GROUP
 from atropos_verl.storage import RecordStore
 
+Patch = pytest.MonkeyPatch
 TOKENIZER = build_tiny_tokenizer()
 ASK: Any = {"model": "m", "messages": [{"role": "user", "content": "question"}]}
 CHAT = "/v1/chat/completions"
@@ -147,7 +148,7 @@ def test_equal_requests_share_an_answer_until_one_of_their_clients_has_it(
 
 
 def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
-    session: Opened, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+    session: Opened, engine: OracleEngine, monkeypatch: Patch
 ) -> None:
     commit, stored = RecordStore._commit, threading.Event()
     with monkeypatch.context() as patch:
@@ -162,7 +163,7 @@ def test_an_answer_whose_client_leaves_while_it_is_stored_is_not_trained(
 
 
 def test_sampling_ends_some_time_after_its_client_left(
-    session: Opened, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+    session: Opened, engine: OracleEngine, monkeypatch: Patch
 ) -> None:
     with unanswered(session, engine):
         pass
@@ -181,7 +182,7 @@ def test_sampling_ends_some_time_after_its_client_left(
 
 
 def test_a_mark_that_the_disk_refused_is_written_with_the_next_change(
-    tmp_path: Path, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, engine: OracleEngine, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     commit = RecordStore._commit
 
@@ -214,7 +215,7 @@ def test_what_is_called_a_retry_gets_the_same_answer_again(session: Opened, engi
 
 
 def test_what_is_refused_or_fails_or_cannot_be_stored_leaves_nothing(
-    session: Opened, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+    session: Opened, engine: OracleEngine, monkeypatch: Patch
 ) -> None:
     assert session.chat(temperature="hot").status_code == 400
     engine.fail_with = RuntimeError("boom")
@@ -324,7 +325,7 @@ def test_a_session_without_a_reward_ends_at_its_ttl_and_is_counted(client: httpx
     assert "atropos_verl_gateway_sessions_open 1.0" in figures and "session_turns_total 1.0" in figures
 
 
-def test_bad_bodies_are_refused_by_their_field(session: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_bodies_are_refused_by_their_field(session: Opened, monkeypatch: Patch) -> None:
     post = session.client.post
     refused: dict[str, Any] = {"group": [None, "", "g" * 300, 5], "ttl": [0, 10**9], "metadata": [[1]], "task": [5]}
     refused |= {"size": [0], "other": [0]}
@@ -346,7 +347,7 @@ def test_bad_bodies_are_refused_by_their_field(session: Opened, monkeypatch: pyt
 
 
 def test_the_numbers_of_sessions_and_turns_are_bounded(
-    session: Opened, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
+    session: Opened, engine: OracleEngine, monkeypatch: Patch
 ) -> None:
     for name, value in (("_MAX_OPEN", 2), ("_MAX_TURNS", 3), ("_MAX_ENDED", 1), ("_TURN_BITS", 2)):
         monkeypatch.setattr(f"atropos_verl.gateway.sessions.{name}", value)
@@ -362,9 +363,7 @@ def test_the_numbers_of_sessions_and_turns_are_bounded(
     assert client.get(session.path).status_code == 404, "the oldest ended one is forgotten"
 
 
-def test_the_rows_of_a_rollout_are_bounded(
-    session: Opened, engine: OracleEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rows_of_a_rollout_are_bounded(session: Opened, engine: OracleEngine, monkeypatch: Patch) -> None:
     session.say()
     [turn] = session.seen()
     most = 3 * turn["prompt_tokens"] + turn["completion_tokens"]

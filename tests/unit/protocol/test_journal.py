@@ -12,6 +12,7 @@ from support.serving import exit_code_in_a_child
 from atropos_verl.errors import CheckpointError
 from atropos_verl.protocol.journal import BatchJournal, DamagedBatchError, JournalEntry
 
+Log = pytest.LogCaptureFixture
 SUFFIXES = ("copy.meta.json", "json", "meta.json")
 STEP = int(os.environ.get("ATROPOS_DAMAGE_DRILL", "7"))
 BODIES = [b'{"batch":[1]}', b'{"batch": [2] }\n', b"\x00\xff not even JSON"]
@@ -89,7 +90,7 @@ def test_the_last_batches_are_kept_and_come_back_when_the_newest_checkpoint_is_l
     assert files(kept) == [f"batch_000007.{suffix}" for suffix in sorted([*SUFFIXES, "ledger.npz"])]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, caplog: Log) -> None:
     _, entries = record_all(tmp_path)
     torn = [tmp_path / ".batch_000004.json.0123abcd.tmp", tmp_path / "batch_000003.meta.json.tmp"]
     for path in torn:  # the second as a version before wrote them
@@ -107,7 +108,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path, caplog: pytest.Lo
     assert (missing.pending(0), missing.discard_through(9), (tmp_path / "none").exists()) == ([], 0, False)
 
 
-def test_notes_of_the_version_before_have_no_checksum(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_of_the_version_before_have_no_checksum(tmp_path: Path, caplog: Log) -> None:
     (tmp_path / "batch_000001.json").write_bytes(b"body")
     note = {"sequence": 1, "bytes": 4, "step": 3, "meta": {"a": 1}, "lease_id": "x", "acked": True}
     (tmp_path / "batch_000001.meta.json").write_text(json.dumps(note))
@@ -119,7 +120,7 @@ def test_notes_of_the_version_before_have_no_checksum(tmp_path: Path, caplog: py
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate"])
-def test_a_damaged_byte_costs_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+def test_a_damaged_byte_costs_its_file(tmp_path: Path, caplog: Log, how: str) -> None:
     journal = BatchJournal(tmp_path)
     for number in (1, 2):
         entry = journal.record(b'{"batch":[%d]}' % number, {"after_step": 0}, f"lease{number}")
@@ -148,7 +149,7 @@ def test_a_damaged_byte_costs_its_file(tmp_path: Path, caplog: pytest.LogCapture
         path.write_bytes(content)
 
 
-def test_a_batch_that_is_lost_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_that_is_lost_is_named(tmp_path: Path, caplog: Log) -> None:
     journal = BatchJournal(tmp_path)
     entries = [journal.record(b"{}", lease_id=f"lease{number}") for number in (1, 2)]
     journal.note_acked(entries[1])

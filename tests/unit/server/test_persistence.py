@@ -27,6 +27,8 @@ from atropos_verl.server.settings import ServerSettings
 from atropos_verl.server.store import _TABLES, ARRIVALS_FILE, STORE_FILE, RequestError, Store
 from atropos_verl.storage import RecordStore
 
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 DATABASES = (STORE_FILE, "store-copy.sqlite")
 STEP = int(os.environ.get("ATROPOS_DAMAGE_DRILL", "0"))
 """1: the drill of damage tries every byte of a small store, not 25 of each file; 10: every tenth."""
@@ -118,7 +120,7 @@ def test_a_response_that_was_under_way_comes_back_after_a_restart(tmp_path: Path
     store.close()
 
 
-def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: Log) -> None:
     store = started(tmp_path, 4)
     post(store, 0, 2, env_id=0), post(store, 1, 2, env_id=0), post(store, 2, 4, env_id=0)
     partly, store_path = take(store, 1e6), tmp_path / "store.bodies"
@@ -148,9 +150,7 @@ def test_a_damaged_group_is_named_and_the_others_go_on(tmp_path: Path, caplog: p
 @pytest.mark.parametrize("state", ["killed", "closed"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 @pytest.mark.timeout(7200)
-def test_no_damage_is_silent(
-    memory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, state: str, damage: str
-) -> None:
+def test_no_damage_is_silent(memory: Path, monkeypatch: Patch, caplog: Log, state: str, damage: str) -> None:
     """Of what a killed process leaves, or an orderly end: a batch was acked, one is out, a group waits. Two changes are
     in the WALs alone."""
     monkeypatch.setattr("atropos_verl.storage._PAGE_BYTES", 512)
@@ -239,7 +239,7 @@ def test_each_batch_is_one_line_with_the_times_of_its_groups_also_across_a_resta
     ]
 
 
-def test_arrivals_that_cannot_be_written_stop_no_batch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_arrivals_that_cannot_be_written_stop_no_batch(tmp_path: Path, caplog: Log) -> None:
     (tmp_path / ARRIVALS_FILE).mkdir()
     store = started(tmp_path, 4)
     post(store, 0), post(store, 1)
@@ -250,7 +250,7 @@ def test_arrivals_that_cannot_be_written_stop_no_batch(tmp_path: Path, caplog: p
 
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[pytest.MonkeyPatch]:
+def full_disk() -> Iterator[Patch]:
     with pytest.MonkeyPatch.context() as disk:
         disk.setattr(RecordStore, "_commit", lambda self, changes: StorageWriteError("no space"))
         yield disk
@@ -322,7 +322,7 @@ async def test_a_delivery_that_a_full_disk_undoes_is_settled_later(tmp_path: Pat
     store.close()
 
 
-async def test_a_disk_that_does_not_confirm_stops_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_that_does_not_confirm_stops_the_store(tmp_path: Path, monkeypatch: Patch) -> None:
     store = Store(ServerSettings(data_dir=tmp_path, fsync=True), now=(clock := Clock()))
     store.register(TrainerRegistration(**registration(4)))
     post(store, 0)
@@ -357,7 +357,7 @@ async def test_a_disk_that_does_not_confirm_stops_the_store(tmp_path: Path, monk
     store.close()
 
 
-def test_setting_the_clock_moves_no_lease_and_nobodys_last_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_the_clock_moves_no_lease_and_nobodys_last_sign_of_life(monkeypatch: Patch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
     monkeypatch.setattr(time, "monotonic", lambda: 50.0)
     store = Store(ServerSettings())

@@ -28,6 +28,7 @@ from atropos_verl.server.bodies import Connection, StatusBarrier
 from atropos_verl.server.settings import ServerSettings
 from atropos_verl.storage import RecordStore
 
+Patch = pytest.MonkeyPatch
 HELLO = {"max_token_length": 64, "desired_name": "words", "weight": 1.0, "group_size": 4}
 RAW = json.dumps(group(1, 8)).encode()
 PACKED = {"Accept": MEDIA_TYPE}
@@ -246,7 +247,7 @@ async def test_a_body_without_groups_is_never_long(fresh: Api) -> None:
     assert (await fresh.post("/register-env", content=b" " * (2**20 + 1))).status_code == 413
 
 
-async def test_compressed_bodies_are_counted_while_they_are_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_compressed_bodies_are_counted_while_they_are_inflated(monkeypatch: Patch) -> None:
     held, hold = [], bodies._hold
     monkeypatch.setattr(bodies, "_hold", lambda *words: (held.append(words[1]), hold(*words)))
     async with Api(max_bytes_at_once=1_000_000) as api:
@@ -260,7 +261,7 @@ async def test_compressed_bodies_are_counted_while_they_are_inflated(monkeypatch
         assert [group.raw for group in api.app.store.groups.values()] == [RAW] * 2
 
 
-async def test_only_so_many_requests_wait_for_a_batch(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_so_many_requests_wait_for_a_batch(api: Api, monkeypatch: Patch) -> None:
     monkeypatch.setattr(server_app, "_MAX_WAITING", 2)
     waiting = [await begun(api.get("/batch", headers=A_MINUTE)) for _ in range(2)]
     assert await api.ask("/batch", **A_MINUTE) == {"batch": None}
@@ -287,7 +288,7 @@ async def test_a_batch_whose_client_has_gone_before_the_answer_comes_back(api: A
     assert len(api.app.store.returned) == 1 and not api.app.store.outstanding
 
 
-async def test_a_batch_that_the_disk_refuses_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_that_the_disk_refuses_is_not_sent(tmp_path: Path, monkeypatch: Patch) -> None:
     loop, parts_of = asyncio.get_running_loop(), server_app.batch_parts
 
     def slow(*words: Any, **options: Any) -> Any:
@@ -327,7 +328,7 @@ def test_answers_are_compressed_where_it_pays(
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient(monkeypatch: Patch) -> None:
     """Who waited for these seconds would not end."""
     monkeypatch.setattr(bodies, "PATIENCE", 1000.0)
     monkeypatch.setattr(bodies, "SETTLING", 0.0)
@@ -354,7 +355,7 @@ async def test_a_status_waits_until_the_answers_to_posts_were_read_and_holds_fur
 
 
 @pytest.mark.usefixtures("patient")
-async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypatch: Patch) -> None:
     monkeypatch.setattr(bodies, "SETTLING", 1000.0)
     sleep = AsyncMock()
     monkeypatch.setattr(asyncio, "sleep", sleep)
@@ -368,7 +369,7 @@ async def test_what_waited_goes_on_a_moment_after_the_connection_ended(monkeypat
 
 
 @pytest.mark.usefixtures("patient")
-async def test_who_is_lost_unknown_or_reads_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_lost_unknown_or_reads_nothing_is_not_waited_for(monkeypatch: Patch) -> None:
     barrier, lost = StatusBarrier(), Connection()
     lost.lost = True
     for env_id, connection in ((0, lost), (0, None), (None, Connection())):
@@ -507,13 +508,13 @@ async def test_refusals_and_unknown_fields_do_not_fill_the_log(api: Api, caplog:
 
 
 @pytest.fixture
-def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def apart(monkeypatch: Patch) -> None:
     """Every body is checked in another process."""
     monkeypatch.setattr(body_checker, "LARGE", 0)
     monkeypatch.setattr(body_checker, "SLOW", 0)
 
 
-async def test_a_large_body_is_checked_apart_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_body_is_checked_apart_with_the_same_outcome(monkeypatch: Patch) -> None:
     sent = [
         group(1, 4, 0, messages=[[{"role": "user", "content": "hej"}]] * 4, seed=1),
         {**group(2, 4, 0), "scores": [True, "2", 3, 4]},
@@ -541,7 +542,7 @@ async def test_a_large_body_is_checked_apart_with_the_same_outcome(monkeypatch: 
 
 
 @pytest.mark.usefixtures("apart")
-async def test_a_checker_that_was_killed_is_started_again(fresh: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_checker_that_was_killed_is_started_again(fresh: Api, monkeypatch: Patch) -> None:
     await fresh.give(group(1))
     assert fresh.app.checker.process is not None
     fresh.app.checker.process.kill()
@@ -559,7 +560,7 @@ async def test_a_checker_that_was_killed_is_started_again(fresh: Api, monkeypatc
     [("_MEMORY_BYTES", 64 << 20, "bytes of memory: send it"), ("_SECONDS", 0.0, "takes longer than 0 s")],
 )
 async def test_a_checker_has_a_bound_on_memory_and_on_time(
-    fresh: Api, monkeypatch: pytest.MonkeyPatch, bound: str, value: Any, said: str
+    fresh: Api, monkeypatch: Patch, bound: str, value: Any, said: str
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(body_checker, bound, value)
@@ -588,7 +589,7 @@ async def test_a_check_that_is_cancelled_at_the_end_starts_no_further_process() 
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '"a"', "null"])
-def test_a_body_of_many_parts_is_left_to_the_checker(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_of_many_parts_is_left_to_the_checker(part: str, monkeypatch: Patch) -> None:
     body = RAW[:-1] + f',"images":[{",".join([part] * 20_000)}]}}'.encode()
     with pytest.raises(SlowPathError):
         body_checker.check_body(body, False, RULES, quick=True)
@@ -600,7 +601,7 @@ def test_a_body_of_many_parts_is_left_to_the_checker(part: str, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("apart")
-async def test_a_group_checked_before_packed_batches_were_wanted(fresh: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_group_checked_before_packed_batches_were_wanted(fresh: Api, monkeypatch: Patch) -> None:
     failures = list[Any]()
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
     monkeypatch.setattr(server_app, "Rules", lambda **fields: body_checker.Rules(**{**fields, "packs": False}))
