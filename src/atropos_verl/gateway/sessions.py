@@ -374,9 +374,7 @@ class SessionStore:
     async def _store(self, session: Session, record: SessionRecord, state: State) -> None:
         """``session.lock`` is held. Raises ``ApiError`` 507."""
         record = msgspec.structs.replace(record, state=state, turns=session.tree.count)
-        keys = range(session.base, session.last + 1)
-        own = {place: change for place, change in self._waiting.items() if place[1] in keys}
-        await self.write([self._row(session, record)], own)
+        await self.write([self._row(session, record)], self.waiting_of(session))
         if state == "open":
             session.record = record
         else:
@@ -441,8 +439,8 @@ class SessionStore:
         return "sessions", session.number, msgspec.msgpack.encode(record)
 
     async def write(self, changes: Sequence[Change], waiting: Mapping[tuple[str, Key], Change] = {}) -> None:
-        """Store ``changes``, and some of those that wait. (If each took all, those that are stored at once would have
-        the same ones.) Raises ``ApiError`` 507 when the disk refuses."""
+        """Store those of ``waiting``, then ``changes``. (If each took all that wait, those that are stored at once would
+        have the same ones.) Raises ``ApiError`` 507 when the disk refuses."""
         waiting = dict(waiting)
         try:
             await asyncio.wrap_future(self.records.write([*waiting.values(), *changes]))
@@ -453,6 +451,11 @@ class SessionStore:
         for place, change in waiting.items():
             if self._waiting.get(place) is change:
                 del self._waiting[place]
+
+    def waiting_of(self, session: Session) -> dict[tuple[str, Key], Change]:
+        """Its marks go with its next turn: one that is stored says what came of those before it."""
+        keys = range(session.base, session.last + 1)
+        return {place: change for place, change in self._waiting.items() if place[1] in keys}
 
     def write_later(self, changes: Sequence[Change]) -> None:
         """Store ``changes``, for which nobody waits, soon."""
@@ -634,7 +637,8 @@ class SessionService(GatewayService):
         turns = [self._stored_turn(request, *place) for request, made in answers for place in enumerate(made)]
         first, values = session.tree.count, [_encoded(turn) for turn in turns]
         session.check_limits(first + len(turns), 1 << _TURN_BITS)
-        await self._store.write([("turns", session.base + n, value) for n, value in enumerate(values, first)])
+        changes = [("turns", session.base + n, value) for n, value in enumerate(values, first)]
+        await self._store.write(changes, self._store.waiting_of(session))
         lineages = session.tree.lineages
         for turn in turns:
             session.tree.add(turn)
