@@ -101,12 +101,12 @@ def stepped(url: str, base: str) -> list[float]:
 
 def gym_eval(config: str, words: list[str], base: str) -> list[float]:
     """``gym env start`` with the recorded completions as the policy, and ``gym eval run``."""
-    gym, (_, tasks) = Path(sys.executable).parent / "gym", words[0].split("=")
+    gym, tasks = Path(sys.executable).parent / "gym", settings_of(words)["tasks"]
     model = "responses_api_models/openai_model/configs/openai_model.yaml"
     policy = [f"++policy_base_url={base}", "++policy_api_key=k", "++policy_model_name=policy"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         head = ["++head_server.host=127.0.0.1", f"++head_server.port={free.getsockname()[1]}"]
-    own = [f"++{word}" for word in words[1:]]
+    own = [f"++{word}" for word in words if word != f"tasks={tasks}"]
     started = [gym, "env", "start", "--config", config, "--config", model, *policy, *head, *own]
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "rollouts.jsonl"
