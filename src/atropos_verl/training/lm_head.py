@@ -15,8 +15,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-DIRECT_BYTES = 32 * 2**20
-"""Up to this size of [N, V] the plain formula is used: it is faster, and its memory does not matter."""
 KEEP_BYTES = {torch.float64: 2**31, torch.float32: 2**31, torch.bfloat16: 2**30, torch.float16: 2**30}
 """Of ``D``, by the dtype of the input. Rows beyond it cost a fourth product and another pass over the weight: at 2,048
 rows of 151,936 in bf16, keeping all took 4.7 s and seven eighths 5.8 s (``benchmarks/bench_loss.py --full --sweep``).
@@ -48,21 +46,13 @@ def linear_token_logprobs(
         hidden: [N, H]; pass only rows that are trained, so that masked tokens cost nothing.
         weight: [V, H]. bias: [V]. labels: [N] int64.
         temperature: above 0, a constant (no gradient); one number or [N].
-        keep_bytes: bound on what is kept for the backward; at least one row is. None: the plain formula when [N, V] is
-            small (32 MiB), else ``KEEP_BYTES`` of the dtype.
+        keep_bytes: bound on what is kept for the backward; at least one row is. None: ``KEEP_BYTES`` of the dtype.
     """
     hidden, weight = _one_dtype(hidden, weight)
-    scale = _row_temperature(temperature, hidden)
-    row_bytes = weight.shape[0] * _accumulate_dtype(hidden).itemsize
+    scale = torch.as_tensor(temperature, dtype=_accumulate_dtype(hidden), device=hidden.device).detach()
     with torch.autocast(hidden.device.type, enabled=False):  # it would undo the choice of dtype made here
-        if keep_bytes is None and labels.shape[0] * row_bytes <= DIRECT_BYTES:
-            logits = _logits(hidden, weight, bias)
-            logits = logits if scale is None else logits / scale[:, None]
-            return logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1)
-        logprobs: torch.Tensor = _KeptLogprobs.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            hidden, weight, labels, scale, bias, keep_bytes or KEEP_BYTES[hidden.dtype]
-        )
-        return logprobs
+        given = hidden, weight, labels, scale.expand(len(labels)), bias, keep_bytes or KEEP_BYTES[hidden.dtype]
+        return _KeptLogprobs.apply(*given)  # type: ignore[no-untyped-call,no-any-return]  # torch leaves it untyped
 
 
 def linear_token_figures(
@@ -149,7 +139,7 @@ class _KeptLogprobs(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         labels: torch.Tensor,
-        scale: torch.Tensor | None,
+        scale: torch.Tensor,
         bias: torch.Tensor | None,
         keep_bytes: int,
     ) -> torch.Tensor:
@@ -173,7 +163,7 @@ class _KeptLogprobs(torch.autograd.Function):
         want_hidden, want_weight, _, _, want_bias, _ = ctx.needs_input_grad
         # Given back as it is used, so a second backward through a retained graph computes it again.
         kept, ctx.kept = ctx.kept, []
-        factor = -grad_logprobs if scale is None else -grad_logprobs / scale
+        factor = -grad_logprobs / scale
         grad_hidden = torch.zeros(hidden.shape, dtype=factor.dtype, device=hidden.device) if want_hidden else None
         # Not zeros: its pages are taken block by block, as those of ``kept`` go.
         grad_weight = torch.empty_like(weight) if want_weight else None
@@ -206,14 +196,13 @@ def _difference(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    scale: torch.Tensor | None,
+    scale: torch.Tensor,
     bias: torch.Tensor | None,
     logprobs: torch.Tensor,
 ) -> list[torch.Tensor]:
     """``D`` of n ``rows`` as blocks [n, ≤ BLOCK] in the dtype of the product; writes their ``logprobs``. The product is
     made for all rows at once; what follows goes over it in slices that stay in the processor's cache."""
-    hidden, labels, logprobs = hidden[rows], labels[rows], logprobs[rows]
-    scale = None if scale is None else scale[rows]
+    hidden, labels, scale, logprobs = hidden[rows], labels[rows], scale[rows], logprobs[rows]
     count, vocabulary = labels.shape[0], weight.shape[0]
     source = hidden.to(_product_dtype(hidden))
     blocks = [source @ weight[v : v + BLOCK].to(source.dtype).t() for v in range(0, vocabulary, BLOCK)]
@@ -228,8 +217,7 @@ def _difference(
             values[:, number * BLOCK : number * BLOCK + block.shape[1]].copy_(block[at:end])
         if wide is not None:
             values += wide
-        if scale is not None:
-            values /= scale[at:end, None]
+        values /= scale[at:end, None]
         largest = values.amax(1)
         label = labels[at:end, None]
         chosen = values.gather(1, label).squeeze(1) - largest
@@ -254,15 +242,6 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *,
 
 def _accumulate_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _row_temperature(temperature: float | torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
-    """[N], or None for 1."""
-    if not isinstance(temperature, torch.Tensor):
-        if temperature == 1.0:
-            return None
-        temperature = torch.tensor(temperature, dtype=torch.float64)
-    return temperature.detach().to(hidden.device, _accumulate_dtype(hidden)).expand(hidden.shape[0])
 
 
 def _one_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,14 +52,11 @@ def advantage_weighted_sft_loss(
     logprobs = _masked(_at_least_float32(logprobs), mask)
     weights = _masked(advantages.detach().to(logprobs), mask)
     figures = {"logprob_mean": logprobs.detach(), "advantage_mean": weights}
-    if rollout_logprobs is not None:
-        importances, measured = importance_weights(
-            logprobs, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
-        )
-        figures |= measured
-        weights = weights * importances
-    loss = -(logprobs * weights).sum() / _denominator(mask, num_loss_tokens)
-    return LossOutput(loss=loss, metrics=_means(figures, mask))
+    importances, measured = importance_weights(
+        logprobs, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
+    )
+    loss = -(logprobs * weights * importances).sum() / _denominator(mask, num_loss_tokens)
+    return LossOutput(loss=loss, metrics=_means(figures | measured, mask))
 
 
 def compute_advantage_weighted_sft_loss(
@@ -137,14 +134,11 @@ def clipped_ratio_loss(
         "clip_fraction_dual": ((clipped > dual) & (advantages < 0)).to(ratio),
         "approx_kl": ratio - 1 - log_ratio,
     }
-    if rollout_logprobs is not None:
-        weights, measured = importance_weights(
-            old, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
-        )
-        figures |= measured
-        losses = losses * weights
-    loss = _masked(losses, mask).sum() / _denominator(mask, num_loss_tokens)
-    return LossOutput(loss=loss, metrics=_means(figures, mask))
+    weights, measured = importance_weights(
+        old, rollout_logprobs, mask, level=importance, cap=tis_cap, sequence_ids=sequence_ids
+    )
+    loss = _masked(losses * weights, mask).sum() / _denominator(mask, num_loss_tokens)
+    return LossOutput(loss=loss, metrics=_means(figures | measured, mask))
 
 
 def kl_loss(
@@ -188,12 +182,9 @@ def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
-def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor | None) -> torch.Tensor | float:
-    if num_loss_tokens is None:
-        return mask.sum().clamp(min=1)
-    if isinstance(num_loss_tokens, torch.Tensor):
-        return num_loss_tokens.to(mask.device).clamp(min=1)
-    return max(float(num_loss_tokens), 1.0)
+def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor | None) -> torch.Tensor:
+    count = mask.sum() if num_loss_tokens is None else torch.as_tensor(num_loss_tokens, device=mask.device)
+    return count.clamp(min=1)
 
 
 def _means(figures: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:
@@ -209,7 +200,7 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 def importance_weights(
     old: torch.Tensor,
-    rollout: torch.Tensor,
+    rollout: torch.Tensor | None,
     mask: torch.Tensor,
     *,
     level: str = "token",
@@ -218,9 +209,11 @@ def importance_weights(
 ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
     """Weights [...], without gradient, 1 where not trained; and figures for ``_means``: [...], ``LARGEST`` []. ``old``
     [...] are the trainer's logprobs before the update, ``rollout`` [...] those of the policy that sampled (NaN: no
-    value), ``mask`` [...] bool. ``level``: ``token`` or ``sequence``, for which packed [N] tensors need
-    ``sequence_ids`` [N] int64. ``cap`` is above 0; None: the weight is 1, and the figures of weights are absent. Raises
-    ``ValueError`` when shapes differ, or ``sequence_ids`` are missing."""
+    value; None: the weight is 1, without figures), ``mask`` [...] bool. ``level``: ``token`` or ``sequence``, for which
+    packed [N] tensors need ``sequence_ids`` [N] int64. ``cap`` is above 0; None: the weight is 1, and the figures of
+    weights are absent. Raises ``ValueError`` when shapes differ, or ``sequence_ids`` are missing."""
+    if rollout is None:
+        return 1.0, {}
     if rollout.shape != old.shape:
         raise ValueError(f"rollout_logprobs {tuple(rollout.shape)} must have the shape of logprobs {tuple(old.shape)}")
     old, rollout = old.detach(), rollout.detach().to(old)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
@@ -100,6 +101,8 @@ class UpdateEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
     def initialize(self) -> None:
         super().initialize()
         keep_less(self.module)
+        if get_device_name() == "cpu" and torch.distributed.get_world_size() == 1:
+            without_copies(self.module)
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         output = super().forward_backward_batch(data, loss_function, forward_only=forward_only)
@@ -318,17 +321,23 @@ class SelectiveHeadEngine(UpdateEngine):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """``silu(gate) * up``; the backward computes ``silu(gate)`` again."""
+    """``silu(gate) * up``, and where there is a ``weight`` [H, D] the linear layer that follows; the backward computes
+    what is between again."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        product = functional.silu(gate).mul_(up)
+        return product if weight is None else functional.linear(product, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), functional.silu(gate).mul_(gradient)
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        silu, of_weight = functional.silu(gate), None
+        if ctx.needs_input_grad[2]:
+            of_weight = gradient.flatten(0, -2).t() @ (silu * up).flatten(0, -2)
+        gradient = gradient if weight is None else gradient @ weight
+        return torch.ops.aten.silu_backward(gradient * up, gate), silu.mul_(gradient), of_weight
 
 
 class _Normalised(torch.autograd.Function):
@@ -341,12 +350,13 @@ class _Normalised(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, weight = ctx.saved_tensors
         normal = x * scale
         product = gradient * normal
+        of_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        return (gradient * weight).sub_(normal.mul_(mean)).mul_(scale), product.flatten(0, -2).sum(0), None
+        return (gradient * weight).sub_(normal.mul_(mean)).mul_(scale), of_weight, None
 
 
 def keep_less(model: torch.nn.Module) -> None:
@@ -357,19 +367,52 @@ def keep_less(model: torch.nn.Module) -> None:
         return code and (code.co_code, code.co_names, code.co_consts)
 
     def gated(layer: Any, x: torch.Tensor) -> Any:
-        return layer.down_proj(_GatedSilu.apply(layer.gate_proj(x), layer.up_proj(x)))  # type: ignore[no-untyped-call]
+        gate, up, down = layer.gate_proj(x), layer.up_proj(x), layer.down_proj
+        # LoRA's layer is another class; autocast would choose the dtype of a product in the backward, too.
+        is_own = type(down) is not torch.nn.Linear or "forward" in vars(down) or down.bias is not None
+        is_plain = not is_own and gate.dtype == down.weight.dtype
+        product = _GatedSilu.apply(gate, up, down.weight if is_plain else None)  # type: ignore[no-untyped-call]
+        return product if is_plain else down(product)
 
     def normalised(layer: Any, original: Callable[[torch.Tensor], Any], hidden_states: torch.Tensor) -> Any:
         if not hidden_states.dtype == layer.weight.dtype == torch.float32:
             return original(hidden_states)  # which rounds between its steps
         return _Normalised.apply(hidden_states, layer.weight, layer.variance_epsilon)  # type: ignore[no-untyped-call]
 
+    code_of_mlp, code_of_norm = code_of(LlamaMLP), code_of(LlamaRMSNorm)
     for layer in model.modules():
         code = None if "forward" in vars(layer) else code_of(type(layer))  # it is somebody's own
-        if code == code_of(LlamaMLP) and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
+        if code == code_of_mlp and isinstance(layer.act_fn, torch.nn.SiLU | SiLUActivation):
             layer.forward = functools.partial(gated, layer)
-        elif code == code_of(LlamaRMSNorm):
+        elif code == code_of_norm:
             layer.forward = functools.partial(normalised, layer, layer.forward)
+
+
+class _OneBuffer:
+    """What FSDP2 sums gradients with, on one rank: the sum is where they are."""
+
+    _buffer: torch.Tensor | None = None
+
+    def allocate(self, size: tuple[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """FSDP2 asks for the input first, and then for the output."""
+        buffer = torch.empty(size, dtype=dtype, device=device) if self._buffer is None else self._buffer
+        self._buffer = buffer if self._buffer is None else None
+        return buffer
+
+
+def without_copies(model: torch.nn.Module) -> None:
+    """FSDP2 on one rank computes with the weights themselves (torch: a copy for each forward and each backward), and
+    gradients are copied once (torch: twice)."""
+    for module in model.modules():
+        groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
+        for group in groups:
+            group._reduce_scatter_comm = _OneBuffer()
+            for parameter in group.fsdp_params:
+                weight = parameter.sharded_param
+                if parameter.mp_policy.param_dtype in (None, weight.dtype):
+                    # The copy is then of a tensor to itself, which is none; and it must not be freed.
+                    parameter.all_gather_outputs = [weight.to_local().detach().view(-1)]
+                    parameter.free_unsharded_param = lambda: None
 
 
 _warn_once = functools.cache(logger.warning)

@@ -64,11 +64,9 @@ class PrefixForest:
             part = (keys == queries) | (keys < queries) & (padded.amax(1) > queries) & ~whole
             tables = torch.stack((part, whole)).int()[:, None, None]
             counts, indices = tables.sum(-1).int(), tables.argsort(dim=-1, descending=True, stable=True).int()
+            partly_then_wholly = counts[0], indices[0], counts[1], indices[1]
             self._blocks = BlockMask.from_kv_blocks(
-                counts[0],
-                indices[0],
-                counts[1],
-                indices[1],
+                *partly_then_wholly,
                 BLOCK_SIZE=FLEX_BLOCK,
                 mask_mod=lambda batch, head, query, key: _sees(query, key, ends),
                 seq_lengths=(len(ends), len(ends)),
@@ -159,9 +157,8 @@ def _attention_calls(ends: IntArray) -> list[AttentionCall]:
                 end = int(ends[end])
         else:
             end = run
-        mask = (
-            None if end == run else torch.from_numpy(_sees(np.arange(start, end)[:, None], np.arange(start, end), ends))
-        )
+        tokens = np.arange(start, end)
+        mask = None if end == run else torch.from_numpy(_sees(tokens[:, None], tokens, ends))
         calls.append(AttentionCall(start, end, above, mask))
         if not is_dense:
             above = [*above, len(calls) - 1]

@@ -213,7 +213,6 @@ def test_a_packed_batch_needs_sequence_ids_and_shapes_must_fit() -> None:
 @pytest.fixture
 def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few entries, so that every loop runs several times and ends on an uneven one."""
-    monkeypatch.setattr(lm_head, "DIRECT_BYTES", 0)
     monkeypatch.setattr(lm_head, "SLICE_BYTES", {"cpu": 200})
     monkeypatch.setattr(lm_head, "BLOCK", 4)
 
@@ -228,7 +227,7 @@ def head_case(dtype: torch.dtype, rows: int = 7, vocabulary: int = 11) -> tuple[
     return *inputs, labels, temperature, torch.randn(rows, generator=generator, dtype=F64)
 
 
-@pytest.mark.parametrize("keep_bytes", ["direct", None, 1, 300, 10_000])
+@pytest.mark.parametrize("keep_bytes", ["one tile", None, 1, 300, 10_000])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(F64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
@@ -236,7 +235,7 @@ def test_the_head_against_float64(
     request: pytest.FixtureRequest, dtype: torch.dtype, tolerance: float, keep_bytes: Any
 ) -> None:
     """Twice through a retained graph, with all three inputs and with one of them frozen."""
-    if keep_bytes == "direct":
+    if keep_bytes == "one tile":
         keep_bytes = None
     else:
         request.getfixturevalue("tiny_tiles")

@@ -18,6 +18,7 @@ from atropos_verl.config.schema import RunConfig
 verl_plugin.activate("cpu")
 
 from atropos_verl.backends.local.worker import PolicyWorker  # noqa: E402 - verl picks its platform at import
+from atropos_verl.verl_plugin import engines  # noqa: E402
 from atropos_verl.verl_plugin.engines import keep_less  # noqa: E402
 
 SMALL = {
@@ -61,8 +62,8 @@ def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_laye
     after, less = _gradients(model)
     changed = sum("forward" in vars(module) for module in model.modules())
     assert changed == 2 * of_layer + at_end  # an MLP and the norms
-    silu = 2 * 34 * 48 * model.dtype.itemsize
-    assert whole - less >= silu if changed else less == whole
+    between = 2 * 2 * 34 * 48 * model.dtype.itemsize  # silu of the gate, and its product, in two layers
+    assert whole - less >= between if changed else less == whole
     for parameter, gradient in exact.items():
         if dtype == "float32":
             torch.testing.assert_close(after[parameter].double(), gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max())
@@ -70,17 +71,62 @@ def test_gradients_equal_float64_and_less_is_kept(name: str, dtype: str, of_laye
             assert torch.equal(after[parameter], before[parameter])
 
 
+@pytest.mark.parametrize("frozen", ["norm", "down_proj", "gate_proj"])
+def test_a_frozen_weight_gets_no_gradient_and_the_others_keep_theirs(frozen: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(torch.arange(34).reshape(2, 17)).logits.log_softmax(-1)[..., 3].sum().backward()
+        return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+    before = gradients()
+    keep_less(model)
+    after = gradients()
+    assert after.keys() == before.keys()
+    assert not any(frozen in name for name in after)
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
 def test_a_forward_that_a_kernel_has_put_in_its_place_stays() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
-    mlp = model.model.layers[0].mlp
+    mlp, other = (layer.mlp for layer in model.model.layers)
     mlp.forward = own = lambda x: x
+    other.down_proj.forward = torch.zeros_like
     keep_less(model)
     assert mlp.forward is own
+    found = other(torch.ones(1, 2, 32))
+    assert found.shape == (1, 2, 48)
+    assert not found.any()
+
+
+def _computes_with_its_own(engine: Any) -> bool:
+    """Of every weight of a layer, while that layer computes."""
+    layer, used = engine.module.model.layers[1], dict[str, int]()
+
+    def look(*_: Any) -> None:
+        used.update((name, weight.data_ptr()) for name, weight in layer.named_parameters())
+
+    hook = layer.mlp.register_forward_pre_hook(look)
+    with torch.no_grad():
+        engine.module(torch.arange(5)[None])
+    hook.remove()
+    own = {name: weight.to_local().data_ptr() for name, weight in layer.named_parameters()}
+    assert len(own) == 9
+    assert used.keys() == own.keys()
+    return used == own
 
 
 @pytest.mark.parametrize("budget", [40, 4096])
-def test_a_tied_head_gets_the_gradient_of_the_embedding_too(tmp_path: Path, budget: int) -> None:
-    """Also of a micro-batch without a trained token. AdamW's one kernel computes what the loop does."""
+def test_a_tied_head_gets_the_gradient_of_the_embedding_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Also of a micro-batch without a trained token. AdamW's one kernel computes what the loop does, and one rank
+    computes with its own weights what FSDP2 computes with copies."""
     build_tiny_tokenizer(tmp_path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SMALL | {"vocab_size": 258, "tie_word_embeddings": True})
@@ -90,6 +136,8 @@ def test_a_tied_head_gets_the_gradient_of_the_embedding_too(tmp_path: Path, budg
     samples[2] = replace(samples[2], loss_mask=untrained, advantages=np.zeros(len(untrained)))
 
     def train(plain: bool) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+        if plain:
+            monkeypatch.setattr(engines, "without_copies", lambda model: None)
         trainer = {"device": "cpu", "max_token_len_per_gpu": budget}
         worker = PolicyWorker(RunConfig.from_mapping({"trainer": trainer, "optim": {"lr": 0.01}}), tmp_path)
         engine: Any = worker._worker.engine
@@ -99,7 +147,8 @@ def test_a_tied_head_gets_the_gradient_of_the_embedding_too(tmp_path: Path, budg
         norms = [worker.train(samples)["grad_norm"] for _ in range(2)]
         return norms, {name: tensor.clone() for name, tensor in worker.named_tensors()}, engine
 
-    (norms, weights, engine), (plain_norms, plain, _) = train(False), train(True)
+    (norms, weights, engine), (plain_norms, plain, copying) = train(False), train(True)
+    assert [_computes_with_its_own(each) for each in (engine, copying)] == [True, False]
     assert engine.module.get_input_embeddings().sparse
     assert engine.optimizer.param_groups[0]["fused"]
     assert norms == pytest.approx(plain_norms, rel=1e-5)

@@ -261,9 +261,8 @@ class PolicyWorker:
         data, share = self._to_tensordict(samples, None)
         tu.assign_non_tensor(data, compute_loss=False)
         mine: dict[int, FloatArray] = {}
-        for index, row in zip(
-            share, self._worker.infer_batch(data)["log_probs"].unbind(), strict=False
-        ):  # then fillers
+        rows = self._worker.infer_batch(data)["log_probs"].unbind()
+        for index, row in zip(share, rows, strict=False):  # then fillers
             values = row[:-1].to(torch.float64).cpu().numpy()  # verl: entry t is the logprob of token t + 1
             mine[index] = np.concatenate([[0.0], values])
         return self._by_row(mine, len(samples))
@@ -506,10 +505,7 @@ class LossFunction:
         del dp_group
         offsets = data["input_ids"].offsets()
         # verl's entry t belongs to token t + 1, ours to token t; nothing predicts the first token of a sequence.
-        logprobs = torch.roll(model_output["log_probs"].values(), shifts=1, dims=0)
-        first = torch.zeros_like(logprobs, dtype=torch.bool)
-        first[offsets[:-1]] = True
-        logprobs = logprobs.masked_fill(first, 0.0)
+        logprobs = torch.roll(model_output["log_probs"].values(), shifts=1, dims=0).index_fill(0, offsets[:-1], 0.0)
         mask = data["loss_mask"].values().bool()
         if (rows := data.get("row", None)) is not None:
             self.rows.append((rows, offsets, logprobs.detach()))
@@ -539,14 +535,6 @@ class LossFunction:
         rollout_keywords: dict[str, Any] = {**known, "tis_cap": cap, "importance": importance or "token"}
         if self._loss_type == "advantage_weighted_sft":
             return advantage_weighted_sft_loss(logprobs, advantages, mask, num_loss_tokens, **rollout_keywords)
-        return clipped_ratio_loss(
-            logprobs,
-            logprobs.detach() if old is None else old,
-            advantages,
-            mask,
-            clip_ratio_low=config.clip_ratio_low,
-            clip_ratio_high=config.clip_ratio_high,
-            clip_ratio_c=config.clip_ratio_c,
-            num_loss_tokens=num_loss_tokens,
-            **rollout_keywords,
-        )
+        rollout_keywords |= config.model_dump(include={"clip_ratio_low", "clip_ratio_high", "clip_ratio_c"})
+        old = logprobs.detach() if old is None else old
+        return clipped_ratio_loss(logprobs, old, advantages, mask, num_loss_tokens=num_loss_tokens, **rollout_keywords)
