@@ -439,8 +439,8 @@ class SessionStore:
         return "sessions", session.number, msgspec.msgpack.encode(record)
 
     async def write(self, changes: Sequence[Change], waiting: Mapping[tuple[str, Key], Change] = {}) -> None:
-        """Store those of ``waiting``, then ``changes``. (If each took all that wait, those that are stored at once would
-        have the same ones.) Raises ``ApiError`` 507 when the disk refuses."""
+        """Store those of ``waiting``, then ``changes``. (If each took all that wait, those that are stored at once
+        would have the same ones.) Raises ``ApiError`` 507 when the disk refuses."""
         waiting = dict(waiting)
         try:
             await asyncio.wrap_future(self.records.write([*waiting.values(), *changes]))
