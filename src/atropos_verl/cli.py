@@ -87,14 +87,16 @@ def _load(words: list[str], config_name: str | None) -> Callable[[], int]:
 
 def _simulator() -> ModuleType:
     """Imports the simulator, which is in a checkout and not in a wheel. Exits with 2 where it is not there."""
-    from importlib.util import find_spec
     from pathlib import Path
 
     sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
-    if find_spec("simulate") is None:
+    try:
+        return import_module("simulate.main")
+    except ModuleNotFoundError as error:  # a directory of that name, somebody's, is a package without it
+        if error.name not in ("simulate", "simulate.main"):
+            raise
         sys.stderr.write("no simulator here: it is part of a checkout (tools/simulate/), not of the wheel\n")
-        raise SystemExit(2)
-    return import_module("simulate.main")
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
