@@ -22,7 +22,12 @@ pytestmark = pytest.mark.slow
 
 DRIVER = """
 import ray, subprocess, sys, time
-ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
+for _ in range(5):  # Ray waits less long for its own processes than a busy machine may need
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
+        break
+    except Exception as error:
+        print(repr(error), flush=True)
 
 @ray.remote
 class Actor:
@@ -68,6 +73,7 @@ def names(token: str) -> str:
     return "\n".join(found)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("program", "victim"),
     [(OWNER, "launcher"), (OWNER, "driver"), (ALONE, "driver")],
@@ -83,15 +89,15 @@ def test_nothing_of_ray_is_left_after_a_kill(tmp_path: Path, program: str, victi
         command = [sys.executable, "-c", program]
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, start_new_session=True)
     try:
-        eventually(lambda: "READY" in logs(), "an actor of Ray", 200.0)
+        eventually(lambda: "READY" in logs(), "an actor of Ray", 600.0)
         token, driver = (tmp_path / "token").read_text().split()
         running = names(token)
         for part in ("gcs_server", "raylet", "ray::Actor", "time.sleep(1000)"):
             assert part in running
         os.kill(process.pid if victim == "launcher" else int(driver), signal.SIGKILL)
-        eventually(lambda: names(token) == "", "the end of every process of Ray", 60.0)
+        eventually(lambda: names(token) == "", "the end of every process of Ray", 120.0)
         if program == OWNER and victim == "driver":
-            eventually(lambda: "noticed" in logs(), "the launcher to notice", 60.0)
+            eventually(lambda: "noticed" in logs(), "the launcher to notice", 120.0)
     finally:
         process.kill()
         process.wait(timeout=10.0)

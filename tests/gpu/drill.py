@@ -290,7 +290,6 @@ class Drill:
         labels = torch.randint(0, sizes["vocab_size"], (sizes["head_tokens"],), device=self.device)
         rows = torch.arange(0, sizes["head_tokens"], 2, device=self.device)
         factors = torch.randn(len(rows), device=self.device)
-        lm_head.DIRECT_BYTES = 0
 
         def naive(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
             return (states @ head.t()).float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)[rows]

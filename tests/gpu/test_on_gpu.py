@@ -12,7 +12,6 @@ from support.lab import Lab, assert_same, batches, state_of
 from support.tiny_model import build_tiny_model, build_tiny_tokenizer
 
 from atropos_verl.engine.embedded import TransformersEngine
-from atropos_verl.training import lm_head
 from atropos_verl.training.lm_head import linear_token_figures, linear_token_logprobs
 from atropos_verl.types import GenerationRequest
 
@@ -38,11 +37,8 @@ def _model(path: Path, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep", [None, 40 * 1000 * 4])
-def test_logprobs_and_gradients_of_the_head(
-    dtype: torch.dtype, keep: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logprobs_and_gradients_of_the_head(dtype: torch.dtype, keep: int | None) -> None:
     """``keep``: rows beyond it are computed again in the backward."""
-    monkeypatch.setattr(lm_head, "DIRECT_BYTES", 0)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(100, 64, generator=generator).to(dtype)
     weight = (torch.randn(20_000, 64, generator=generator) * 0.1).to(dtype)

@@ -141,7 +141,6 @@ from atropos_verl.config.schema import RunConfig
 from atropos_verl.engine.requests import EngineLimits, EngineStats, Ticket
 from atropos_verl.engine.runner import ModelRunner
 from atropos_verl.engine.scheduler import ContinuousBatch
-from atropos_verl.training import lm_head
 from atropos_verl.training.losses import compute_advantage_weighted_sft_loss
 from atropos_verl.types import GenerationRequest
 from atropos_verl.verl_plugin.engines import SelectiveHeadEngine, _head_request, install_packed_attention, packs_exactly
@@ -159,10 +158,8 @@ class Jagged:
         self.values, self.offsets = lambda: values, lambda: offsets
 
 
-def training(loss: str, *, keep: bool) -> dict[str, int]:
-    """A micro-batch: nested columns, forest, model, selective head, loss and backward. ``keep``: the head does not use
-    the plain formula."""
-    lm_head.DIRECT_BYTES = 0 if keep else 2**20
+def training(loss: str) -> dict[str, int]:
+    """A micro-batch: nested columns, forest, model, selective head, loss and backward."""
     samples = random_samples(6, vocab_size=VOCABULARY)
     function = LossFunction(RunConfig.from_mapping({"loss": {"type": loss}, "off_policy": {"importance": "sequence"}}))
     model = tiny_causal_lm()
@@ -257,8 +254,8 @@ def mixed() -> str:
 
 if __name__ == "__main__":
     report = {
-        "training, weighted": training("advantage_weighted_sft", keep=False),
-        "training, clipped ratio": training("grpo", keep=True),
+        "training, weighted": training("advantage_weighted_sft"),
+        "training, clipped ratio": training("grpo"),
         "probe": probe(),
         "padded loss": padded_loss(),
         **rollout(),

@@ -22,7 +22,7 @@ TOKEN = {"tolist _sample_and_push": 1}
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    answer = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=200, check=False)
+    answer = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=290, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return json.loads(answer.stdout)  # type: ignore[no-any-return]
 

@@ -182,9 +182,9 @@ def _masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, torch.zeros_like(values))
 
 
-def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor | None) -> torch.Tensor:
-    count = mask.sum() if num_loss_tokens is None else torch.as_tensor(num_loss_tokens, device=mask.device)
-    return count.clamp(min=1)
+def _denominator(mask: torch.Tensor, num_loss_tokens: int | float | torch.Tensor | None) -> torch.Tensor | float:
+    count = mask.sum() if num_loss_tokens is None else num_loss_tokens  # a number stays one: no copy to the device
+    return count.to(mask.device).clamp(min=1) if isinstance(count, torch.Tensor) else max(float(count), 1.0)
 
 
 def _means(figures: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, float]:

@@ -390,7 +390,7 @@ def test_no_batch_is_missed_while_the_trainer_waits_for_an_evaluation(tmp_path: 
     """Symptom: the demo of SmolLM2 was told of a stall as soon as the evaluation before training was over."""
     watching = supervisor(tmp_path, trains_here=True)
     watching._poller.generated_at = time.monotonic() - 1000.0
-    watching._started = 0.0
+    watching._started = time.monotonic() - 2000.0
     assert (watching._silent_seconds() or 0.0) > 999.0
     watching._evaluations.running = "before"
     assert watching._silent_seconds() == 0.0
