@@ -182,7 +182,7 @@ def test_batches_lists_and_single_groups(content: bytes, scores: list[float]) ->
     assert str(found) == str([(f"group {i}", [score], None) for i, score in enumerate(scores)])  # NaN is not itself
 
 
-def test_a_directory_is_read_file_by_file_and_a_bad_line_does_not_hide_the_rest(tmp_path: Path) -> None:
+def test_a_bad_line_of_a_directory_does_not_hide_the_rest(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b'{"reason": "why", "group_id": "b", "group": ' + G2 + b"}")
     (tmp_path / "a.jsonl").write_bytes(G1 + b"\n\n{oops\n" + G2 + b"\r\n")
     (tmp_path / "batch_000001.json").write_bytes(b'{"batch":[' + G2 + b"]}")
@@ -200,9 +200,7 @@ def test_a_directory_is_read_file_by_file_and_a_bad_line_does_not_hide_the_rest(
     assert str(found[1].group.defect).startswith("group: not JSON")
 
 
-def test_a_run_directory_is_its_journal_and_what_it_refused(
-    inspect: Inspect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_journal_and_quarantine(inspect: Inspect, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Batches as the trainer journals them, packed by default; one is cut short. Before and after there is any."""
     (tmp_path / "config.json").write_text('{"model": {"path": null}}')
     inspect(tmp_path, code=2)

@@ -10,7 +10,7 @@ import re
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 from support.serving import eventually
-from support.traced_run import HOSTILE, write_run
+from support.traced_run import HOSTILE, PROMPT, Run, group, write_run
 
 from atropos_verl.assets import demo_model_path
 from atropos_verl.cli import main
@@ -30,53 +30,11 @@ from atropos_verl.report.run_report import load_run
 from atropos_verl.report.trace_reader import RolloutFilter, TraceReader, distance, load_decoder, send_rollouts
 from atropos_verl.report.view import RunView
 from atropos_verl.training import trace
-from atropos_verl.training.samples import build_samples
-from atropos_verl.training.staleness import Applied
 from atropos_verl.training.trace import NAME, TraceWriter
-from atropos_verl.types import NOT_TRAINED, RepairedTokens, SampleSettings, ScoredGroup, SequenceMatch
+from atropos_verl.types import NOT_TRAINED, RepairedTokens, ScoredGroup, SequenceMatch
 
-PROMPT = [64, 65]
-
-
-def group(
-    *answers: Sequence[int], scores: Sequence[float] = (1.0, 0.0), env_id: int | None = 0, name: str = "g", **more: Any
-) -> ScoredGroup:
-    return ScoredGroup(
-        token_ids=tuple(np.array([*PROMPT, *answer]) for answer in answers),
-        masks=tuple(np.array([NOT_TRAINED, NOT_TRAINED, *answer]) for answer in answers),
-        scores=np.array(scores[: len(answers)]),
-        env_id=env_id,
-        group_id=name,
-        **more,
-    )
-
-
-class Run:
-    """A writer, and the steps that a backend takes with it."""
-
-    def __init__(self, run_dir: Path, step: int | None = None, most_bytes: int = 1 << 30) -> None:
-        (run_dir / "config.json").write_text(json.dumps({"model": {"path": None}}))
-        self.dir = run_dir
-        self.writer = TraceWriter(run_dir, most_bytes)
-        self.writer.begin(step)
-
-    def collect(
-        self, batch: int, *groups: ScoredGroup, matches: Any = None, stale: Sequence[int] = (), **settings: Any
-    ) -> None:
-        self.writer.arrived(batch, groups)
-        kept = [i for i in range(len(groups)) if i not in stale]
-        applied = Applied([groups[i] for i in kept], kept, {})
-        report = build_samples(applied.groups, SampleSettings(**settings))
-        matches = matches or [[None] * len(one) for one in groups]
-        self.writer.collected([(batch, i) for i in range(len(groups))], groups, matches, applied, report)
-
-    def step(self, batch: int, *groups: ScoredGroup, **more: Any) -> None:
-        self.collect(batch, *groups, **more)
-        self.writer.ended([(batch, i) for i in range(len(groups))], batch)
-
-    def read(self) -> TraceReader:
-        self.writer.close()
-        return TraceReader(self.dir)
+Patch = pytest.MonkeyPatch
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -136,7 +94,7 @@ def test_filters_find_by_each_field(run: Run) -> None:
     assert [row["position"] for row in reader.rollouts(limit=2, before=first["id"])] == [0, 1]
 
 
-def test_what_a_resumed_run_trains_on_again_is_under_way_and_what_a_checkpoint_holds_stays_trained(run: Run) -> None:
+def test_a_resumed_run_has_under_way_what_no_checkpoint_holds(run: Run) -> None:
     groups = [group([66, 258], name=name) for name in ("first", "rest")]
     run.collect(1, *groups)
     run.writer.ended([(1, 0)], 1)
@@ -152,7 +110,7 @@ def test_what_a_resumed_run_trains_on_again_is_under_way_and_what_a_checkpoint_h
     assert steps(Run(run.dir).read()) == []
 
 
-def test_a_full_trace_thins_out_the_older_groups_and_keeps_the_counts(tmp_path: Path) -> None:
+def test_a_full_trace_thins_out_older_groups_and_keeps_counts(tmp_path: Path) -> None:
     run = Run(tmp_path, most_bytes=400_000)
     for number in range(1, 601):
         run.step(number, group([66] * 100, [64] * (number % 50 + 1)))
@@ -169,9 +127,7 @@ def test_a_full_trace_thins_out_the_older_groups_and_keeps_the_counts(tmp_path: 
         reader.group(1 << 16)
 
 
-def test_survivors_shows_that_the_slow_and_the_unposted_are_not_trained(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_survivors_tells_of_the_slow_and_the_unposted(run: Run, capsys: Capture) -> None:
     for number, seconds, tokens in [(1, 1.0, 1), (2, 1.0, 1), (3, 9.0, 8), (4, 9.0, 8)]:
         run.writer.request([(number, tokens, 0)], prompt=number, prompt_tokens=2, begun=100.0, seconds=seconds)
     run.writer.request([(5, 8, 0)], 5, 2, 100.0, 9.0, session="s")
@@ -213,7 +169,7 @@ def test_the_distance_is_that_of_the_distribution_functions() -> None:
     assert distance(np.array([1.0, 4]), np.array([1.0, 4]), np.ones(2), np.array([3.0, 1.0])) == 0.25
 
 
-def test_a_run_without_an_index_has_no_rollouts_and_no_password_of_a_url_is_told(tmp_path: Path) -> None:
+def test_a_run_without_an_index_has_no_rollouts_and_tells_no_password(tmp_path: Path) -> None:
     reader = TraceReader(tmp_path)
     assert reader.rollouts() == [] and reader.counts()["groups"] == {} and not reader.has_index
     assert reader.survivors()["begun"] == 0 and reader.live()["state"] is None
@@ -221,7 +177,7 @@ def test_a_run_without_an_index_has_no_rollouts_and_no_password_of_a_url_is_told
     assert reader.live()["state"]["api_url"] == "http://host:1/x" and "p4ss" not in json.dumps(reader.live())
 
 
-def test_a_stale_group_is_told_with_its_repaired_tokens_whatever_their_number(run: Run) -> None:
+def test_a_stale_group_is_told_with_its_repaired_tokens(run: Run) -> None:
     shorter, longer = [*PROMPT, 67], [*PROMPT, 66, 66, 258]
     matches = []
     for ids in (shorter, longer):
@@ -241,7 +197,7 @@ def test_a_stale_group_is_told_with_its_repaired_tokens_whatever_their_number(ru
     assert [one["step"] for one in reader.rollouts(RolloutFilter(state="trained"))] == [2]
 
 
-def test_a_value_that_sqlite_does_not_hold_costs_itself_and_not_the_trace(run: Run) -> None:
+def test_a_value_that_sqlite_does_not_hold_costs_only_itself(run: Run) -> None:
     run.step(1, group([66, 258], env_id=10**30))
     run.writer.request([], 5, 2, 0.0, 1.0, None, "EngineError: \ud800")
     run.writer.session("s", "aborted", "\ud800")
@@ -249,7 +205,7 @@ def test_a_value_that_sqlite_does_not_hold_costs_itself_and_not_the_trace(run: R
     assert [(one["step"], one["environment"]) for one in run.read().rollouts()] == [(2, 0), (1, None)]
 
 
-def test_reading_a_finished_run_leaves_no_file_and_sees_what_a_resumed_one_adds(run: Run) -> None:
+def test_reading_leaves_no_file_and_sees_what_a_resumed_run_adds(run: Run) -> None:
     run.step(1, group([66, 258]))
     reader = run.read()
     assert steps(reader) == [1]
@@ -263,7 +219,7 @@ def test_reading_a_finished_run_leaves_no_file_and_sees_what_a_resumed_one_adds(
         assert steps(reader) == list(range(number, 0, -1))
 
 
-def test_many_requests_that_no_group_brought_are_counted_in_one_pass(run: Run) -> None:
+def test_many_requests_without_a_group_are_counted_in_one_pass(run: Run) -> None:
     for prompt in range(2_000):
         run.writer.request([(10 * prompt + i, 5, 1) for i in range(10)], prompt, 9, 0.0, 1.0)
     reader = run.read()
@@ -274,7 +230,7 @@ def test_many_requests_that_no_group_brought_are_counted_in_one_pass(run: Run) -
     assert 0 < len(thousands) < 20_000 / 2, "more than 500 instructions for each request"
 
 
-def test_ids_go_on_behind_those_of_batches_that_the_journal_forgot(run: Run) -> None:
+def test_ids_go_on_behind_batches_that_the_journal_forgot(run: Run) -> None:
     """``journal.keep=0`` after a checkpoint: no file says which numbers there were."""
     run.step(7, group([66, 258]))
     run.read()
@@ -283,8 +239,8 @@ def test_ids_go_on_behind_those_of_batches_that_the_journal_forgot(run: Run) -> 
     assert [journal.record(b"x").sequence for _ in range(2)] == [8, 9]
 
 
-def test_a_disk_that_is_too_slow_costs_a_part_of_the_trace_and_no_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_slow_disk_costs_a_part_of_the_trace_and_no_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(trace, "_GATHER_SECONDS", 0.01)
     monkeypatch.setattr(trace, "_MOST_WAITING", 1_000)
@@ -302,8 +258,8 @@ def test_a_disk_that_is_too_slow_costs_a_part_of_the_trace_and_no_memory(
     assert steps(run.read()) == [1]
 
 
-def test_a_locked_trace_is_kept_and_one_that_is_no_database_begins_anew(
-    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_locked_trace_is_kept_and_a_broken_one_begins_anew(
+    run: Run, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run.step(1, group([66, 258]))
     run.read()
@@ -322,9 +278,7 @@ def test_a_locked_trace_is_kept_and_one_that_is_no_database_begins_anew(
     assert steps(again.read()) == [2] and "begins anew" in caplog.text
 
 
-def test_rollouts_of_a_step_are_a_table_in_wandb_and_conversations_in_trackio(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rollouts_of_a_step_reach_wandb_and_trackio(tmp_path: Path, monkeypatch: Patch) -> None:
     reader = TraceReader(write_run(tmp_path / "run", steps=3))
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Trace=lambda **about: about))
     tracking = Mock(logger={"wandb": SimpleNamespace(Table=lambda **about: about), "trackio": Mock(), "file": Mock()})
@@ -412,7 +366,7 @@ def test_it_only_reads_and_every_answer_forbids_scripts_of_others(client: TestCl
         assert client.get(f"/static/{outside}").status_code == 404
 
 
-def test_pages_of_other_sites_and_requests_without_the_token_are_refused(client: TestClient, run_dir: Path) -> None:
+def test_other_sites_and_requests_without_the_token_are_refused(client: TestClient, run_dir: Path) -> None:
     foreign = {"host": "evil.example", "origin": "http://evil.example", "sec-fetch-site": "cross-site"}
     for name, value in foreign.items():
         assert client.get("/api/runs", headers={name: value}).status_code == 403
@@ -476,7 +430,7 @@ def make_run(root: Path, *rewards: float | None, end: str = "", **summary: Any) 
     return root
 
 
-def test_of_a_run_that_goes_on_the_figures_so_far_are_summed_from_its_steps(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_has_the_figures_of_its_steps(tmp_path: Path) -> None:
     evaluated = step(8, None, **{"held_out/score": 0.625, "held_out/step": 6})
     end = evaluated + '{"step": 9, "los'  # being written
     data = load_run(make_run(tmp_path / "run", 0.0, 0.2, 0.4, None, 0.6, 0.8, 1.0, end=end))
@@ -506,9 +460,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content:
         load_run(root)
 
 
-def test_a_directory_without_a_run_is_exit_code_2_on_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_without_a_run_is_exit_code_2(tmp_path: Path, capsys: Capture) -> None:
     assert main(["report", str(tmp_path)]) == 2
     (tmp_path / "config.json").write_text('{"model": {}}')
     assert main(["report", str(tmp_path)]) == 2
@@ -518,7 +470,7 @@ def test_a_directory_without_a_run_is_exit_code_2_on_one_line(
     )
 
 
-def test_runs_are_told_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_told_one_after_the_other(tmp_path: Path, capsys: Capture) -> None:
     """A summary of fewer steps is that of the run before the resume."""
     scores = {"steps": 2, "tokens_trained": 77, "held_out_before": 0.25, "held_out_after": 0.75}
     one = make_run(tmp_path / "x", 0.1, 0.2, **scores)
