@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,56 +21,36 @@ OTHER = "import sys, time\nif 'evaluate' in sys.argv:\n    sys.exit(7)\ntime.sle
 """An environment that sends nothing, and whose evaluation fails."""
 
 
-class Observed(LaunchRun):
-    """A launch, and the command line of every process that it had."""
-
-    run_dir: Path
-    commands = ""
-
-    def look(self) -> bool:
-        self.commands += "\n".join(self.living())
-        return self.popen.poll() is not None
-
-    def settings(self, name: str) -> Any:
-        return yaml.safe_load((self.run_dir / "launch" / name).read_text())
-
-    def score(self, label: str) -> Any:
-        metrics = json.loads((self.run_dir / "eval" / label / "demo" / "metrics.json").read_text())
-        return metrics["results"]["all"]["eval/mean_reward"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
-    directory = tmp_path_factory.mktemp("launch")
-    (directory / "other.py").write_text(OTHER)
+def test_keys_are_in_private_files_alone_and_the_policy_is_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "other.py").write_text(OTHER)
     words = [*SMALL, "eval.before=true", "eval.after=true", "eval.every=2", "steps=3", "save_freq=3"]
-    words += [f"environments.other={{script: {directory}/other.py, startup_timeout: 1000}}"]
-    with Observed(words, run_dir=directory / "run", env={"ATROPOS_API_TOKEN": TOKEN}) as run:
-        run.wait_until(run.look, "the end of the run")
+    words.append(f"environments.other={{script: {tmp_path}/other.py, startup_timeout: 1000}}")
+    commands: set[str] = set()
+    with LaunchRun(words, run_dir=tmp_path / "run", env={"ATROPOS_API_TOKEN": TOKEN}) as run:
+        run.wait_until(lambda: commands.update(run.living()) or run.popen.poll() is not None, "the end of the run")
         run.must_end(0)
-        yield run
-
-
-def test_keys_are_in_private_files_alone(run: Observed) -> None:
     assert [line["step"] for line in run.metrics()] == [1, 2, 3], "an unmodified environment works with a protected API"
-    keys = (run.settings("trainer.yaml")["gateway"]["api_key"], TOKEN, environment_token(TOKEN))
+
+    launch, seen = run.run_dir / "launch", "\n".join(commands)
+    trainer, demo = (yaml.safe_load((launch / f"{name}.yaml").read_text()) for name in ("trainer", "demo"))
+    keys = (trainer["gateway"]["api_key"], TOKEN, environment_token(TOKEN))
     assert len(keys[0]) >= 24
     for program in ("launch_atropos_verl.py", "serve-api", "spell_backward.py serve", "evaluate", " train ", "reaper"):
-        assert program in run.commands
-    assert not any(key in run.commands for key in keys)
+        assert program in seen
+    assert not any(key in seen for key in keys)
     files = [path for path in run.run_dir.rglob("*") if path.is_file()]
     told = [path for path in files if any(key.encode() in path.read_bytes() for key in keys)]
-    launch = run.run_dir / "launch"
     assert {path.parent for path in told} == {launch} and len(told) >= 4
     private = [*launch.iterdir(), run.run_dir / "plan.json", *(run.run_dir / "logs").glob("*.1.log")]
     assert {oct(path.stat().st_mode & 0o777) for path in private} == {"0o600"}
-    url = run.settings("demo.yaml")["env"]["rollout_server_url"]
-    assert url.startswith(f"http://run:{environment_token(TOKEN)}@127.0.0.1:")
+    assert demo["env"]["rollout_server_url"].startswith(f"http://run:{environment_token(TOKEN)}@127.0.0.1:")
 
+    def read(name: str) -> Any:
+        return json.loads((run.run_dir / "eval" / name).read_text())
 
-def test_the_policy_is_evaluated_before_between_steps_and_after(run: Observed) -> None:
-    summary, progress = summary_of(run.run_dir), json.loads((run.run_dir / "eval" / "progress.json").read_text())
-    before, between, after = (run.score(label) for label in ("before", "step_2", "after"))
+    summary, progress = summary_of(run.run_dir), read("progress.json")
+    results = (read(f"{label}/demo/metrics.json")["results"]["all"] for label in ("before", "step_2", "after"))
+    before, between, after = (result["eval/mean_reward"] for result in results)
     assert progress["running"] is None
     assert progress["scores"]["before"] == {"demo": pytest.approx(before), "other": None}
     assert progress["scores"]["after"] == {"demo": pytest.approx(after), "other": None}
@@ -114,7 +93,7 @@ KINDS = {
 }
 
 
-def test_environments_with_every_form_of_config_init_send_groups_that_are_trained(tmp_path: Path) -> None:
+def test_every_form_of_config_init_sends_groups_that_are_trained(tmp_path: Path) -> None:
     for name, servers in KINDS.items():
         (tmp_path / f"{name}.py").write_text(SCRIPT.replace("SERVERS", servers))
     listed = ", ".join(f"{name}: {{script: {tmp_path}/{name}.py}}" for name in KINDS)
@@ -164,7 +143,7 @@ def job_of(directory: Path, nodes: tuple[str, ...], *words: str) -> LaunchRun:
     return job
 
 
-def test_a_job_of_two_nodes_trains_and_saves_when_its_time_is_up(tmp_path: Path) -> None:
+def test_a_job_of_two_nodes_saves_when_its_time_is_up(tmp_path: Path) -> None:
     with job_of(tmp_path, NODES, *SMALL, "steps=1000", "save_freq=1000") as job:
         job.wait_for_trained(2)
         files = [tmp_path / "job" / name for name in ("gateway_key", "api_token")]
