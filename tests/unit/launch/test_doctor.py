@@ -24,12 +24,12 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.launch import doctor
 from atropos_verl.launch.doctor import Plan, Shape, longest_micro_batch, peak, predict
 
+Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 GIB = 1 << 30
 
 
 def diagnosed(capsys: Capture, *words: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """The exit code, and the findings by name."""
     code = main(["doctor", "--json", *words])
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] == (code == 0)
@@ -48,7 +48,7 @@ def test_the_demo_can_be_run(tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_all_that_is_wrong_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_all_that_is_wrong_is_named_at_once(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         words = ["run_dir=/proc/run", "trainer.device=cuda", "trainer_process.nproc=64"]
         code, findings = diagnosed(capsys, f"gateway.port={taken.getsockname()[1]}", *words)
@@ -75,7 +75,7 @@ def test_the_table_ends_with_the_verdict_and_says_what_to_do(capsys: Capture) ->
     assert text.rstrip().splitlines()[-1].startswith("this run would fail: ")
 
 
-def test_packages_are_compared_with_the_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compared_with_the_requirements(tmp_path: Path, monkeypatch: Patch) -> None:
     for name, version in (("verl", "0.8.0"), ("torch", "2.13.0+cpu"), ("TransferQueue", "0.1.10")):
         directory = tmp_path / f"{name}-{version}.dist-info"  # found before those installed
         directory.mkdir()
@@ -92,7 +92,7 @@ def test_packages_are_compared_with_the_requirements(tmp_path: Path, monkeypatch
         assert (finding.status, finding.found) == (status, found)
 
 
-def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_those_of_nvidia_smi(tmp_path: Path, monkeypatch: Patch) -> None:
     def judged(device: str, needed: int) -> tuple[str, str]:
         finding = doctor.check_gpus(doctor.list_gpus(), device=device, needed=needed)
         return finding.status, finding.found
@@ -119,7 +119,7 @@ def of_disk(path: Path, model_bytes: int = 0, checkpoints: int = 1) -> list[tupl
     return [(it.status, it.found) for it in doctor.check_disk(path, model_bytes=model_bytes, checkpoints=checkpoints)]
 
 
-def test_shared_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_and_disk(tmp_path: Path, monkeypatch: Patch) -> None:
     def free(size: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
 
@@ -279,7 +279,7 @@ def test_ranks_checkpointing_lora_offload_and_a_replica() -> None:
     assert lora == pytest.approx(4 * (1.5 * GB + 5 * adapters) / 4)
 
 
-def test_what_does_not_fit_says_what_to_change_and_the_longest_micro_batch_that_fits() -> None:
+def test_what_does_not_fit_says_what_would() -> None:
     plan = Plan(tokens=100_000, trained=0.5, compute=2)
     phase = {found.name: found for found in doctor.check_memory(SHAPE, plan, 60e9, "a card")}
     assert phase["forward and backward"].status == "missing"
@@ -321,7 +321,6 @@ def test_the_plan_is_that_of_the_settings() -> None:
 
 
 def test_a_model_is_measured_without_its_weights(model_path: Path) -> None:
-    """Parameters, and what the backward keeps, are those of the real model."""
     import torch
     from transformers import AutoModelForCausalLM
 

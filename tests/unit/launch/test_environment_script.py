@@ -12,6 +12,7 @@ from atropos_verl.http_thread import ServerThread
 from atropos_verl.launch import environment_script
 from atropos_verl.launch.environment_script import check_needs, parse_script, server_count, source_of
 
+Patch = pytest.MonkeyPatch
 SETTING = "class C(BaseEnvConfig):\n    data: str = "
 OPENS = "path = os.path.join(os.path.dirname(__file__), 'x.json'); "
 LOADS = "load_dataset('a/b')"
@@ -95,7 +96,7 @@ def test_the_servers_of_a_script_are_counted() -> None:
     assert {body: server_count(script(body, setup=made).encode()) for body in counts} == counts
 
 
-def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, monkeypatch: Patch) -> None:
     (tmp_path / "pkg").mkdir()
     (tmp_path / "pkg" / "env.py").write_text("x")
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -105,7 +106,7 @@ def test_a_module_is_found_by_its_directory_and_by_pythonpath(tmp_path: Path, mo
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_network(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing listens there
@@ -156,7 +157,7 @@ def test_what_a_start_needs_is_named_before_it(tmp_path: Path, text: str, words:
     assert outcome(tmp_path, text) == words.replace("{cwd}", str(tmp_path))
 
 
-def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: Path) -> None:
+def test_what_is_in_the_cache_or_chosen_is_not_missing(tmp_path: Path) -> None:
     text = script("load_dataset(self.config.data)", SETTING + "'openai/gsm8k'")
     assert "openai/gsm8k" in outcome(tmp_path, text)
     assert "data set of/mine" in outcome(tmp_path, text, "--env.data", "of/mine")
@@ -165,7 +166,7 @@ def test_what_is_in_the_cache_or_chosen_by_an_argument_is_not_missing(tmp_path: 
     assert outcome(tmp_path, text) == ""
 
 
-def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_that_can_be_downloaded_is_not_missing(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with ServerThread(Starlette(), service="hub", advice="", host="127.0.0.1", port=0) as hub:  # answers 404

@@ -15,17 +15,11 @@ from atropos_verl.assets import demo_model_path
 from atropos_verl.config.launch_schema import EnvironmentConfig, LaunchConfig
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError
-from atropos_verl.launch.environments import (
-    allocate,
-    interpreter,
-    last_words,
-    plan_environments,
-    readable_tokenizer,
-    write_tokenizer,
-)
+from atropos_verl.launch import environments as module
 from atropos_verl.launch.plan import make_plan, one_environment
 from atropos_verl.launch.process import ServiceSpec
 
+Patch = pytest.MonkeyPatch
 MODEL = demo_model_path()
 
 
@@ -43,9 +37,8 @@ def config_of(**settings: Any) -> RunConfig:
 def plan(
     environments: dict[str, Any], *, own_api: bool = True, agents: Any = None, **settings: Any
 ) -> tuple[list[ServiceSpec], list[str]]:
-    """The services and the warnings."""
     launch = LaunchConfig.from_mapping({"environments": environments, "agents": agents or {}})
-    return plan_environments(config_of(**settings), launch, own_api=own_api)
+    return module.plan_environments(config_of(**settings), launch, own_api=own_api)
 
 
 def options(spec: ServiceSpec) -> dict[str, str]:
@@ -126,11 +119,11 @@ def test_weights_become_shares_of_every_batch() -> None:
         ({"a": three}, 64, [0]),
     ):
         launch = LaunchConfig.from_mapping({"environments": environments})
-        shares, _ = allocate(config_of(batch_size=batch_size), launch, embedded=True)
+        shares, _ = module.allocate(config_of(batch_size=batch_size), launch, embedded=True)
         assert [int(batch_size * (share or 0.0)) for share in shares.values()] == expected, environments
 
 
-def test_what_will_be_otherwise_than_the_settings_read_is_warned_of() -> None:
+def test_what_will_be_otherwise_than_it_reads_is_warned_of() -> None:
     alone: dict[str, Any] = {"a": {"group_size": 1}, "b": {"group_size": 1}, "c": {}}
     too_few = "environments.b: its share of a batch of 64 is less than one group of 8; it gets what the others leave"
     for environments, own_api, warning, has_share in (
@@ -146,10 +139,11 @@ def test_what_will_be_otherwise_than_the_settings_read_is_warned_of() -> None:
 
 
 def test_a_virtual_environment_is_an_interpreter(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to("/usr/bin/env")
-    assert interpreter(str(tmp_path), "key") == str(tmp_path / "bin" / "python"), "the link itself, not its target"
-    assert interpreter("python3.11", "key") == "python3.11"
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to("/usr/bin/env")
+    assert module.interpreter(str(tmp_path), "key") == str(python), "the link itself, not its target"
+    assert module.interpreter("python3.11", "key") == "python3.11"
 
 
 URL, KEY = {"base_url": "http://g:9004/v1"}, {"api_key": "k3y"}
@@ -220,9 +214,9 @@ def test_the_gateway_is_handed_over_in_a_private_file(
     where: dict[str, Any] = {"file": Path("FILE"), "cwd": tmp_path, "section": "e"}
     if isinstance(words, str):
         with pytest.raises(ConfigError, match=words):
-            last_words(settings, SERVER, **changes, **where)
+            module.last_words(settings, SERVER, **changes, **where)
         return
-    found, files = last_words(settings, SERVER, **changes, **where)
+    found, files = module.last_words(settings, SERVER, **changes, **where)
     assert found == words
     assert [yaml.safe_load(text) for text in files.values()] == ([] if content is None else [content])
 
@@ -243,7 +237,7 @@ def test_what_will_not_work_is_said_before_it_starts(tmp_path: Path) -> None:
     assert len(plan({"mine": {**settings, "python": sys.executable}})[1]) == 3, "its own interpreter may have that"
 
 
-def test_children_ask_no_proxy_and_import_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_children_ask_no_proxy_and_import_from_here(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://proxy:3128")
     monkeypatch.setenv("NO_PROXY", "intranet, 127.0.0.1")
@@ -261,7 +255,7 @@ def of_training(**env: Any) -> ServiceSpec:
     return spec
 
 
-def test_the_one_environment_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_environment_of_training(tmp_path: Path, monkeypatch: Patch) -> None:
     demo = of_training()
     assert demo.registers_as == options(demo)["--env.wandb_name"] == "spell_backward"
     assert (options(demo)["--env.seed"], demo.startup_timeout, demo.restarts) == ("7", 180.0, 5)
@@ -281,31 +275,31 @@ def test_the_one_environment_of_training(tmp_path: Path, monkeypatch: pytest.Mon
     assert one_environment(upstream).api.on_death == "stop", "its trainer, in this process, cannot start anew"
 
 
-def test_a_tokenizer_of_transformers_5_is_made_one_that_transformers_4_loads(tmp_path: Path) -> None:
+def test_a_tokenizer_of_transformers_5_is_made_one_of_4(tmp_path: Path) -> None:
     own = shutil.copytree(MODEL, tmp_path / "model")
     config = RunConfig.from_mapping({"model": {"path": str(own)}, "run_dir": str(tmp_path / "run")})
-    assert readable_tokenizer(config) == own, "both versions load the demo's"
+    assert module.readable_tokenizer(config) == own, "both versions load the demo's"
     settings = own / "tokenizer_config.json"
     newer = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<tool>"], "eos_token": "<|im_end|>"}
     newer["clean_up_tokenization_spaces"] = True
     settings.write_text(json.dumps({**json.loads(settings.read_text()), **newer}))
     for _ in range(2):  # again, as a resumed run does
-        write_tokenizer(config)
-    place = readable_tokenizer(config)
+        module.write_tokenizer(config)
+    place = module.readable_tokenizer(config)
     found = json.loads((place / "tokenizer_config.json").read_text())
     assert found["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert found["clean_up_tokenization_spaces"] is False, "4 would strip spaces that 5 leaves in"
     assert (found["additional_special_tokens"], "extra_special_tokens" in found) == (["<tool>"], False)
     assert (place / "tokenizer.json").read_bytes() == (own / "tokenizer.json").read_bytes()
     (own / "tokenizer.json").unlink()
-    assert readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
+    assert module.readable_tokenizer(config) == own, "nothing can be made of it; the doctor says so"
 
 
 AGENT = {"agent": "here:solve", "tasks": "tasks.jsonl"}
 
 
 @pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(tmp_path: Path, monkeypatch: Patch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     for file in ("tasks.jsonl", "here.py", "elsewhere/there.py", "held.jsonl"):

@@ -26,6 +26,7 @@ from atropos_verl.launch.train import TrainingServices, _check_trackers, _train_
 from atropos_verl.report.console import ProgressReporter
 from atropos_verl.training.checkpoint_state import RunState, new_checkpoint
 
+Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 PLANNED = {
     "local_demo": ["trajectory_api", "demo", "trainer"],
@@ -40,7 +41,7 @@ RAY_FILES = sorted(path.stem for path in SHIPPED.glob("*.yaml") if backend_of([]
 
 
 @pytest.fixture(autouse=True)
-def _no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_launch(monkeypatch: Patch) -> None:
     monkeypatch.setenv("ATROPOS_VERL_LAUNCH_OF", "")
     monkeypatch.setattr("atropos_verl.launch.environments._TMPDIR_BYTES", 1000)  # however long pytest's path is
 
@@ -66,7 +67,7 @@ def test_every_shipped_file_is_known_and_becomes_a_plan(tmp_path: Path) -> None:
         assert [service.name for service in plan_of(*words, name=name).services] == planned
 
 
-def test_production_reads_its_addresses_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_production_reads_its_addresses_from_the_environment(monkeypatch: Patch) -> None:
     given = {"API_URL": "http://a:8000", "TIMEOUT": "7.5", "API_TOKEN": "t", "GATEWAY_URL": "http://g:1"}
     for name, value in given.items():
         monkeypatch.setenv(f"ATROPOS_{name}", value)
@@ -107,9 +108,7 @@ ELSEWHERE = "only=[environments] atropos.api_url=http://a:8000"
         ("backend=ray trainer.total_trainig_steps=2", "trainer.total_trainig_steps: unknown key (--cfg shows all keys"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name_before_anything_starts(
-    words: str, message: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_what_cannot_work_is_refused_by_name(words: str, message: str, tmp_path: Path, capsys: Capture) -> None:
     assert main([*words.split(), f"run_dir={tmp_path / 'run'}"], config_name="local_demo") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -126,7 +125,7 @@ def test_keys_that_are_not_used_are_named(tmp_path: Path) -> None:
     assert note_of_unused_keys(of_trainer) == "", "what the launcher has used is no news to its trainer"
 
 
-def test_environments_of_the_command_line_replace_those_of_the_file_and_the_demo() -> None:
+def test_environments_of_the_command_line_replace_all_others() -> None:
     mine, words = {"mine": EnvironmentConfig(weight=2)}, ["environments={mine: {weight: 2}}"]
     for name in ("local_demo", "two_environments"):
         assert load_launch(words, config_name=name)[1].environments == mine
@@ -134,11 +133,6 @@ def test_environments_of_the_command_line_replace_those_of_the_file_and_the_demo
     assert load_launch(["env.env={A: 1}"], config_name="local_demo")[0].env.env == {"A": "1"}
     assert LaunchConfig.from_mapping({"environments": {}}).environments == {"demo": EnvironmentConfig()}
     assert LaunchConfig.from_mapping({"environments": {"mine": {"weight": 2}, "b": None}}).environments == mine
-
-
-def test_the_backend_is_the_words_then_the_files() -> None:
-    assert [backend_of([], SHIPPED, name) for name in (None, "local_demo", "ray_cpu_demo")] == ["local", "local", "ray"]
-    assert backend_of(["backend=local"], SHIPPED, "ray_cpu_demo") == "local"
 
 
 @pytest.mark.parametrize("key", ["3000", 'quo"te', "back\\slash", "apo'strophe"])
@@ -178,7 +172,7 @@ def test_keys_are_made_and_handed_over_and_not_shown(tmp_path: Path, capsys: Cap
     assert not (tmp_path / "run").exists()
 
 
-def test_the_gateway_key_of_environments_elsewhere_is_in_a_private_file_and_stays(tmp_path: Path) -> None:
+def test_the_key_of_environments_elsewhere_stays_in_a_private_file(tmp_path: Path) -> None:
     words = ["only=[trainer]", "atropos.api_url=http://a:8000", f"run_dir={tmp_path}"]
     plan = plan_of(*words)
     prepare_run_dir(plan)
@@ -194,14 +188,14 @@ def test_the_gateway_key_of_environments_elsewhere_is_in_a_private_file_and_stay
 
 
 @pytest.mark.parametrize("words", ["only=[api]", "api.host=0.0.0.0 api.args=[--insecure]", "atropos.server=upstream"])
-def test_an_api_without_a_token_where_others_use_it_or_none_is_wanted(words: str) -> None:
+def test_an_api_without_a_token_where_none_is_wanted(words: str) -> None:
     plan = plan_of(*words.split())
     assert plan.config.atropos.token is None
     module = "atroposlib.cli.run_api" if "upstream" in words else "atropos_verl.cli"
     assert plan.services[0].command[2] == module
 
 
-def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch: Patch) -> None:
     """Its file, composed as the trainer composes it, means the same run."""
     words = ["trainer.total_training_steps=7", "environments.demo.args=[--env.seed,3]", "supervise.stall_after=9"]
     plan = ray_plan(tmp_path, *words, "actor_rollout_ref.rollout.n=4", "trainer.v1.trainer_mode=separate_async")
@@ -218,15 +212,12 @@ def test_the_trainer_is_told_what_the_launch_decided(tmp_path: Path, monkeypatch
         monkeypatch.setenv(variable, value)
     assert backend_of([], directory, name) == "ray"
     run = read_run(compose_run(trainer.restart_words, directory, name))
-    assert run.run.steps == plan.config.steps == 7
-    assert (run.run.batch_size, run.run.group_size) == (plan.config.batch_size, 4)
+    assert run.run == plan.config
+    assert (run.run.steps, run.run.group_size, run.run.supervise.stall_after) == (7, 4, 9)
     assert run.run_dir == plan.run_dir == tmp_path / "a run"
-    assert run.settings.api_url == plan.api_url
-    assert run.settings.gateway.port == plan.config.gateway.port
-    assert run.settings.gateway.api_key == plan.config.gateway.api_key
+    assert (run.settings.api_url, run.settings.gateway) == (plan.api_url, plan.config.gateway)
     assert run.settings.eval.commands_file == str(directory / "evaluations.json")
     assert run.verl.trainer.resume_mode == "auto"
-    assert run.run.supervise.stall_after == plan.config.supervise.stall_after == 9
     assert run.verl.actor_rollout_ref.rollout.checkpoint_engine.backend == "ray_object_store"
     assert note_of_unused_keys(run.run) == ""
 
@@ -239,13 +230,13 @@ def test_a_file_may_hold_both(tmp_path: Path) -> None:
     )
     for name in ("ray_cpu_demo", "atropos_ray"):
         shutil.copy(SHIPPED / f"{name}.yaml", tmp_path)
-    assert backend_of([], tmp_path, "mine") == "ray"
+    assert [backend_of(words, tmp_path, "mine") for words in ([], ["backend=local"])] == ["ray", "local"]
     plan = ray_plan(tmp_path, config_dir=tmp_path, name="mine")
     assert plan.config.steps == 3
     assert [service.name for service in plan.services] == ["trajectory_api", "words", "trainer"]
 
 
-def test_relative_paths_are_those_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_are_those_of_the_launcher(tmp_path: Path, monkeypatch: Patch) -> None:
     """The trainer runs in the run directory."""
     shutil.copytree(demo_model_path(), tmp_path / "models" / "mine")
     monkeypatch.chdir(tmp_path)
@@ -256,7 +247,7 @@ def test_relative_paths_are_those_of_the_launcher(tmp_path: Path, monkeypatch: p
     assert (local.path, local.tokenizer_path) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine")
 
 
-def test_the_trainer_of_a_launch_takes_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_of_a_launch_takes_its_directory(tmp_path: Path, monkeypatch: Patch) -> None:
     temporary = tmp_path / "launch" / "tmp"
     with ExitStack() as launch:
         take_run_dir(launch, tmp_path, is_launch=True)
@@ -270,7 +261,7 @@ def test_the_trainer_of_a_launch_takes_its_directory(tmp_path: Path, monkeypatch
     assert not temporary.exists()
 
 
-def test_directories_of_the_user_in_a_run_directory_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_of_the_user_in_a_run_directory_stay(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("atropos_verl.launch.train.Supervisor.start_api", lambda _: None)
     precious = [tmp_path / name / "precious" for name in ("tmp", "api")]
     for path in precious:
@@ -300,8 +291,8 @@ LOGIN, KEY = "machine {} login user password " + "x" * 40, "there is no API key 
         (["console", "file"], {}, "", None),
     ],
 )
-def test_a_tracker_that_cannot_start_is_named_before_anything_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variables: dict[str, str], netrc: str, fault: str
+def test_a_tracker_that_cannot_start_is_named(
+    tmp_path: Path, monkeypatch: Patch, names: list[str], variables: dict[str, str], netrc: str, fault: str
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DIR"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
@@ -327,7 +318,7 @@ def test_a_tracker_that_cannot_start_is_named_before_anything_does(
     [(KeyboardInterrupt, 0, False), (KeyboardInterrupt, 6, True), (ServiceError, 6, True), (ConfigError, 6, False)],
 )
 def test_what_ends_a_run_says_how_to_go_on_from_what_is_saved(
-    error: type[BaseException], saved: int, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    error: type[BaseException], saved: int, is_told: bool, tmp_path: Path, monkeypatch: Patch, caplog: Any
 ) -> None:
     """Wherever it happens: before the first step, after a checkpoint, in an evaluation, while processes end."""
     caplog.set_level(logging.WARNING, "atropos_verl")  # is put back at the end
@@ -346,8 +337,8 @@ def test_what_ends_a_run_says_how_to_go_on_from_what_is_saved(
 
 
 @pytest.mark.parametrize("summarised", [None, 3, 6])
-def test_a_run_that_was_interrupted_after_its_last_step_gets_its_summary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, caplog: Any, summarised: int | None
+def test_a_run_interrupted_after_its_last_step_gets_its_summary(
+    tmp_path: Path, monkeypatch: Patch, capsys: Capture, caplog: Any, summarised: int | None
 ) -> None:
     caplog.set_level(logging.WARNING, "atropos_verl")  # is put back at the end
     config = RunConfig.from_mapping({"run_dir": str(tmp_path), "steps": 6})

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import socket
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +31,15 @@ from atropos_verl.launch.process import ServiceSpec
 from atropos_verl.launch.supervisor import Supervisor, WatchedService
 from atropos_verl.report.console import LaunchView
 
+Patch = pytest.MonkeyPatch
+
 
 def shell(directory: Path, script: str, name: str = "words", **changes: Any) -> ServiceSpec:
     log = directory / f"{name}.1.log"
     return replace(ServiceSpec(name=name, command=("sh", "-c", script), cwd=directory, log_path=log), **changes)
 
 
-def test_a_free_port_can_be_bound_and_a_foreign_address_has_none() -> None:
+def test_a_free_port_can_be_bound_and_none_elsewhere() -> None:
     for host in ("127.0.0.1", "localhost"):
         with socket.create_server((host, probes.free_port(host))):
             pass
@@ -46,7 +47,7 @@ def test_a_free_port_can_be_bound_and_a_foreign_address_has_none() -> None:
         probes.free_port("192.0.2.1")
 
 
-def test_only_2xx_is_an_answer_and_no_proxy_asked(fault_server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_2xx_is_an_answer_and_no_proxy_asked(fault_server: FaultServer, monkeypatch: Patch) -> None:
     answers = [http_faults.answer({"a": 1}), http_faults.answer(b"plain")]
     failures = [http_faults.error(404), http_faults.error(503), http_faults.garbage(), http_faults.silent()]
     fault_server.script("/x", *answers, *failures)
@@ -58,20 +59,19 @@ def test_only_2xx_is_an_answer_and_no_proxy_asked(fault_server: FaultServer, mon
         assert probes.request_json(nobody) is probes.request_json("http://no-such-host.invalid/", timeout=0.5) is None
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, *answers: Any) -> None:
-    """The last one again and again."""
+def answering(monkeypatch: Patch, *answers: Any) -> None:
     endless = itertools.chain(answers, itertools.repeat(answers[-1]))
     monkeypatch.setattr(probes, "request_json", lambda *_, **__: next(endless))
 
 
-def test_a_batch_that_was_handed_out_is_seen_before_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_was_handed_out_is_seen_before_its_step(monkeypatch: Patch) -> None:
     poller = Poller(RunConfig(), None)
     answering(monkeypatch, *(step and {"current_step": step} for step in (3, 3, None, 4, 5)))
     seen = [(poller.ask_api(), poller.batch_at > 0)[1] for _ in range(5)]
     assert seen == [False, False, False, False, True], "what happened while it did not answer is not known"
 
 
-def test_a_gateway_that_pauses_has_got_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_that_pauses_has_got_a_batch(monkeypatch: Patch) -> None:
     """Symptom: a first step of 48 s was called a stall, since the API had not answered when its batch was taken."""
     poller, seen = Poller(RunConfig(), "http://g", generates=False), []
     for paused in (True, False, True, True):
@@ -81,7 +81,7 @@ def test_a_gateway_that_pauses_has_got_a_batch(monkeypatch: pytest.MonkeyPatch) 
     assert seen[:2] == [0.0, 0.0] and seen[2] == seen[3] > 0.0
 
 
-def test_a_strange_answer_does_not_end_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strange_answer_does_not_end_the_watching(monkeypatch: Patch) -> None:
     monkeypatch.setattr(probes, "_INTERVAL", 0.01)
     poller = Poller(RunConfig(), None)
     answering(monkeypatch, {"current_step": 1}, {"current_step": "many"}, {"current_step": 2})
@@ -107,7 +107,7 @@ def test_the_gateways_counters_are_read() -> None:
     assert [found[name] for name in names] == [17.0, 5.0, 3.0, 0.0]
 
 
-def test_tokens_count_when_sampled_and_a_launchs_own_request_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_count_when_sampled_and_our_own_request_does_not(monkeypatch: Patch) -> None:
     poller = Poller(RunConfig(), None)
     clock = iter(range(5, 14))
     monkeypatch.setattr("atropos_verl.launch.probes.time.monotonic", lambda: float(next(clock)))
@@ -258,7 +258,6 @@ def state(**changes: Any) -> dict[str, Any]:
         "recent": [json.loads(line(3))],
         "rewards": [0.1, 0.2, 0.3],
         "seconds_since_step": 31.0,
-        "notes": ["starting words"],
     }
     return {**base, **changes}
 
@@ -386,16 +385,17 @@ def test_an_earlier_run_in_the_same_directory_is_not_blamed(tmp_path: Path) -> N
     assert facts.endings["environment"].endswith("/x refused: new"), "not the lone bracket after it"
 
 
-def test_no_batch_is_missed_while_the_trainer_waits_for_an_evaluation(tmp_path: Path) -> None:
+def test_no_batch_is_missed_while_an_evaluation_is_waited_for(tmp_path: Path, monkeypatch: Patch) -> None:
     """Symptom: the demo of SmolLM2 was told of a stall as soon as the evaluation before training was over."""
+    clock, silent = Clock(), []
+    monkeypatch.setattr("atropos_verl.launch.supervisor.time.monotonic", clock)
     watching = supervisor(tmp_path, trains_here=True)
-    watching._poller.generated_at = time.monotonic() - 1000.0
-    watching._started = time.monotonic() - 2000.0
-    assert (watching._silent_seconds() or 0.0) > 999.0
-    watching._evaluations.running = "before"
-    assert watching._silent_seconds() == 0.0
-    watching._evaluations.running = None
-    assert (watching._silent_seconds() or 0.0) < 900.0
+    watching._poller.generated_at = clock()
+    for evaluation_running in (None, "before", None):
+        watching._evaluations.running = evaluation_running
+        clock.pass_(100.0)
+        silent.append(watching._silent_seconds())
+    assert silent == [100.0, 0.0, 100.0]
 
 
 def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
@@ -407,24 +407,17 @@ def test_counters_that_begin_at_0_again_are_believed(tmp_path: Path) -> None:
 
 
 def test_a_live_table_on_a_terminal_and_plain_lines_elsewhere() -> None:
-    texts = []
+    long, texts = {**WORDS, "state": "failed", "detail": "words was not ready " + 200 * "x"}, []
     for is_terminal in (False, True):
-        console = Console(force_terminal=is_terminal, width=100, record=True, file=io.StringIO(), _environ={})
+        console = Console(force_terminal=is_terminal, width=80, record=True, file=io.StringIO(), _environ={})
         with LaunchView(console) as view:
             view.note("starting words [not markup]")
             view.step(json.loads(line(3)), state())
-            view.update(state())
+            view.update(state(services=[long, TRAINER]))
         texts.append(console.export_text())
     step = "step 3/40  reward 0.300  loss 0.5000  - tok/s  rollout -s  train -s  sync -s  weights v3"
     assert texts[0].splitlines() == ["starting words [not markup]", step]
     assert "service" in texts[1]
-
-
-def test_the_table_fits_a_narrow_terminal() -> None:
-    console = Console(width=80, record=True, file=io.StringIO())
-    view = LaunchView(console)
-    long = {**WORDS, "state": "failed", "detail": "words was not ready " + 200 * "x"}
-    view.update(state(services=[long, TRAINER]))
     console.print(view._frame())
     rows = console.export_text().splitlines()
     assert rows[0].split() == ["service", "state", "pid", "up", "restarts"]
