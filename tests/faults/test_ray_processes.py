@@ -118,7 +118,7 @@ WORDS = (
 
 
 @pytest.mark.timeout(600)
-def test_killed_services_and_a_killed_trainer_on_ray_are_restarted_and_the_run_completes(tmp_path: Path) -> None:
+def test_what_is_killed_on_ray_is_restarted_and_the_run_completes(tmp_path: Path) -> None:
     with LaunchRun(WORDS, run_dir=tmp_path / "run") as run:
         run.wait_for_trained(2)
         for service in ("demo", "trajectory_api"):

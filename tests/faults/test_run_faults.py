@@ -1,6 +1,4 @@
-"""Training commands whose parts are killed, whose directory is in use, moved or damaged, and from whose environments no
-batch comes. Real processes all the way, with and without an overlapped trainer.
-"""
+"""Training commands with killed parts, directories in use, moved or damaged, and environments that send nothing."""
 
 import contextlib
 import json
@@ -14,19 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.runs import (
-    LAUNCH,
-    MAIN,
-    REPOSITORY,
-    SMALL,
-    LaunchRun,
-    TrainingRun,
-    checkpointed_step,
-    journalled,
-    metrics_of,
-    refused,
-    summary_of,
-)
+from support import runs
+from support.runs import SMALL, LaunchRun, TrainingRun, checkpointed_step, journalled, metrics_of
 from support.trajectory_server import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -67,7 +54,7 @@ def stop(run: TrainingRun) -> None:
     run.must_end(130)
 
 
-def test_a_killed_service_is_restarted_and_a_killed_trainer_leaves_what_it_fetched(run_dir: Path) -> None:
+def test_a_killed_service_is_restarted_and_a_killed_trainer_leaves_its_batches(run_dir: Path) -> None:
     with started(run_dir, "sync") as run:
         for service in ("environment", "trajectory_api"):
             run.send(service, signal.SIGKILL)
@@ -129,7 +116,7 @@ def test_it_goes_on_to_the_end(run_dir: Path) -> None:
     trained = sum(line["data/trained_tokens"] for line in lines)
     state = json.loads((run_dir / "checkpoints" / f"global_step_{last}" / "atropos.json").read_text())
     assert state["moments"]["count"] == trained, "running statistics went on across every resume"
-    summary = summary_of(run_dir)
+    summary = runs.summary_of(run_dir)
     assert summary["rewards"] == [line["reward/mean"] for line in lines], "of every run"
     expected = {"steps": last, "policy_version": last, "weights_synced": last - before + 1, "tokens_trained": trained}
     expected |= {"groups_used": sum(groups), "sequences_trained": 4 * sum(groups)}
@@ -146,8 +133,8 @@ def test_one_run_per_directory_and_a_refused_one_touches_nothing(tmp_path: Path)
             files = [path for path in run_dir.rglob("*") if path.suffix in (".json", ".yaml")]
             # The run that goes on writes its state.
             before = {path: path.stat().st_mtime_ns for path in files if path.name != "state.json"}
-            for script in (MAIN, LAUNCH):
-                said = refused(script, *words, "steps=9", f"run_dir={run_dir}")
+            for script in (runs.MAIN, runs.LAUNCH):
+                said = runs.refused(script, *words, "steps=9", f"run_dir={run_dir}")
                 assert f"run_dir: {run_dir} is in use by a training run, pid {run.popen.pid} on " in said
                 assert "end it, or choose another one" in said
             assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -160,7 +147,7 @@ def test_one_run_per_directory_and_a_refused_one_touches_nothing(tmp_path: Path)
     assert (run_dir / "lock").read_text() == ""
 
 
-def test_a_moved_run_with_a_damaged_checkpoint_goes_on_when_its_terminal_closes(tmp_path: Path) -> None:
+def test_a_moved_run_with_a_damaged_checkpoint_goes_on(tmp_path: Path) -> None:
     """Its temporary directory and its home stay as they were, whatever ended its processes."""
     places = [tmp_path / "home", tmp_path / "temp"]
     for place in places:
@@ -206,7 +193,7 @@ def test_a_standard_output_that_is_closed_ends_nothing(tmp_path: Path, how: str)
     assert ("cannot be written any more" in run.log("trainer")) != closed
 
 
-FAILING = REPOSITORY / "tests" / "support" / "failing_env.py"
+FAILING = runs.REPOSITORY / "tests" / "support" / "failing_env.py"
 ONE_STEP = (*SMALL, "steps=1", "save_freq=-1", "supervise.stall_after=8")
 CAUSES = {
     "raises": ("the environment fails in its own code: Error in collect_trajectories: ", "'answer_key' ("),
@@ -225,7 +212,6 @@ CAUSES = {
 
 @pytest.mark.parametrize("fault", CAUSES)
 def test_the_first_line_names_the_cause(fault: str, tmp_path: Path) -> None:
-    """The last one is a launch's, whose environment has a name."""
     kind, words = TrainingRun, [*ONE_STEP, f"env.script={FAILING}", f"env.env.FAULT={fault}"]
     if fault == "sends_wrongly":
         environment = f"environments={{failing: {{script: {FAILING}, env: {{FAULT: {fault}}}}}}}"
@@ -238,8 +224,7 @@ def test_the_first_line_names_the_cause(fault: str, tmp_path: Path) -> None:
         stop(run)
 
 
-def test_the_final_error_begins_with_the_cause_and_no_secret_shows(tmp_path: Path) -> None:
-    """Neither in the process list nor in a file that others could be shown."""
+def test_the_final_error_names_the_cause_and_no_secret(tmp_path: Path) -> None:
     words = [*ONE_STEP, f"env.script={FAILING}", "env.env.FAULT=same", "env.startup_timeout=25"]
     cause = " s: the environment drops every group, since all scores of a group are equal ("
     shown: set[str] = set()
@@ -261,7 +246,7 @@ def test_the_final_error_begins_with_the_cause_and_no_secret_shows(tmp_path: Pat
     assert "rollout_server_url='http://run:***" in run.log("environment"), "blotted out, not left unprinted"
 
 
-def test_a_run_whose_environments_are_elsewhere_is_diagnosed_too(tmp_path: Path) -> None:
+def test_environments_elsewhere_are_diagnosed_too(tmp_path: Path) -> None:
     with (
         ServerProcess(tmp_path) as api,
         TrainingRun([*ONE_STEP, f"atropos.api_url={api.url}"], run_dir=tmp_path / "run") as run,
@@ -272,7 +257,7 @@ def test_a_run_whose_environments_are_elsewhere_is_diagnosed_too(tmp_path: Path)
         stop(run)
 
 
-def test_what_stood_in_the_way_of_environments_does_not_any_more(tmp_path: Path) -> None:
+def test_what_stood_in_the_way_does_not_any_more(tmp_path: Path) -> None:
     """A proxy in the shell, which their chat client would ask for this machine; a gateway that does not listen on
     127.0.0.1; paths that are relative to a directory of the environment's own."""
     (tmp_path / "data").mkdir()

@@ -20,14 +20,7 @@ from support.runs import checkpointed_step, journalled, metrics_of
 from support.scripted_api import batch_of
 from support.serving import eventually
 
-from atropos_verl.errors import (
-    AtroposConnectionError,
-    AtroposTimeoutError,
-    ServiceError,
-    StorageInUseError,
-    TrainingDivergedError,
-    WeightSyncError,
-)
+from atropos_verl import errors
 from atropos_verl.types import StepReport
 
 SYNC: dict[str, Any] = {}
@@ -91,7 +84,7 @@ def test_the_same_batches_give_the_same_weights_in_both_modes(lab: Lab, tmp_path
         assert max(line["sync/canary_max_abs_logprob_diff"] for line in lines) < 1e-4
 
 
-def test_the_gate_stays_open_while_the_trainer_trains_and_the_next_batch_comes_meanwhile(lab: Lab) -> None:
+def test_the_gate_stays_open_and_the_next_batch_comes_during_a_step(lab: Lab) -> None:
     seen: list[tuple[bool, bool]] = []
     with lab.trainer("open", batches(3, seed=1), 3, **OVERLAP) as trainer:
 
@@ -147,9 +140,7 @@ def test_batches_that_no_checkpoint_covers_are_trained_first(lab: Lab, tmp_path:
     ("signum", "mode"),
     [(signal.SIGTERM, SYNC), (signal.SIGINT, SYNC), (signal.SIGHUP, SYNC), (signal.SIGTERM, OVERLAP)],
 )
-def test_a_signal_leaves_a_whole_step_and_what_was_fetched_ahead(
-    lab: Lab, tmp_path: Path, signum: int, mode: dict[str, Any]
-) -> None:
+def test_a_signal_leaves_a_whole_step(lab: Lab, tmp_path: Path, signum: int, mode: dict[str, Any]) -> None:
     """In the middle of an update; with overlap between two steps."""
     bodies, directory = batches(4, seed=2), tmp_path / "hit"
     ahead = [batch_file(3)] if mode else []
@@ -176,7 +167,7 @@ def test_two_trainers_never_write_into_one_run_directory(lab: Lab) -> None:
     bodies = batches(1, seed=2)
     with lab.trainer("one", bodies, 1) as trainer:
         said = rf"{trainer.run_dir} is in use by a training run, pid {os.getpid()} "
-        with pytest.raises(StorageInUseError, match=said):
+        with pytest.raises(errors.StorageInUseError, match=said):
             lab.run("one", bodies, 1)
         assert trainer.fit()["steps"] == 1
     assert lab.run("one", [], 1)["step"] == 1, "the first is done"
@@ -209,7 +200,7 @@ def test_a_service_that_dies_during_a_step_ends_the_run_after_it(lab: Lab, tmp_p
 
     def check() -> None:
         if dead.is_set():
-            raise ServiceError("environment died", "environment", -9, "")
+            raise errors.ServiceError("environment died", "environment", -9, "")
 
     def die() -> None:
         wait_for_batch(tmp_path / "widow", 3)
@@ -218,7 +209,7 @@ def test_a_service_that_dies_during_a_step_ends_the_run_after_it(lab: Lab, tmp_p
 
     with lab.trainer("widow", batches(4, seed=4), 4, **OVERLAP) as trainer:
         hit_update(trainer, 2, die)
-        with pytest.raises(ServiceError, match="environment died") as caught:
+        with pytest.raises(errors.ServiceError, match="environment died") as caught:
             trainer.fit(check_services=check)
     assert "steps up to 2 are saved in" in notes_of(caught)
     assert journalled(tmp_path / "widow") == [batch_file(3)]
@@ -241,7 +232,7 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
             return update(first, **version)
 
         setattr(trainer.engine, method, stale)
-        with pytest.raises(WeightSyncError):
+        with pytest.raises(errors.WeightSyncError):
             trainer.fit()
         # It must not go on with rollouts of another policy. The first sync of an overlapped run stages nothing.
         assert trainer.step == (2 if overlapped else 1)
@@ -255,9 +246,7 @@ def test_a_skipped_weight_sync_stops_the_run(lab: Lab, tmp_path: Path, fault: st
 
 
 @BOTH_MODES
-def test_groups_without_a_trained_token_end_nothing_and_are_counted(
-    lab: Lab, tmp_path: Path, mode: dict[str, Any]
-) -> None:
+def test_groups_without_a_trained_token_end_nothing(lab: Lab, tmp_path: Path, mode: dict[str, Any]) -> None:
     """An environment's whole share of a batch, then a whole batch: also in the run that goes on after it."""
     rng = random.Random(4)
 
@@ -282,7 +271,7 @@ def test_groups_without_a_trained_token_end_nothing_and_are_counted(
 
 def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tmp_path: Path) -> None:
     ruinous = {"optim": {"lr": 1e30}, "sync": {"canary": False}}
-    with pytest.raises(TrainingDivergedError, match=r"Lower optim\.lr"):
+    with pytest.raises(errors.TrainingDivergedError, match=r"Lower optim\.lr"):
         lab.run("diverged", batches(4, seed=6), 4, **ruinous)
     assert checkpointed_step(tmp_path / "diverged") == 0
 
@@ -290,8 +279,8 @@ def test_a_run_that_diverges_stops_and_does_not_save_what_is_ruined(lab: Lab, tm
 @pytest.mark.parametrize(
     ("leaves", "error", "message"),
     [
-        (False, AtroposTimeoutError, "no batch from Atropos API"),
-        (True, AtroposConnectionError, "Cannot connect to Atropos API at"),
+        (False, errors.AtroposTimeoutError, "no batch from Atropos API"),
+        (True, errors.AtroposConnectionError, "Cannot connect to Atropos API at"),
     ],
     ids=["it has no batches", "it goes away"],
 )

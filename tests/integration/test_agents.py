@@ -17,7 +17,7 @@ EXAMPLES = REPOSITORY / "examples" / "agents"
 NAMES, STEPS = ("calculator", "speller"), 4
 
 
-def test_every_step_is_trained_on_the_policys_tokens_and_each_group_is_posted_once(tmp_path: Path) -> None:
+def test_every_step_is_trained_and_each_group_posted_once(tmp_path: Path) -> None:
     words = [*SMALL, "batch_size=8", "group_size=2", f"steps={STEPS}", "data.max_prompt_length=900", "journal.keep=100"]
     words += ["max_response_length=120", "envs=[calculator,speller]"]
     for name in NAMES:

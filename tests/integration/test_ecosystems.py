@@ -90,7 +90,7 @@ def test_rewards_are_the_native_ones_and_tokens_are_trained(prefix: str, tmp_pat
         python = f"{interpreter(prefix)}/bin/python"
         command = [python, str(SUPPORT / "compare.py"), f"{prefix}:{target}", *SETTINGS[prefix]]
         cwd, env = tmp_path if prefix == "nemo-gym" else SUPPORT, {**os.environ, **PATH}
-        done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         rewards = json.loads(done.stdout.splitlines()[-1])
         assert rewards["adapter"] == rewards["native"]

@@ -12,7 +12,7 @@ def test_every_section_of_the_drill_runs_and_its_comparisons_hold(tmp_path: Path
     out = tmp_path / "drill.json"
     sections = "loop,sync,engine,prefixes,lm_head,attention"  # not the tests marked gpu, which would be skipped
     command = [sys.executable, str(DRILL), "--device", "cpu", "--tiny", "--out", str(out), "--only", sections]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=240)
     found = json.loads(answer.stdout)
     assert (answer.returncode, found["failed"]) == (0, []), answer.stderr[-2000:]
     assert json.loads(out.read_text()) == found

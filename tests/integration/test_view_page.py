@@ -77,7 +77,7 @@ def opened(browser: Any, **options: Any) -> Iterator[Any]:
         assert page.evaluate("window.hacked") is None
 
 
-def test_the_command_prints_its_address_and_ends_at_ctrl_c_with_a_stream_open(runs: Path) -> None:
+def test_the_command_prints_its_address_and_ends_at_ctrl_c(runs: Path) -> None:
     with serving(runs, "--host", "0.0.0.0") as url, httpx.Client() as client:
         address, _, token = url.partition("#token=")
         assert len(token) > 20

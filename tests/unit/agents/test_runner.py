@@ -27,6 +27,7 @@ from atropos_verl.protocol.messages import EnvRegistration
 from atropos_verl.protocol.wire import decode_batch, decode_group
 from atropos_verl.types import ScoredGroup
 
+Patch = pytest.MonkeyPatch
 TOKENIZER = build_tiny_tokenizer()
 
 
@@ -76,7 +77,7 @@ def server() -> Iterator[TrajectoryServer]:
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pauses(monkeypatch: Patch) -> None:
     monkeypatch.setattr(module, "_STATUS_SECONDS", 0.02)
     monkeypatch.setattr(module, "_LONGEST_PAUSE", 0.0)
 
@@ -119,9 +120,7 @@ async def until(runner: Runner, api: AtroposClient, notes: Notes, groups: int) -
     return decode_batch(found.body)
 
 
-async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_wants(
-    gateway: Gateway, server: TrajectoryServer, notes: Notes
-) -> None:
+async def test_groups_are_posted_with_their_rows(gateway: Gateway, server: TrajectoryServer, notes: Notes) -> None:
     shares = ("--env.inference_weight", "2", "--env.min_batch_allocation", "0.5")
     runner = runner_of(gateway, gateway.solving(lambda task: 2.0, 2), *shares)
     groups = await until(runner, registered(server), notes, 2)
@@ -134,9 +133,7 @@ async def test_groups_are_posted_with_their_rows_and_no_more_than_the_queue_want
     assert not notes.unfinished
 
 
-async def test_its_least_share_is_made_although_others_have_filled_the_queue(
-    gateway: Gateway, server: TrajectoryServer, notes: Notes
-) -> None:
+async def test_its_least_share_is_made_beside_others(gateway: Gateway, server: TrajectoryServer, notes: Notes) -> None:
     api = registered(server)
     other = EnvRegistration(max_token_length=32, group_size=2, desired_name="other", min_batch_allocation=0.25)
     other_id = await asyncio.to_thread(api.register_env, other)
@@ -145,12 +142,8 @@ async def test_its_least_share_is_made_although_others_have_filled_the_queue(
     assert sorted(group.env_id for group in groups) == [0, 1], "no batch is made without its share"
 
 
-async def test_an_api_without_features_gets_advantages_and_no_group_whose_post_may_have_arrived_twice(
-    gateway: Gateway,
-    server: TrajectoryServer,
-    notes: Notes,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+async def test_an_api_without_features_gets_advantages_and_no_post_twice(
+    gateway: Gateway, server: TrajectoryServer, notes: Notes, monkeypatch: Patch, caplog: Any
 ) -> None:
     monkeypatch.setattr("atropos_verl.server.app.FEATURES", ())
     api, rewards = registered(server), itertools.count()
@@ -174,7 +167,7 @@ async def test_an_api_without_features_gets_advantages_and_no_group_whose_post_m
     assert sum("drops rollout_ids" in message for message in caplog.messages) == 1
 
 
-async def test_a_failed_rollout_is_replaced_and_failures_of_the_network_are_tried_again(gateway: Gateway) -> None:
+async def test_failures_are_replaced_and_those_of_the_network_tried_again(gateway: Gateway) -> None:
     tries = iter([EngineStoppedError("closed"), ValueError("a bug"), 1.0])
     runner = runner_of(gateway, gateway.solving(lambda task: next(tries)))
     assert await runner.rollout("group", 0, lambda _: None) is not None
@@ -182,9 +175,7 @@ async def test_a_failed_rollout_is_replaced_and_failures_of_the_network_are_trie
     assert [*gateway.ended.values()] == ["aborted", "aborted", "finished"]
 
 
-async def test_an_agent_that_never_succeeds_ends_the_runner_with_its_error(
-    gateway: Gateway, server: TrajectoryServer, notes: Notes
-) -> None:
+async def test_an_agent_that_never_succeeds_ends_it(gateway: Gateway, server: TrajectoryServer, notes: Notes) -> None:
     solve = gateway.solving(lambda task: ImportError("No module named 'openai'"), 0)
     with pytest.raises(AgentError, match=r"8 groups in a row, at last with ImportError: No module named 'openai'"):
         await runner_of(gateway, solve).serve(registered(server), notes)
@@ -201,9 +192,7 @@ async def test_silent_agents_are_ended_and_count_as_failures(gateway: Gateway) -
     assert await gateway.told("metadata") == [{"eval": True}] * 3
 
 
-async def test_a_runner_that_is_started_again_posts_what_was_finished_and_samples_the_rest(
-    gateway: Gateway, server: TrajectoryServer, tmp_path: Path
-) -> None:
+async def test_a_runner_goes_on_where_one_died(gateway: Gateway, server: TrajectoryServer, tmp_path: Path) -> None:
     # The process died with one rollout finished and one open, after it had posted another group, and before it posted
     # one in which a rollout was replaced that had its reward.
     notes, rollouts = Notes(tmp_path / "agent.jsonl"), {}
@@ -252,7 +241,7 @@ def test_rewards_of_turns_and_an_api_without_rollouts() -> None:
     assert dropped == [pytest.approx([value, value]) for value in (a, a, -a, -a)]
 
 
-async def test_a_command_finds_its_session_and_is_scored_by_its_exit_code_or_a_function(gateway: Gateway) -> None:
+async def test_a_command_is_scored_by_its_exit_code_or_a_function(gateway: Gateway) -> None:
     program = "import json,os,sys; t=json.load(sys.stdin); print(os.environ['OPENAI_BASE_URL']); sys.exit(t)"
     command = f'{sys.executable} -c "{program}"'
     for task, scorer in ((0, None), (3, None), (0, f"{__name__}:length")):
@@ -294,7 +283,7 @@ def test_tasks_come_in_another_order_each_epoch_and_go_on_where_they_were(tmp_pa
 @pytest.mark.parametrize(("given", "missing"), [("api-url", "gateway-url"), ("gateway-url", "api-url")])
 @pytest.mark.parametrize("verb", ["agents run --command true --tasks {tasks}", "environments serve verifiers:x"])
 def test_no_address_is_guessed(
-    verb: str, given: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    verb: str, given: str, missing: str, tmp_path: Path, monkeypatch: Patch, capsys: Any
 ) -> None:
     (tmp_path / "t.jsonl").write_text("1\n")
     variable = f"ATROPOS_{missing.upper().replace('-', '_')}"
@@ -317,7 +306,7 @@ def test_no_address_is_guessed(
     ],
 )
 def test_what_is_wrong_with_the_words_is_said_before_anything_is_asked(
-    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    words: str, told: str, tmp_path: Path, monkeypatch: Patch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("t.jsonl").write_text("1\n")

@@ -22,6 +22,7 @@ from atropos_verl.errors import ConfigError
 from atropos_verl.launch.launch import main as launch_main
 from atropos_verl.launch.train import main
 
+Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
 Command = Callable[[list[str]], int]
 RECIPE_DICT = {
@@ -36,7 +37,7 @@ RECIPE_DICT = {
 }
 
 
-def test_the_dictionary_of_the_recipe_is_accepted_as_it_is_and_frozen() -> None:
+def test_the_dictionary_of_the_recipe_is_accepted_as_it_is() -> None:
     config = RunConfig.from_mapping(RECIPE_DICT)
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 3  # type: ignore[misc]
@@ -77,11 +78,6 @@ def test_settings_that_are_refused(values: dict[str, object], message: str) -> N
     assert "steps" not in values or caught.value.key == "steps"
 
 
-def test_a_batch_may_be_used_several_times_where_the_teacher_is_the_whole_loss() -> None:
-    taught = {"distill": {"alone": True, "teacher": "/models/t"}}
-    assert RunConfig.from_mapping({"loss": {"ppo_epochs": 2}, **taught}).loss.ppo_epochs == 2
-
-
 SECRETS = ("gateway.api_key=secret-1", "atropos.token=secret-2", "atropos.headers={X-Key: secret-3}")
 ENV = "env={HF_TOKEN: secret-5}"
 
@@ -89,7 +85,6 @@ ENV = "env={HF_TOKEN: secret-5}"
 @pytest.mark.parametrize("command", [main, launch_main])
 @pytest.mark.parametrize("backend", ["local", "ray"])
 def test_a_configuration_is_shown_without_secrets(command: Command, backend: str, capsys: Capture) -> None:
-    """The backend is that of the file."""
     own = [*SECRETS, "atropos.api_url=http://user:secret-4@a:8000/api", f"env.{ENV}"]
     words = [word if backend == "local" or word.startswith("atropos.") else f"atropos.{word}" for word in own]
     if command is launch_main:
@@ -104,7 +99,7 @@ def test_a_configuration_is_shown_without_secrets(command: Command, backend: str
 SFT = "advantage_weighted_sft"
 
 
-def test_loss_and_importance_weights_which_are_on_where_rollouts_may_be_old() -> None:
+def test_importance_weights_are_on_where_rollouts_may_be_old() -> None:
     expected = [
         ({}, SFT, None),
         ({"use_advantage_weighting": False}, "grpo", "token"),
@@ -113,6 +108,8 @@ def test_loss_and_importance_weights_which_are_on_where_rollouts_may_be_old() ->
         ({"mode": "overlap"}, SFT, "token"),
         ({"mode": "overlap", "off_policy": {"importance": None}}, SFT, None),
         ({"off_policy": {"importance": "sequence"}}, SFT, "sequence"),
+        # A batch may be used several times where the teacher is the whole loss.
+        ({"loss": {"ppo_epochs": 2}, "distill": {"alone": True, "teacher": "/models/t"}}, SFT, None),
     ]
     configs = [(values, RunConfig.from_mapping(values)) for values, _, _ in expected]
     assert [(values, config.loss_type, config.importance) for values, config in configs] == expected
@@ -176,7 +173,7 @@ def test_a_file_that_is_wrong_names_the_key(content: bytes, message: str, tmp_pa
     assert shown.startswith("CONFIGURATION ERROR: ") and message in shown
 
 
-def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: Patch) -> None:
     text = "defaults: [atropos_schema, _self_]\natropos: {api_url: http://file:1, timeout: 9}\n"
     (tmp_path / "mine.yaml").write_text(text)
 
@@ -199,7 +196,7 @@ def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: py
     assert run.run.env.max_batches_offpolicy == 3
 
 
-def test_help_explains_every_key_with_its_value_in_the_chosen_configuration(tmp_path: Path, capsys: Capture) -> None:
+def test_help_explains_every_key_with_its_chosen_value(tmp_path: Path, capsys: Capture) -> None:
     def shown(command: Command, *words: str) -> str:
         assert command(["--help", *words]) == 0
         return capsys.readouterr().out
@@ -276,7 +273,7 @@ def composed(*words: str, name: str = "ray_cpu_demo") -> Any:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_file_composes_and_verl_accepts_it(name: str, monkeypatch: Patch) -> None:
     monkeypatch.setenv("ATROPOS_GATEWAY_KEY", "k")
     config = composed("actor_rollout_ref.model.path=/models/some", name=name)
     run = read_run(config)
@@ -315,7 +312,7 @@ def test_what_verl_refuses_is_a_configuration_error() -> None:
         validate_with_verl(composed(f"{ACTOR}.use_dynamic_bsz=false"))
 
 
-def test_separate_async_on_the_embedded_engine_needs_no_further_word() -> None:
+def test_separate_async_on_the_embedded_engine_needs_no_more() -> None:
     words = ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=4"]
     config = composed(*words)
     assert read_run(config).run.batch_size == 8 // 4 * 8, "one batch of the API for each local update"
@@ -329,7 +326,7 @@ def test_separate_async_on_the_embedded_engine_needs_no_further_word() -> None:
     assert kept.actor_rollout_ref.rollout.checkpoint_engine.backend == "nccl"
 
 
-def test_verl_gets_the_directory_of_a_model_with_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verl_gets_the_directory_of_a_model_with_a_name(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr("atropos_verl.config.schema.smollm2_path", lambda: tmp_path)
     config = compose_run(["run_dir=/tmp/never", "actor_rollout_ref.model.path=smollm2-135m"])
     assert config.actor_rollout_ref.model.path == str(tmp_path)
@@ -351,7 +348,7 @@ RECIPE = Path(__file__).resolve().parents[3] / "recipe" / "atropos"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "grpo_lora_1gpu", "fsdp_vllm", "sglang", "two_nodes"])
-def test_every_shell_script_runs_what_validates(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shell_script_runs_what_validates(kind: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """The script itself, with a ``python`` that writes its words down; those are then composed."""
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {tmp_path / "words"}\n')

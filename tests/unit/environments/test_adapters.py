@@ -24,6 +24,7 @@ from atropos_verl.environments.serve import Environment, PlayError, adapter_of, 
 from atropos_verl.errors import ConfigError
 from atropos_verl.http_thread import ServerThread
 
+Patch = pytest.MonkeyPatch
 FORMS = "is none of verifiers:TASKSET, openenv:URL_OR_PACKAGE, nemo-gym:CONFIG, harbor:DATASET"
 
 
@@ -53,7 +54,7 @@ def test_what_is_no_setting_or_ecosystem_is_refused(read: Callable[[Any], object
         read(given)
 
 
-def test_a_missing_package_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_told_by_name(monkeypatch: Patch) -> None:
     missing = Mock(side_effect=serve.metadata.PackageNotFoundError)
     for found, told in ((missing, "has none"), (lambda _: "0.1.14", r"has 0\.1\.14")):
         monkeypatch.setattr(serve.metadata, "version", found)
@@ -61,7 +62,7 @@ def test_a_missing_package_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> N
             adapter_of("verifiers:gsm8k")
 
 
-async def test_the_last_tasks_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_tasks_are_held_out(monkeypatch: Patch) -> None:
     @contextlib.asynccontextmanager
     async def open_environment(target: str, settings: dict[str, Any]) -> AsyncIterator[Environment]:
         yield Environment(range(int(target)), AsyncMock())
@@ -97,8 +98,7 @@ Adapter = Callable[..., Any]
 
 
 @pytest.fixture
-def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Adapter]:
-    """Imports an adapter; its package is a stub with these names."""
+def adapter(monkeypatch: Patch) -> Iterator[Adapter]:
     with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
 
         def imported(name: str, package: str, **names: Any) -> Any:
@@ -111,7 +111,7 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Adapter]:
         yield imported
 
 
-async def test_a_server_of_openenv_that_was_started_and_tells_no_schema_is_ended(adapter: Adapter) -> None:
+async def test_a_server_of_openenv_without_a_schema_is_ended(adapter: Adapter) -> None:
     with refused_url() as nobody:
         client = AsyncMock(_base_url=nobody.replace("http", "ws"))
         openenv = adapter("openenv", "openenv", GenericEnvClient=Mock(from_env=AsyncMock(return_value=client)))
@@ -121,7 +121,7 @@ async def test_a_server_of_openenv_that_was_started_and_tells_no_schema_is_ended
     client.__aexit__.assert_awaited_once()
 
 
-def test_an_action_of_openenv_is_json_or_the_value_of_its_one_required_field(adapter: Adapter) -> None:
+def test_an_action_of_openenv_is_json_or_its_one_required_field(adapter: Adapter) -> None:
     action_of = adapter("openenv", "openenv", GenericEnvClient=None).action_of
     schema = {"required": ["letter"], "properties": {"letter": {"type": "string"}}}
     texts = ('{"letter": "a"}', '```json\n{"letter": "a"}\n```', " a\n", "7")
@@ -135,9 +135,7 @@ def serving(path: str, answer: Callable[[Request], Any]) -> ServerThread:
     return ServerThread(app, service="it", advice="", host="127.0.0.1", port=0)
 
 
-async def test_requests_of_nemo_gym_reach_the_session_and_a_gateway_that_is_gone_is_no_fault_of_the_agent(
-    adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nemo_gym_asks_the_session_or_tells_why(adapter: Adapter, monkeypatch: Patch) -> None:
     task = {"agent_ref": {"name": "agent"}, "responses_create_params": {"input": "x"}}
     asked: list[tuple[str, Any]] = []
 
