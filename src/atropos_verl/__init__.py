@@ -21,7 +21,7 @@ _HOMES = {
     "decode_batch": "protocol.wire",
 }
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = sorted([*_HOMES, "__version__"])
 
 

@@ -399,7 +399,9 @@ def uvicorn_config(app: Any, listener: Listener, connections: Any = None, **opti
 
 def listen(host: str, port: int, service: str, advice: str) -> Listener:
     """A listening socket: a second process learns here, and not later, that the port is taken. Raises ``ServiceError``
-    with address, cause and ``advice``."""
+    with address, cause and ``advice``, and ``ConfigError`` for what is no port: the system takes it modulo 65,536."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{port} is no port: give one from 1 to 65535, or 0 for any free one", "--port")
     listener = None
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", port, type=socket.SOCK_STREAM)

@@ -98,6 +98,13 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("verb", ["serve-api", "view ."])
+def test_a_port_that_is_none_is_refused(verb: str, capsys: Capture, caplog: pytest.LogCaptureFixture) -> None:
+    """Symptom: 99999 was 34463."""
+    assert main([*verb.split(), "--port", "99999"]) == 2
+    assert "--port: 99999 is no port: give one from 1 to 65535" in capsys.readouterr().err + caplog.text
+
+
 def test_simulate_is_part_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["simulate", "--help"])

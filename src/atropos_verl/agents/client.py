@@ -11,6 +11,7 @@
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -20,9 +21,14 @@ from typing import Any, Self
 import httpx
 
 from atropos_verl.errors import AtroposVerlError
+from atropos_verl.http_thread import SameLines
 
+logger = logging.getLogger(__name__)
 _LONGEST_WAIT = 5.0
 """Seconds between two tries."""
+_TOLD_AFTER = 4
+"""Tries, of two to three seconds in all."""
+_LINES = SameLines()
 
 
 class SessionError(AtroposVerlError):
@@ -134,7 +140,7 @@ class Client:
         """``body`` without what is None."""
         headers = {} if key is None else {"Idempotency-Key": key}
         sent = body and {name: value for name, value in body.items() if value is not None}
-        end = time.monotonic() + self._patience
+        end, url = time.monotonic() + self._patience, f"{str(self._http.base_url).rstrip('/')}{path}"
         for attempt in itertools.count():
             failure = None
             try:
@@ -146,9 +152,11 @@ class Client:
                 status, text, failure = 0, f"{type(error).__name__} {error}", error
             wait = min(0.2 * 1.5**attempt, _LONGEST_WAIT)
             if time.monotonic() + wait >= end:
-                raise SessionError(f"{method} {self._http.base_url}{path}: {text}", status) from failure
+                raise SessionError(f"{method} {url}: {text}", status) from failure
+            if attempt == _TOLD_AFTER and _LINES.is_new(text):
+                logger.warning("%s %s: %s; it is tried for %g seconds", method, url, text, self._patience)
             await asyncio.sleep(wait)
-        if status >= 400:
-            raise SessionError(f"{method} {path}: {status} {text}", status)
+        if status >= 400 or "json" not in answer.headers.get("content-type", ""):
+            raise SessionError(f"{method} {url}: {status} {text}", status)
         found: dict[str, Any] = answer.json()
         return found

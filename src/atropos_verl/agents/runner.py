@@ -16,6 +16,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import uuid
@@ -32,12 +33,7 @@ import yaml
 
 from atropos_verl.agents.client import AgentSession, Client, Reward, SessionError
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
-from atropos_verl.errors import (
-    AtroposAPIError,
-    AtroposHTTPStatusError,
-    AtroposVerlError,
-    ConfigError,
-)
+from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposVerlError, ConfigError
 from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines, check_url
 from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.messages import EnvRegistration
@@ -161,7 +157,13 @@ def of_function(path: str) -> Solve:
 def of_command(command: str, scorer: str | None) -> Solve:
     """A command line. The task is its input (JSON); the reward is what ``scorer(task, output)`` says, else 1 for exit
     code 0 and 0 for another."""
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{command!r}: {error}", "--command") from error
+    here = Path(os.environ.get(LAUNCH_DIRECTORY, "."))
+    if not words or shutil.which(here / words[0] if "/" in words[0] else words[0]) is None:
+        raise ConfigError(f"{command!r} names no program that can be run here", "--command")
     score = None if scorer is None else load_function("scorer", scorer)
 
     async def solve(task: Any, session: AgentSession) -> None:
@@ -261,6 +263,7 @@ class Runner:
         about: dict[str, Any] = {"task": str(task), "ttl": 2 * timeout + 600, "size": self.options.group_size}
         about |= {"metadata": {"eval": True}} if noted is None else {}
         while min(left.values()) >= 0:
+            session: AgentSession | None = None
             try:
                 async with self._slots, self.gateway.session(group, **about) as session:
                     if noted is not None:
@@ -270,9 +273,10 @@ class Runner:
                     if not found["rows"]:
                         raise AgentError("the agent asked the model nothing at its session's address")
                     return found
-            except ConfigError:
-                raise
             except Exception as error:  # whatever an agent raises
+                status = error.status if isinstance(error, SessionError) else 429
+                if isinstance(error, ConfigError) or status == 0 or (session is None and status < 429):
+                    raise  # the gateway is gone for good, or opens no sessions to this key
                 kind = "infrastructure" if is_infrastructure(error) else "agent"
                 self.failures[kind] += 1
                 left[kind] -= 1
@@ -281,6 +285,8 @@ class Runner:
                 logger.warning("task %d: a rollout failed (%s): %s", task, kind, self._last_failure, exc_info=told)
                 if kind == "infrastructure":
                     await asyncio.sleep(min(0.25 * 2 ** (_RETRIES - left[kind]), _LONGEST_PAUSE))
+        if noted is None and left["infrastructure"] < 0:
+            raise AgentError(f"task {task} could not be evaluated: {self._last_failure}")  # a 0 would blame the policy
         return None
 
     async def serve(self, api: AtroposClient, notes: Notes) -> None:
@@ -416,6 +422,8 @@ def run(options: argparse.Namespace) -> int:
     file = (options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks
     if (path is None) == (options.command is None):
         raise ConfigError("name the agent: MODULE:FUNCTION, or --command")
+    if options.scorer is not None and options.command is None:
+        raise ConfigError("it scores the output of a --command; a function returns its reward", "--scorer")
     solve = of_function(path) if path is not None else of_command(options.command, options.scorer)
     return run_tasks(options, contextlib.nullcontext((solve, read_tasks(file))))
 

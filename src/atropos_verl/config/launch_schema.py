@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from atropos_verl.config.schema import (
     NonNegative,
+    Place,
     Port,
     PositiveFloat,
     PositiveInt,
@@ -95,7 +96,7 @@ class ApiProcessConfig(Section):
 
     host: str = Field("127.0.0.1", description="address to bind")
     port: Port = Field(0, description="0: any free port")
-    data_dir: str | None = Field(None, description="directory of its data (embedded); null: run_dir/api")
+    data_dir: Place | None = Field(None, description="directory of its data (embedded); null: run_dir/api")
     args: Words = Field((), description="further arguments of serve-api (embedded)")
     startup_timeout: PositiveFloat = Field(60.0, description="seconds until /status must answer")
     on_death: Literal["restart", "stop"] = Field("restart", description="stop: end the run, non-zero")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from atropos_verl.assets import SMOLLM2, demo_model_path, smollm2_path
 from atropos_verl.errors import ConfigError
-from atropos_verl.http_thread import check_url, is_loopback
+from atropos_verl.http_thread import check_url, is_loopback, without_password
 
 _VARIABLES = {
     "ATROPOS_API_URL": ("atropos", "api_url"),
@@ -28,6 +28,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Place = Annotated[str, Field(min_length=1)]
+"""A path. Empty, as of a variable that is not set, it would be the current directory."""
 
 
 def _strings(value: Any) -> Any:
@@ -339,7 +341,7 @@ class RunConfig(CommonConfig):
     mode: Literal["sync", "overlap"] = Field("sync", description="overlap: rollouts go on while the trainer trains")
     steps: PositiveInt = Field(60, description="optimiser steps (batches) of the whole run")
     seed: int = Field(0, ge=0, lt=1 << 32, description="seed of sampling, of the environment and of the trainer")
-    run_dir: str | None = Field(None, description="directory of the run; null: runs/NAME-DATE-TIME")
+    run_dir: Place | None = Field(None, description="directory of the run; null: runs/NAME-DATE-TIME")
     batch_size: PositiveInt = Field(64, description="sequences per step")
     group_size: PositiveInt = Field(8, description="sequences per prompt")
     save_freq: int = Field(20, ge=-1, description="checkpoint every N steps and at the end; -1: never")
@@ -465,8 +467,7 @@ def hide_secrets(atropos: dict[str, Any], gateway: dict[str, Any], *with_variabl
         if section.get(key):
             section[key] = dict.fromkeys(section[key], "***")
     if url := atropos.get("api_url"):
-        parts = urlsplit(url)
-        atropos["api_url"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        atropos["api_url"] = without_password(url).replace("//***@", "//")
 
 
 Bound = tuple[str, float, str, float | None, str]

@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +110,8 @@ def compose_run(overrides: Sequence[str], config_dir: Path | None = None, config
     values = apply_environment(sections, command_line_keys=keys | of_gateway)
     config.atropos = {**values["atropos"], "gateway": values["gateway"] or {}}
     complete_config(config)
-    if config.run_dir is None:
-        config.run_dir = time.strftime(f"runs/{config.trainer.experiment_name}-%Y%m%d-%H%M%S")
-    config.run_dir = str(Path(config.run_dir).expanduser().absolute())
+    named = {"run_dir": config.run_dir, "trainer": {"experiment_name": config.trainer.experiment_name}}
+    config.run_dir = str(RunConfig.from_mapping(named).resolve_run_dir())
     model, block = config.actor_rollout_ref.model, config.atropos
     if model.path in (None, SMOLLM2):  # verl takes no names of ours
         model.path = str(RunConfig.from_mapping({"model": {"path": model.path}}).resolve_model_path())

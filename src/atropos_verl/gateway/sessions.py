@@ -232,9 +232,7 @@ class SessionStore:
     told of every session that ends: its id, its state, and the reason of an abort. Raises ``StorageError``."""
 
     def __init__(
-        self,
-        directory: Path,
-        on_end: Callable[[str, str, str | None], None] = lambda session, state, reason: None,
+        self, directory: Path, on_end: Callable[[str, str, str | None], None] = lambda session, state, reason: None
     ) -> None:
         tables = dict.fromkeys(("sessions", "turns", "answers"), int)
         self.records = RecordStore(directory / "sessions.sqlite", tables, owner="gateway's sessions")

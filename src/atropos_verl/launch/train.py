@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
-from atropos_verl.config.schema import RunConfig
+from atropos_verl.config.schema import RunConfig, did_you_mean
 from atropos_verl.config.verl_keys import RayRun, backend_of, compose_run, notes_for_model, public, ray_help, read_run
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
@@ -48,6 +48,8 @@ from atropos_verl.verl_plugin import own_rank
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
+_PACKAGES = ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")
+_TRACKERS = (*_PACKAGES, "console", "file", "rl_insight", "vemlp_wandb", "tracking")
 _WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 """Where its own server is; since 0.31 the second."""
 
@@ -319,7 +321,10 @@ def _train_on_ray(run: RayRun) -> int:
 def _check_trackers(names: Sequence[str]) -> None:
     """What is missing for a tracker is said before anything slow starts. Raises ``ConfigError``."""
     for name in names:
-        if name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard") and find_spec(name) is None:
+        if name not in _TRACKERS:
+            text = f"{name!r} is no tracker of verl: {', '.join(_TRACKERS)}{did_you_mean(name, _TRACKERS)}"
+            raise ConfigError(text, "trainer.logger")
+        if name in _PACKAGES and find_spec(name) is None:
             raise ConfigError(f"{name} is not installed: pip install {name}", "trainer.logger")
     if "wandb" not in names:
         return

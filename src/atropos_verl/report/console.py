@@ -414,7 +414,8 @@ def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bo
     blocks = _ASCII_BLOCKS if ascii_only else _BLOCKS
     number = min(len(values), width)
     edges = [len(values) * i // number for i in range(number + 1)] if number else []
-    means = [_mean(values[start:end]) for start, end in itertools.pairwise(edges)]
+    pieces = ([x for x in values[a:b] if x is not None and math.isfinite(x)] for a, b in itertools.pairwise(edges))
+    means = [sum(piece) / len(piece) if piece else None for piece in pieces]
     known = [mean for mean in means if mean is not None]
     if not known:
         return ""
@@ -423,8 +424,3 @@ def sparkline(values: Sequence[float | None], width: int = 60, *, ascii_only: bo
     return "".join(
         " " if mean is None else blocks[round((mean - low) / span * top) if span > 0 else top // 2] for mean in means
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return sum(known) / len(known) if known else None

@@ -15,13 +15,7 @@ from numpy.typing import NDArray
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import ConfigError, DataError
 from atropos_verl.http_thread import printable
-from atropos_verl.protocol.schema import (
-    check_supported,
-    find_defect,
-    overridden,
-    sampling_temperature,
-    without_fields,
-)
+from atropos_verl.protocol.schema import check_supported, find_defect, overridden, sampling_temperature, without_fields
 from atropos_verl.training.advantages import (
     ESTIMATORS,
     NORMALIZATIONS,

@@ -266,6 +266,37 @@ async def test_evaluation_is_a_mean_in_which_failures_are_zero(gateway: Gateway)
     assert await runner_of(gateway, solve).evaluate() == {"eval/mean_reward": 2.0, "eval/failed": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (httpx.Response(401, text="who is there?"), "http://gateway/sessions: 401 who is there"),
+        (httpx.Response(200, html="<p>another site</p>"), "http://gateway/sessions: 200 <p>another"),
+        (httpx.ConnectError("refused"), "http://gateway/sessions: ConnectError refused"),
+    ],
+)
+async def test_a_gateway_that_opens_no_session_ends_runner_and_evaluation(
+    gateway: Gateway, notes: Notes, server: TrajectoryServer, answer: Any, told: str
+) -> None:
+    """Symptom: eval/mean_reward 0.0 and exit code 0 where no gateway was."""
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    gateway.client._http = httpx.AsyncClient(transport=httpx.MockTransport(handler), base_url="http://gateway")
+    runner = runner_of(gateway, gateway.solving())
+    for work in (runner.evaluate(), runner.serve(registered(server), notes)):
+        with pytest.raises(SessionError, match=told):
+            await work
+
+
+async def test_an_evaluation_that_servers_ended_is_no_figure(gateway: Gateway) -> None:
+    runner = runner_of(gateway, gateway.solving(lambda task: EngineStoppedError("closed")))
+    with pytest.raises(AgentError, match=r"task \d could not be evaluated: HTTPStatusError: .*503"):
+        await runner.evaluate()
+
+
 def test_tasks_come_in_another_order_each_epoch_and_go_on_where_they_were(tmp_path: Path) -> None:
     order = module.task_order(5, 0)
     epochs = [[next(order) for _ in range(5)] for _ in range(3)]
@@ -299,6 +330,10 @@ def test_no_address_is_guessed(
         ("--task {tasks} operator:add", "error: unrecognized arguments: --task "),
         ("operator:add", "CONFIGURATION ERROR: --tasks: cannot read tasks.jsonl: "),
         ("--tasks {tasks} no_such:solve", "CONFIGURATION ERROR: agent: "),
+        ("--tasks {tasks} --command 'x", 'CONFIGURATION ERROR: --command: "\'x": No closing quotation'),
+        ("--tasks {tasks} --command nosuchprogram", "CONFIGURATION ERROR: --command: 'nosuchprogram' names no"),
+        ("--tasks {tasks} --command ./t.jsonl", "CONFIGURATION ERROR: --command: './t.jsonl' names no"),
+        ("--tasks {tasks} --scorer a:b operator:add", "CONFIGURATION ERROR: --scorer: it scores the output of a"),
         (
             "--tasks {tasks} operator:add --gateway-url localhost:8001",
             "CONFIGURATION ERROR: --gateway-url: 'localhost:8001' is",

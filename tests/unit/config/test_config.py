@@ -133,6 +133,7 @@ def test_overrides_reach_nested_keys_lists_and_open_sections() -> None:
         ("inference.max_context_len=8", "data.max_prompt_length (48) is above inference.max_context_len (8)"),
         ("loss.type=grpo loss.ppo_mini_batches=65", "loss.ppo_mini_batches (65) is above batch_size (64)"),
         ("supervise.backoff=40", "supervise.backoff (40) is above supervise.max_backoff (30)"),
+        ("run_dir=", "run_dir: String should have at least 1 character"),
         ("optim.betas=[0.9,1]", "optim.betas.1: Input should be less than 1"),
         ("--config-name one_gpuu", "--config-name: {SHIPPED} holds no one_gpuu.yaml; did you mean one_gpu? (there"),
     ],
@@ -305,6 +306,8 @@ def test_what_is_wrong_for_ray_is_named(word: str, key: str, text: str) -> None:
         read_run(composed(word))
     assert text in str(caught.value)
     assert caught.value.key == key or key in str(caught.value)
+    with pytest.raises(ConfigError, match="run_dir: String should have at least 1 character"):
+        compose_run(["run_dir="])
 
 
 def test_what_verl_refuses_is_a_configuration_error() -> None:

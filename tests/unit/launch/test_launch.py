@@ -289,6 +289,7 @@ LOGIN, KEY = "machine {} login user password " + "x" * 40, "there is no API key 
         (["wandb"], {"WANDB_MODE": "offline"}, "", None),
         (["wandb"], {"WANDB_API_KEY": "x" * 40}, "", None),
         (["console", "file"], {}, "", None),
+        (["wandbb"], {}, "", "'wandbb' is no tracker of verl: wandb, .*; did you mean wandb"),
     ],
 )
 def test_a_tracker_that_cannot_start_is_named(

@@ -32,12 +32,7 @@ from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
 from atropos_verl.errors import CheckpointError, ConfigError, TrainingDivergedError
 from atropos_verl.training.extensions import load_loss
-from atropos_verl.training.losses import (
-    LARGEST,
-    advantage_weighted_sft_loss,
-    clipped_ratio_loss,
-    summarise_importance,
-)
+from atropos_verl.training.losses import LARGEST, advantage_weighted_sft_loss, clipped_ratio_loss, summarise_importance
 from atropos_verl.training.samples import posted_columns
 from atropos_verl.types import FloatArray, LossOutput, TrainingSample
 from atropos_verl.verl_plugin.prefix_forest import partition, sort_by_prefix

@@ -27,15 +27,7 @@ from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.report.console import log_to_file
 from atropos_verl.report.trace_reader import TraceReader, send_rollouts
 from atropos_verl.training.checkpoint_state import mark_best
-from atropos_verl.training.step import (
-    Evaluations,
-    HeldOut,
-    Progress,
-    StepLog,
-    is_best,
-    keep_trackers_inside,
-    outcome,
-)
+from atropos_verl.training.step import Evaluations, HeldOut, Progress, StepLog, is_best, keep_trackers_inside, outcome
 from atropos_verl.types import StepReport
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE, ray_environment
 
@@ -74,11 +66,7 @@ def validate_with_verl(config: Any) -> None:
 
 
 def run_on_ray(
-    run: RayRun,
-    *,
-    progress: Progress,
-    evaluations: Evaluations | None,
-    check_services: Callable[[], None],
+    run: RayRun, *, progress: Progress, evaluations: Evaluations | None, check_services: Callable[[], None]
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """Train until ``trainer.total_training_steps``: the outcome for ``summary.json``, and held-out scores by label. The
     evaluation before training has been started. ``check_services`` raises when the run cannot go on."""
