@@ -1,8 +1,7 @@
 """Every error this package raises on purpose, as one tree.
 
 Every class can be pickled with its attributes (they cross process boundaries under Ray): ``__init__`` takes the message
-first and has defaults for all else, so that ``Exception`` rebuilds the error from its message and its attributes.
-"""
+first and has defaults for all else, so that ``Exception`` rebuilds the error from its message and its attributes."""
 
 
 class AtroposVerlError(Exception):

@@ -162,8 +162,7 @@ class RecordStore:
         fsync: a write is done when it is on the disk. Otherwise it survives the process, but not a power failure.
         large: the table whose values are large.
 
-    Raises ``StorageError``: another process uses the directory, or the file is no store of this version.
-    """
+    Raises ``StorageError``: another process uses the directory, or the file is no store of this version."""
 
     def __init__(
         self,

@@ -22,12 +22,9 @@ pytestmark = pytest.mark.slow
 
 DRIVER = """
 import ray, subprocess, sys, time
-for _ in range(5):  # Ray waits less long for its own processes than a busy machine may need
-    try:
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
-        break
-    except Exception as error:
-        print(repr(error), flush=True)
+from atropos_verl.verl_plugin.shims import start_ray
+
+start_ray(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
 
 @ray.remote
 class Actor:

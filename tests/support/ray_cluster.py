@@ -13,6 +13,7 @@ import torch
 from atropos_verl import verl_plugin
 from atropos_verl.config.composition import SHIPPED
 from atropos_verl.config.verl_keys import compose_config
+from atropos_verl.verl_plugin.shims import start_ray
 from support.engines import logprob_oracle
 from support.serving import eventually
 
@@ -32,7 +33,7 @@ def ray_session() -> Iterator[None]:
 
     options = {"include_dashboard": False, "log_to_driver": bool(os.environ.get("RAY_TEST_LOGS"))}
     memory, variables = 200 << 20, {"env_vars": environment}
-    ray.init(num_cpus=8, num_gpus=4, object_store_memory=memory, runtime_env=variables, **options)
+    start_ray(num_cpus=8, num_gpus=4, object_store_memory=memory, runtime_env=variables, **options)
     try:
         yield
     finally:

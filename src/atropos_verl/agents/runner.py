@@ -218,8 +218,7 @@ def encode_rollouts(rollouts: Sequence[Mapping[str, Any]], env_id: int, *, holds
 
     Where every rollout has rewards per turn, its tokens get the GRPO advantage of its reward plus those of
     ``turn_advantages``. ``holds_rollouts`` False: an API that drops ``rollout_ids``; rows then carry the GRPO advantage
-    of their rollout.
-    """
+    of their rollout."""
     rows = [(number, row) for number, rollout in enumerate(rollouts) for row in rollout["rows"]]
     numbers = [number for number, _ in rows]
     scores = np.array([rollout["reward"] for rollout in rollouts], np.float64)

@@ -80,8 +80,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
             sequences are prefilled again before their next token, as after ``update_weights_from_tensor``.
         seed: of requests without a seed of their own.
 
-    Raises ``EngineError``: an architecture it cannot run exactly (``context_len``), or limits that leave no room.
-    """
+    Raises ``EngineError``: an architecture it cannot run exactly (``context_len``), or limits that leave no room."""
 
     def __init__(
         self,
@@ -286,8 +285,7 @@ class TransformersEngine(contextlib.AbstractContextManager["TransformersEngine"]
         """Copy new weights in; returns bytes copied. ``policy_version`` None: one more than the last.
 
         Raises ``WeightSyncError`` naming a tensor that is missing, unknown, or of another shape. The version is then
-        unchanged; after a failure half-way nothing is generated until an update succeeds.
-        """
+        unchanged; after a failure half-way nothing is generated until an update succeeds."""
         with self._exclusive("update_weights_from_tensor"):
             self._evict()
             copied = self._runner.weights.update(named_tensors)

@@ -34,8 +34,7 @@ class GenerationEngine(Protocol):
     async def agenerate(self, request: GenerationRequest) -> list[Generation]:
         """``request.n`` completions. Cancelling the awaiting task frees the request's slots.
 
-        Raises ``GenerationRequestError`` (bad request) or ``EngineStoppedError`` (engine closed).
-        """
+        Raises ``GenerationRequestError`` (bad request) or ``EngineStoppedError`` (engine closed)."""
 
     def astream(self, request: GenerationRequest) -> AsyncGenerator[GenerationDelta, None]:
         """The same, token by token. Closing the iterator frees the slots."""

@@ -133,8 +133,7 @@ class RunningSequence:
     def push(self, token: int, logprob: float, policy_version: int, best: dict[int, float]) -> bool:
         """Append one sampled token. True when it was the last one. Nothing is changed when it raises.
 
-        ``best``: logprobs of the best tokens there, best first; at least as many as the request asks for.
-        """
+        ``best``: logprobs of the best tokens there, best first; at least as many as the request asks for."""
         ticket = self.ticket
         stops = token in ticket.stop_token_ids
         if ticket.stops is not None and not stops:

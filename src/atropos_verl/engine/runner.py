@@ -1,7 +1,6 @@
 """Forward passes of the embedded engine: prefill, decode, and the logprobs of given tokens. Knows no requests.
 
-Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, ``V`` vocabulary.
-"""
+Shapes: ``U`` distinct prompts, ``P`` longest of them, ``n`` running sequences, ``V`` vocabulary."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,7 @@ A token is drawn by inverting the cumulative distribution at one uniform number 
 with the finaliser and increment of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
 2014): a seeded request draws the same tokens whatever else is running, after an eviction, and in any batch.
 
-Constrained decoding: llguidance says which tokens a grammar allows next; the others are masked.
-"""
+Constrained decoding: llguidance says which tokens a grammar allows next; the others are masked."""
 
 from __future__ import annotations
 

@@ -84,8 +84,7 @@ class WeightStore:
 
         Every parameter must be given, a tied one under any or all of its names; persistent buffers may be. Values are
         cast to the engine's dtype and device. Raises ``WeightSyncError``: released, or naming a tensor that is unknown,
-        given twice, of another shape, or missing.
-        """
+        given twice, of another shape, or missing."""
         if not self.resident:
             raise WeightSyncError("the weights' memory is released: call resume_memory_occupation() first")
         pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors

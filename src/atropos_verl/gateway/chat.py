@@ -203,8 +203,7 @@ class ChatTemplate:
         """The turn of ``messages`` with the tools in ``fields``, and what these say to the template. ``ApiError`` 400.
 
         ``function_of`` finds the function in an item of ``tools`` and in ``tool_choice`` (of ``choice``, if given);
-        ``response_format``: where that is; ``separates_reasoning`` None: where there are tools.
-        """
+        ``response_format``: where that is; ``separates_reasoning`` None: where there are tools."""
         if fields.raw("chat_template") not in (None, self.source):
             text = "templates are programs, and this server runs the model's own only; leave it out"
             raise fields.error("chat_template", text, "unsupported_field")
@@ -273,8 +272,7 @@ class ChatTemplate:
 def _with_preamble(messages: list[Message], turn: ChatTurn) -> list[Message]:
     """The tools as text of the system message, for templates that know none; models know the form from Hermes and Qwen.
 
-    What tools answer is then a user's text in ``<tool_response>``, answers one after the other in one message.
-    """
+    What tools answer is then a user's text in ``<tool_response>``, answers one after the other in one message."""
     tools = "\n".join(msgspec.json.encode(tool["function"]).decode() for tool in turn.tools)
     preamble = f"You may call tools:\n<tools>\n{tools}\n</tools>\nA call of a tool is\n"
     preamble += '<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>'

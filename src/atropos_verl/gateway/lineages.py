@@ -1,7 +1,6 @@
 """The tree of what was sampled in a session: turns that continue each other, and the rows they are trained in.
 
-A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks.
-"""
+A ``Turn`` is one completion with the prompt tokens that its parent's sequence lacks."""
 
 from array import array
 from bisect import bisect_left

@@ -139,8 +139,7 @@ class GatewayService(Collector):
     ) -> list[GenerationRequest]:
         """The engine's requests, called ``name``-0, …; ``max_tokens`` is cut to the run's bound and the context's rest.
 
-        Raises ``ApiError`` 400 naming ``param`` when a prompt is empty, or leaves no room for one new token.
-        """
+        Raises ``ApiError`` 400 naming ``param`` when a prompt is empty, or leaves no room for one new token."""
         template, context = sampling.template, self.engine.max_context_len
         if (sequences := len(prompts) * template.n) > _MAX_SEQUENCES:
             text = f"n: {len(prompts)} prompts, {template.n} completions each: {_MAX_SEQUENCES} at most in one request"

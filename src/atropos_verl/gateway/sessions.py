@@ -1,7 +1,6 @@
 """Sessions: what an agent asks for is recorded, on disk before it is answered, and becomes the rows of a rollout.
 
-A request goes on when its client leaves, and an equal one gets its completions (docs/internals.md).
-"""
+A request goes on when its client leaves, and an equal one gets its completions (docs/internals.md)."""
 
 import asyncio
 import hashlib

@@ -103,8 +103,7 @@ class TextCodec:
     ) -> tuple[str, str | int | None]:
         """Text of a finished completion as vLLM shows it, and the stop string or token id that ended it.
 
-        Without the stop token, without special tokens (unless asked for), cut before the stop string.
-        """
+        Without the stop token, without special tokens (unless asked for), cut before the stop string."""
         asked, stopped = sampling.template, finish_reason == "stop"
         ended = self.has_end(token_ids, finish_reason, asked)
         visible = token_ids[:-1] if ended and not sampling.include_stop else token_ids

@@ -147,8 +147,7 @@ def encode_group(*, tokens: Rows, masks: Rows, scores: Row, **optional: Any) -> 
             ``inference_logprobs`` are [G][T_g]; a row that is None is sent as ``[]``. NaN in ``inference_logprobs`` is
             sent as 1.0, upstream's "no value". An entry of ``overrides`` that is None is sent as ``{}``.
 
-    Raises ``DataError``: NaN or infinity, by field, sequence and index. The API checks the rest.
-    """
+    Raises ``DataError``: NaN or infinity, by field, sequence and index. The API checks the rest."""
     fields: dict[str, Any] = {"tokens": tokens, "masks": masks, "scores": _finite(scores, "scores")}
     for name, value in optional.items():
         if value is None:

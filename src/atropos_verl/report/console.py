@@ -198,7 +198,7 @@ class ProgressReporter(LiveScreen):
         self._quarantined += int(line.get("data/quarantined") or 0)
         self._without_signal = self._without_signal + 1 if teaches_nothing(line) else 0
         if self._without_signal in (1, 10, 100):
-            self.note(f"step {report.step}: {NO_SIGNAL} ({self._without_signal} steps in a row)")
+            self.note(f"step {report.step}: {NO_SIGNAL} (steps in a row: {self._without_signal})")
         took = report.metrics.get("timing/step")
         if took is not None and math.isfinite(took):
             self._step_seconds.append(took)

@@ -1,7 +1,6 @@
 """``TrajectoryApi``: the trajectory API as an ASGI application: who may call, the paths, and errors as answers.
 
-Pages of other sites and requests without the token are refused before anything else.
-"""
+Pages of other sites and requests without the token are refused before anything else."""
 
 import argparse
 import asyncio

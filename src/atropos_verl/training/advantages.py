@@ -31,8 +31,7 @@ def group_advantages(scores: FloatArray, estimator: str = "grpo", *, norm_by_std
     verl 0.9.1 (``verl/trainer/ppo/core_algos.py``), but that a group of one gives exactly 0 (verl: the raw score), as a
     group of equal scores does. ``plain``: ``s``.
 
-    Example: scores ``[1, 0, 0, 1]``: grpo ±0.8660 (std 0.57735), rloo ±2/3, plain ``[1, 0, 0, 1]``.
-    """
+    Example: scores ``[1, 0, 0, 1]``: grpo ±0.8660 (std 0.57735), rloo ±2/3, plain ``[1, 0, 0, 1]``."""
     scores = np.asarray(scores, dtype=np.float64)
     if estimator == "plain":
         return scores.copy()
@@ -116,8 +115,7 @@ def turn_advantages(turn_rewards: Sequence[FloatArray]) -> list[FloatArray]:
     DeepSeekMath's process supervision (arXiv 2402.03300, 4.1.3): rewards are normalised over all turns of the group
     (``(r - mean) / (std + 1e-6)``, sample standard deviation), and a turn has the sum of its own and of later ones.
 
-    Example: ``[[1, 0], [0, 0]]`` (mean 1/4, std 1/2) gives ``[[1, -.5], [-1, -.5]]``.
-    """
+    Example: ``[[1, 0], [0, 0]]`` (mean 1/4, std 1/2) gives ``[[1, -.5], [-1, -.5]]``."""
     centred = group_advantages(np.concatenate([np.zeros(0), *turn_rewards]))
     ends = np.cumsum([len(row) for row in turn_rewards])
     return [np.cumsum(row[::-1])[::-1] for row in np.split(centred, ends[:-1])]

@@ -97,8 +97,7 @@ def linear_teacher_kl(
 
     ``ids`` [N, K] int64, none twice in a row; -1 from some k > 0 on: no more. ``logprobs`` [N, K] are the teacher's,
     -inf where there is no id. ``scratch_bytes`` bounds the logits that are held at a time; the backward makes them
-    again. [N] float32 (float64 for float64 input), with gradients for hidden, weight and bias.
-    """
+    again. [N] float32 (float64 for float64 input), with gradients for hidden, weight and bias."""
     hidden, weight = _one_dtype(hidden, weight)
     step = max(scratch_bytes // (weight.shape[0] * _accumulate_dtype(hidden).itemsize), 1)
     parts = [slice(at, at + step) for at in range(0, max(len(ids), 1), step)]

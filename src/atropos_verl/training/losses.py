@@ -46,8 +46,7 @@ def advantage_weighted_sft_loss(
         tis_cap, importance, sequence_ids: ``importance_weights`` w of these logprobs over them; None: w = 1.
 
     Returns ``loss`` [] float32 or float64, exactly 0, with gradients of 0, without a trained token; ``metrics`` are
-    means over this call's trained tokens. Raises ``ValueError`` when the shapes differ.
-    """
+    means over this call's trained tokens. Raises ``ValueError`` when the shapes differ."""
     mask = _trained(loss_mask, logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
     weights = _masked(advantages.detach().to(logprobs), mask)

@@ -1,4 +1,4 @@
-"""Workarounds for faults of verl 0.9.1 and TransferQueue 0.1.11.
+"""Workarounds for faults of verl 0.9.1, TransferQueue 0.1.11 and Ray 2.60.
 
 Each says what the fault is and when it can be removed. Some have to be elsewhere: the platform (``plugin.py``), the cut
 of micro-batches (``engines.py``), variables (``__init__.py``), and vLLM's CPU build (``tests/support/vllm_cpu.py``).
@@ -7,6 +7,7 @@ of micro-batches (``engines.py``), variables (``__init__.py``), and vLLM's CPU b
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,32 @@ def let_trackers_fail() -> None:
                     logger.warning("step %d did not reach %s (trainer.logger): %s", step, name, error)
 
     Tracking.log = log
+
+
+def start_ray(**options: Any) -> None:
+    """``ray.init``, also on a busy machine.
+
+    Ray gives its own node 30 s to be known, a constant, and leaves its processes when they are over. Remove when it can
+    be set (ray/_private/node.py)."""
+    import ray
+    from ray._private import services
+
+    known, end = services.get_node, time.monotonic() + 300.0
+
+    def get_node(*args: Any) -> Any:
+        while True:
+            try:
+                return known(*args)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(0.5)
+
+    services.get_node = get_node
+    try:
+        ray.init(**options)
+    finally:
+        services.get_node = known
 
 
 def init_cpu_process_group() -> None:

@@ -30,6 +30,20 @@ def test_a_choice_made_before_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
         activate("cpu")
 
 
+def test_ray_may_take_longer_than_it_gives_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symptom: "The current node timed out during startup" on a busy machine."""
+    import ray
+    from ray._private import services
+
+    known = Mock(side_effect=[RuntimeError("not there yet")] * 100 + ["node"])
+    found = list[str]()
+    monkeypatch.setattr(services, "get_node", known)
+    monkeypatch.setattr(shims.time, "sleep", lambda _: None)
+    monkeypatch.setattr(ray, "init", lambda **_: found.append(services.get_node("address", "id")))
+    shims.start_ray(num_cpus=1)
+    assert found == ["node"] and services.get_node is known
+
+
 def test_cpu_is_chosen_where_verl_is_imported_already_but_has_picked_none() -> None:
     code = "import verl.utils.tensordict_utils; from atropos_verl import verl_plugin; verl_plugin.activate('cpu');"
     done = _run("-W", "ignore", "-c", f"{code} from verl.utils.device import get_device_name; print(get_device_name())")

@@ -30,6 +30,7 @@ from atropos_verl.training.checkpoint_state import mark_best
 from atropos_verl.training.step import Evaluations, HeldOut, Progress, StepLog, is_best, keep_trackers_inside, outcome
 from atropos_verl.types import StepReport
 from atropos_verl.verl_plugin import DROPOUT_VARIABLE, ray_environment
+from atropos_verl.verl_plugin.shims import start_ray
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class _Session:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         terminate = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
+            start_ray(runtime_env=environment, log_to_driver=False, logging_level=logging.WARNING, **settings)
         except Exception as error:  # a plain one on a machine so loaded that Ray starts too slowly
             raise ServiceError(f"Ray: {error}", "ray") from error
         # Ray takes SIGTERM over and exits at once; the step on its way is to be saved.

@@ -1,7 +1,6 @@
 """Moves weights from a training worker into a replica's process: buckets in Ray's object store, applied as they arrive.
 
-docs/internals.md ("Weights on Ray") draws the ways of a bucket.
-"""
+docs/internals.md ("Weights on Ray") draws the ways of a bucket."""
 
 import asyncio
 import logging
