@@ -191,8 +191,7 @@ def foreign_page(headers: Mapping[str, str], hosts: Collection[str] = (), origin
     """Why a request is refused that a web page of another site may have made a browser send; None: it is not.
 
     ``headers``: by names in lower case; ``hosts``: names that ``Host`` may have (against DNS rebinding), empty: any;
-    ``origins``: further sites whose pages may send requests, ``*``: any.
-    """
+    ``origins``: further sites whose pages may send requests, ``*``: any."""
     host, site, name = headers.get("host", ""), headers.get("sec-fetch-site", ""), None
     with contextlib.suppress(ValueError):  # "[" without "]"
         name = urlsplit(f"//{host}").hostname  # in lower case

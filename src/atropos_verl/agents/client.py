@@ -105,7 +105,7 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         url = gateway_url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout)
-        self._patience = patience
+        self._patience, self._silent_since = patience, float("inf")
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,16 +140,21 @@ class Client:
         """``body`` without what is None."""
         headers = {} if key is None else {"Idempotency-Key": key}
         sent = body and {name: value for name, value in body.items() if value is not None}
-        end, url = time.monotonic() + self._patience, f"{str(self._http.base_url).rstrip('/')}{path}"
+        # One that has been gone for so long is not waited for again by each request, nor by the end of each session.
+        end, url = (
+            min(self._silent_since, time.monotonic()) + self._patience,
+            f"{str(self._http.base_url).rstrip('/')}{path}",
+        )
         for attempt in itertools.count():
             failure = None
             try:
                 answer = await self._http.request(method, path, json=sent, headers=headers)
-                status, text = answer.status_code, answer.text[:500]
+                status, text, self._silent_since = answer.status_code, answer.text[:500], float("inf")
                 if status != 429 and status < 500:
                     break
             except httpx.TransportError as error:
                 status, text, failure = 0, f"{type(error).__name__} {error}", error
+                self._silent_since = min(self._silent_since, time.monotonic())
             wait = min(0.2 * 1.5**attempt, _LONGEST_WAIT)
             if time.monotonic() + wait >= end:
                 raise SessionError(f"{method} {url}: {text}", status) from failure

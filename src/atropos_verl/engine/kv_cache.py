@@ -31,8 +31,7 @@ class PrefixIndex:
 
     The key of a block is the serial number of the one before it, and its tokens. Serial numbers are not used twice:
     what came after a block that was dropped cannot be found after the one in its place. The block used least recently
-    is dropped first; one that is used counts as used after all that follow it.
-    """
+    is dropped first; one that is used counts as used after all that follow it."""
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[tuple[int, tuple[int, ...]], tuple[int, int]] = OrderedDict()
@@ -100,8 +99,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
     Before each forward call ``begin_prefill``, ``begin_extend`` or ``begin_decode``; the model then calls ``update``
     once per layer. Buffers are made by the first ``update`` of a layer (so any head layout will do) and grow as needed.
-    They are zeroed when made: masked positions are read as well (weight 0), and 0 times a stray NaN is NaN.
-    """
+    They are zeroed when made: masked positions are read as well (weight 0), and 0 times a stray NaN is NaN."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -267,8 +265,7 @@ def slot_attention(
 
     transformers repeats keys and values once per query head of a group whenever a mask is given, which copies the whole
     cache per layer and token. Here the heads of a group stand in the query dimension: a fifth to a twentieth of the
-    time on a CPU. Several queries without a mask (a prefill) go to transformers' sdpa.
-    """
+    time on a CPU. Several queries without a mask (a prefill) go to transformers' sdpa."""
     rows, heads, queries, _ = query.shape
     if queries != 1 and attention_mask is None:
         rest = {"attention_mask": None, "dropout": dropout, "scaling": scaling, **kwargs}

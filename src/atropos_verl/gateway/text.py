@@ -116,8 +116,7 @@ class StreamText:
     """Text of one completion, handed out as its tokens arrive.
 
     The pieces joined are exactly ``completion_text`` of all tokens. Held back until more is known: an unfinished
-    character, and a tail that may turn out to be the beginning of a stop string.
-    """
+    character, and a tail that may turn out to be the beginning of a stop string."""
 
     def __init__(self, codec: TextCodec, sampling: Sampling) -> None:
         self._codec, self._sampling = codec, sampling

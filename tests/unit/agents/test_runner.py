@@ -291,6 +291,29 @@ async def test_a_gateway_that_opens_no_session_ends_runner_and_evaluation(
             await work
 
 
+async def test_a_gateway_that_is_gone_is_waited_for_once(gateway: Gateway, monkeypatch: Patch) -> None:
+    """Symptom: each session that was to be aborted waited for it again, for three minutes."""
+    clock, pauses = itertools.count(), list[float]()
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("atropos_verl.agents.client.asyncio.sleep", pause)
+    monkeypatch.setattr("atropos_verl.agents.client.time.monotonic", lambda: float(next(clock)))
+    async with Client("http://127.0.0.1:9", patience=60.0) as client:
+        for waits in (True, False):
+            pauses.clear()
+            with pytest.raises(SessionError, match="ConnectError"):
+                await client.ask("POST", "/sessions/x/abort")
+            assert bool(pauses) is waits
+        http, client._http = client._http, gateway.client._http
+        await client.ask("POST", "/sessions", {"group": "g"})
+        client._http = http
+        with pytest.raises(SessionError, match="ConnectError"):
+            await client.ask("POST", "/sessions/x/abort")
+        assert pauses, "it had been there again"
+
+
 async def test_an_evaluation_that_servers_ended_is_no_figure(gateway: Gateway) -> None:
     runner = runner_of(gateway, gateway.solving(lambda task: EngineStoppedError("closed")))
     with pytest.raises(AgentError, match=r"task \d could not be evaluated: HTTPStatusError: .*503"):
