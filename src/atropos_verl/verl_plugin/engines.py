@@ -388,31 +388,31 @@ def keep_less(model: torch.nn.Module) -> None:
             layer.forward = functools.partial(normalised, layer, layer.forward)
 
 
-class _OneBuffer:
-    """What FSDP2 sums gradients with, on one rank: the sum is where they are."""
-
-    _buffer: torch.Tensor | None = None
-
-    def allocate(self, size: tuple[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """FSDP2 asks for the input first, and then for the output."""
-        buffer = torch.empty(size, dtype=dtype, device=device) if self._buffer is None else self._buffer
-        self._buffer = buffer if self._buffer is None else None
-        return buffer
-
-
 def without_copies(model: torch.nn.Module) -> None:
-    """FSDP2 on one rank computes with the weights themselves (torch: a copy for each forward and each backward), and
-    gradients are copied once (torch: twice)."""
+    """FSDP2 on one rank computes with the weights themselves (torch: a copy for each forward and each backward), and a
+    gradient is that of the weight (torch: two copies)."""
     for module in model.modules():
         groups = module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else []
         for group in groups:
-            group._reduce_scatter_comm = _OneBuffer()
             for parameter in group.fsdp_params:
                 weight = parameter.sharded_param
                 if parameter.mp_policy.param_dtype in (None, weight.dtype):
                     # The copy is then of a tensor to itself, which is none; and it must not be freed.
                     parameter.all_gather_outputs = [weight.to_local().detach().view(-1)]
                     parameter.free_unsharded_param = lambda: None
+            group.post_backward = functools.partial(_take_gradients, group.fsdp_params, group.post_backward)
+
+
+def _take_gradients(parameters: list[Any], post_backward: Callable[[], None], *_: Any) -> None:
+    for parameter in parameters:
+        used, weight = getattr(parameter, "_unsharded_param", None), parameter.sharded_param
+        if used is not None and used.grad is not None:
+            if weight.grad is None:
+                weight.grad = parameter.to_sharded_dtensor(used.grad.to(weight.dtype))
+            else:
+                weight.grad.to_local().add_(used.grad)
+            used.grad = None
+    post_backward()  # which finds none to sum
 
 
 _warn_once = functools.cache(logger.warning)

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import transformers
 from support.samples import branching_samples
 from support.tiny_model import build_tiny_tokenizer, kept_by_graph
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from atropos_verl import verl_plugin
 from atropos_verl.config.schema import RunConfig
@@ -134,6 +136,8 @@ def test_a_tied_head_gets_the_gradient_of_the_embedding_too(
     samples = branching_samples(3)[:6]
     untrained = np.zeros_like(samples[2].loss_mask)
     samples[2] = replace(samples[2], loss_mask=untrained, advantages=np.zeros(len(untrained)))
+    summed = Mock(side_effect=_fsdp_param_group.foreach_reduce)
+    monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", summed)
 
     def train(plain: bool) -> tuple[list[float], dict[str, torch.Tensor], Any]:
         if plain:
@@ -147,7 +151,10 @@ def test_a_tied_head_gets_the_gradient_of_the_embedding_too(
         norms = [worker.train(samples)["grad_norm"] for _ in range(2)]
         return norms, {name: tensor.clone() for name, tensor in worker.named_tensors()}, engine
 
-    (norms, weights, engine), (plain_norms, plain, copying) = train(False), train(True)
+    norms, weights, engine = train(False)
+    assert not summed.called, "a gradient is the weight's as it is"
+    plain_norms, plain, copying = train(True)
+    assert summed.called
     assert [_computes_with_its_own(each) for each in (engine, copying)] == [True, False]
     assert engine.module.get_input_embeddings().sparse
     assert engine.optimizer.param_groups[0]["fused"]
