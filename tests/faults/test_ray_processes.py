@@ -70,7 +70,6 @@ def names(token: str) -> str:
     return "\n".join(found)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("program", "victim"),
     [(OWNER, "launcher"), (OWNER, "driver"), (ALONE, "driver")],
@@ -114,7 +113,6 @@ WORDS = (
 )
 
 
-@pytest.mark.timeout(600)
 def test_what_is_killed_on_ray_is_restarted_and_the_run_completes(tmp_path: Path) -> None:
     with LaunchRun(WORDS, run_dir=tmp_path / "run") as run:
         run.wait_for_trained(2)

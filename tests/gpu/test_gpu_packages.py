@@ -22,7 +22,6 @@ STACK = os.environ.get("ATROPOS_VERL_STACK", "")
 pytestmark = [
     pytest.mark.skipif(not STACK, reason="ATROPOS_VERL_STACK names no stack: see `make gpu-check`"),
     pytest.mark.slow,
-    pytest.mark.timeout(600),
 ]
 
 _OPTIONAL = ("vllm", "sglang", "mooncake", "nixl", "checkpoint_engine", "torch_npu", "prefix_grouper")

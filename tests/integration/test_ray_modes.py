@@ -13,7 +13,6 @@ from support.runs import REPOSITORY, TrainingRun, metrics_of, summary_of
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(not os.environ.get("ATROPOS_VERL_LIVE_RAY"), reason="minutes of live Ray runs: make test-ray"),
 ]
 

@@ -26,8 +26,6 @@ from atropos_verl.protocol.client import AtroposClient
 from atropos_verl.protocol.wire import decode_batch, encode_group
 from atropos_verl.training.batch_source import RolloutData
 
-pytestmark = pytest.mark.timeout(600)
-
 GROUPS, GROUP_SIZE = 4, 4
 STEPS = 4
 

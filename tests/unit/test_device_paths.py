@@ -18,7 +18,7 @@ TOKEN = {"tolist _sample_and_push": 1}
 
 
 def test_the_processor_waits_for_the_device_at_these_places() -> None:
-    answer = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=290)
+    answer = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=900)
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
     waits = {
