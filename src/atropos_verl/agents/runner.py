@@ -2,8 +2,7 @@
 
 For each task G sessions are opened at the gateway, and the agent works in each: a function ``solve(task, session)``, or
 a command that finds the session by ``OPENAI_BASE_URL``. The rollouts of a task are posted as one group, once. The
-launcher starts it with the words that an Atropos environment takes, hence the second names of options.
-"""
+launcher starts it with the words that an Atropos environment takes, hence the second names of options."""
 
 import argparse
 import asyncio
@@ -31,7 +30,7 @@ import httpx
 import numpy as np
 import yaml
 
-from atropos_verl.agents.client import AgentSession, Client, Reward, SessionError
+from atropos_verl.agents.client import NOT_KNOWN, AgentSession, Client, Reward, SessionError
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposVerlError, ConfigError
 from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines, check_url
@@ -59,6 +58,7 @@ _SDK_ERRORS = {"APIConnectionError", "APITimeoutError", "InternalServerError", "
 """Names that the SDKs of OpenAI and Anthropic, and LiteLLM, give to failures of network and server."""
 _IGNORED = ("--env.tokenizer_name", "--env.use_wandb", "--env.total_steps", "--slurm")
 """Settings of Atropos environments that mean nothing here."""
+_NO_TRAINER = "no trainer has registered at %s yet: waiting for one"
 _UPSTREAM = (
     "this API drops rollout_ids: rows of one rollout count as sequences in its batches and groups. They carry the GRPO "
     "advantages of their rollouts, so algorithm.adv_estimator has no effect on them"
@@ -163,7 +163,7 @@ def of_command(command: str, scorer: str | None) -> Solve:
         raise ConfigError(f"{command!r}: {error}", "--command") from error
     here = Path(os.environ.get(LAUNCH_DIRECTORY, "."))
     if not words or shutil.which(here / words[0] if "/" in words[0] else words[0]) is None:
-        raise ConfigError(f"{command!r} names no program that can be run here", "--command")
+        raise ConfigError(f"{command!r} names no program that is there and executable", "--command")
     score = None if scorer is None else load_function("scorer", scorer)
 
     async def solve(task: Any, session: AgentSession) -> None:
@@ -274,13 +274,14 @@ class Runner:
                     return found
             except Exception as error:  # whatever an agent raises
                 status = error.status if isinstance(error, SessionError) else 429
-                if isinstance(error, ConfigError) or status == 0 or (session is None and status < 429):
+                refused = session is None and (status < 429 or status == NOT_KNOWN)
+                if isinstance(error, ConfigError) or status == 0 or refused:
                     raise  # the gateway is gone for good, or opens no sessions to this key
                 kind = "infrastructure" if is_infrastructure(error) else "agent"
                 self.failures[kind] += 1
                 left[kind] -= 1
                 self._last_failure = f"{type(error).__name__}: {error}".removesuffix(": ")
-                told = kind == "agent" and self._lines.is_new(self._last_failure)
+                told = kind == "agent" and not isinstance(error, AgentError) and self._lines.is_new(self._last_failure)
                 logger.warning("task %d: a rollout failed (%s): %s", task, kind, self._last_failure, exc_info=told)
                 if kind == "infrastructure":
                     await asyncio.sleep(min(0.25 * 2 ** (_RETRIES - left[kind]), _LONGEST_PAUSE))
@@ -294,7 +295,9 @@ class Runner:
         size, options = self.options.group_size, self.options
         about = EnvRegistration(max_token_length=options.max_token_length, group_size=size, desired_name=options.name)
         about.weight, about.min_batch_allocation = options.weight, options.share
-        while (env_id := await asyncio.to_thread(api.register_env, about)) is None:  # noqa: ASYNC110 - it asks a server
+        while (env_id := await asyncio.to_thread(api.register_env, about)) is None:
+            if self._lines.is_new(_NO_TRAINER):
+                logger.info(_NO_TRAINER, options.api_url)
             await asyncio.sleep(_STATUS_SECONDS)
         batch_size = (await asyncio.to_thread(api.info)).batch_size
         most = max(1, options.batches_ahead * batch_size // size)
@@ -377,8 +380,11 @@ class Runner:
 
     async def evaluate(self) -> dict[str, float]:
         """``eval/mean_reward`` over one rollout of each task; failed ones count as 0. None of them is posted."""
-        group = f"{EVALUATION_GROUP}{uuid.uuid4().hex}"
+        # A run that evaluates keeps weights for it. At other times nothing would answer such a group.
+        group = f"{EVALUATION_GROUP if self.options.config else ''}{uuid.uuid4().hex}"
         found = await asyncio.gather(*(self.rollout(group, task) for task in range(len(self.tasks))))
+        if not any(found):
+            raise AgentError(f"the agent failed in every task, at last with {self._last_failure}")
         rewards = [0.0 if rollout is None else float(rollout["reward"]) for rollout in found]
         return {"eval/mean_reward": sum(rewards) / len(rewards), "eval/failed": float(found.count(None))}
 
@@ -420,7 +426,7 @@ def run(options: argparse.Namespace) -> int:
     path = options.named or options.function
     file = (options.eval_tasks or options.tasks) if options.action == "evaluate" else options.tasks
     if (path is None) == (options.command is None):
-        raise ConfigError("name the agent: MODULE:FUNCTION, or --command")
+        raise ConfigError("name the agent: MODULE:FUNCTION or --command, and not both")
     if options.scorer is not None and options.command is None:
         raise ConfigError("it scores the output of a --command; a function returns its reward", "--scorer")
     solve = of_function(path) if path is not None else of_command(options.command, options.scorer)
@@ -445,6 +451,8 @@ def run_tasks(
         check_url(url, f"--{name.replace('_', '-')}")
     if options.group_size < 1 or options.concurrency < 1 or not options.timeout > 0:
         raise ConfigError("--group-size, --concurrency and --timeout must be above 0")
+    if options.name != Path(options.name).name:
+        raise ConfigError(f"{options.name!r} must be the name of a file, in agents/", "--name")
 
     async def work() -> None:
         async with Client(options.gateway_url, key) as gateway, opened as (solve, tasks):

@@ -4,8 +4,7 @@ One thread owns the model. ``gate`` is the trainer's: paused, requests keep thei
 the model from outside (weight updates, memory, logprobs) pauses the engine's own gate for that long.
 
 A step that raises costs no request: the engine goes on from the tokens of all of them. What fails again and again,
-alone, gets the error (docs/internals.md).
-"""
+alone, gets the error (docs/internals.md)."""
 
 import asyncio
 import atexit

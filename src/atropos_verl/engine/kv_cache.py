@@ -4,8 +4,7 @@ Row ``r`` of every buffer, [rows, kv_heads, capacity, head_dim], a pair per laye
 ``r``. The rows in use are always ``0 .. n-1``, so a decode step reads a view, ``buffer[:n, :, :width]``.
 
 Keys and values of prompts, and of sequences that leave their slot, are copied to a store of blocks, where the next
-sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them.
-"""
+sequence that begins with the same tokens finds them: a copy takes a hundredth of the time of computing them."""
 
 import itertools
 from collections import OrderedDict

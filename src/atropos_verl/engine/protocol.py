@@ -49,8 +49,7 @@ class RequestGate:
     New requests are admitted when open; new steps when open or draining. ``pause``, ``drain`` and ``resume`` are
     idempotent and not counted: one ``resume`` opens the gate however often it was paused. ``pause`` and ``drain`` raise
     ``EngineError`` when another thread changed the gate meanwhile, and ``TimeoutError`` naming what still runs; the
-    gate then stays shut. docs/internals.md draws the states.
-    """
+    gate then stays shut. docs/internals.md draws the states."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -151,8 +150,7 @@ class RequestGate:
     async def request(self, timeout: float = 1200.0) -> AsyncIterator[None]:  # noqa: ASYNC109 - its error says more
         """Count one request in flight. While the gate is shut the request waits; it does not fail because of a pause.
 
-        Raises ``TimeoutError`` when the gate stayed shut for ``timeout`` seconds (default: that of Atropos clients).
-        """
+        Raises ``TimeoutError`` when the gate stayed shut for ``timeout`` seconds (default: that of Atropos clients)."""
         deadline = time.monotonic() + timeout
         while True:
             with self._condition:

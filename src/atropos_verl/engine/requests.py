@@ -70,8 +70,7 @@ class StopStrings:
 
     A stop string of m UTF-8 bytes is spelled by at most m tokens; a few more are decoded, since decoding may start in
     the middle of a character. Most tokens are not decoded in context: one can only complete a stop string whose last
-    character it holds (or may hold: broken UTF-8, and whitespace, which some tokenizers strip from a token alone).
-    """
+    character it holds (or may hold: broken UTF-8, and whitespace, which some tokenizers strip from a token alone)."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], pieces: dict[int, str]) -> None:
         self._tokenizer, self._stops, self._pieces = tokenizer, stops, pieces

@@ -73,8 +73,7 @@ class ModelRunner:
         """Compute ``prompts`` into slots ``base .. base+U-1`` (``rows`` slots are about to be used in all).
 
         ``found``: [U] blocks of the cache's store with a prefix of each prompt; only what comes after is computed.
-        Returns [U, V] float32 logits of the token after each prompt.
-        """
+        Returns [U, V] float32 logits of the token after each prompt."""
         lengths = [len(prompt) for prompt in prompts]
         self.cache.reserve(base + rows, max(lengths) + 1, self.max_context_len)
         starts = self.cache.load(base, found or [()] * len(prompts))

@@ -108,8 +108,7 @@ def sample(
 
     Returns tokens [B] int64, their logprobs [B] float32 (``log_softmax(logits / temperature)`` over the full
     vocabulary, before any filter; greedy rows at temperature 1), and logprobs and ids [B, K] of the best
-    ``rows.alternatives`` (K).
-    """
+    ``rows.alternatives`` (K)."""
     logits = logits.float()
     if rows.temperature is not None:
         logits = logits / rows.temperature

@@ -24,8 +24,7 @@ def take_prefill(
     costs nothing. One that has a prefix in common with another, and it is not stored yet, waits for that: one step.
 
     Bounds of what a padded prefill computes: ``max_tokens`` of distinct contexts times the longest (a longer one goes
-    alone), ``max_logits`` of contexts times distinct lengths. ``find``: the blocks that hold a context's beginning.
-    """
+    alone), ``max_logits`` of contexts times distinct lengths. ``find``: the blocks that hold a context's beginning."""
     taken, later = list[RunningSequence](), list[RunningSequence]()
     contexts, beginnings, lengths = set[tuple[int, ...]](), set[tuple[int, ...]](), set[int]()
     while waiting and len(taken) + len(later) < slots:

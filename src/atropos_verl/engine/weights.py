@@ -17,8 +17,7 @@ class PackedLinear(torch.nn.Linear):
     """A linear layer on a CPU that multiplies with a copy of its weight in oneDNN's layout: docs/performance.md.
 
     The copy, as large as the weight, is made by the first call after the weight has changed. With gradients it is an
-    ordinary layer.
-    """
+    ordinary layer."""
 
     _packed: torch.Tensor | None = None
     _packed_from: tuple[int, int] | None = None

@@ -102,8 +102,7 @@ def create_app(
         request_timeout: seconds a request may take in all, waiting included; then HTTP 504.
         sessions: what agents ask for in a session is recorded there.
         on_request: told of every request that ended, as ``training.trace.TraceWriter.request`` is.
-        advertise_url: where agents reach this server (None: as whoever opens a session does).
-    """
+        advertise_url: where agents reach this server (None: as whoever opens a session does)."""
     eos = getattr(engine, "eos_token_ids", None) or eos_token_ids(tokenizer)  # another engine may not say
     codec = TextCodec(tokenizer, eos)
     service = GatewayService(engine, codec, model_name, gate or RequestGate(), ledger, throttle, max_new_tokens)

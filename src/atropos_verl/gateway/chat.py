@@ -230,8 +230,7 @@ class ChatTemplate:
 
         Text parts are lines of one text; what is null is absent; the content is not. A ``developer`` is the ``system``
         of templates that do not know the name, and a tool's answer has the name of the call it answers, here or in
-        ``before``.
-        """
+        ``before``."""
         result, names = list[Message](), {call.id: call.name for message in before for call in message.tool_calls}
         for index, message in items:
             said: _WireMessage = fields.convert(name, message, _WireMessage, f"item {index}: ")

@@ -208,8 +208,7 @@ class GatewayService(Collector):
         """``requests[i].n`` completions of each request. Cancelling frees every slot they hold.
 
         Raises ``GenerationRequestError``, ``EngineStoppedError``, ``EngineError``; ``ApiError`` 503 when a completion
-        was aborted (half a completion must not be taken for a whole one).
-        """
+        was aborted (half a completion must not be taken for a whole one)."""
         begun = time.time()
         async with self._admitted(requests):
             try:

@@ -20,7 +20,7 @@ from atropos_verl.config.schema import RunConfig, hide_secrets
 from atropos_verl.config.verl_keys import backend_of, compose_run, public, read_run
 from atropos_verl.errors import AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import is_loopback
-from atropos_verl.launch.plan import LaunchPlan, make_plan, prepare_run_dir, take_run_dir, url_of
+from atropos_verl.launch.plan import LaunchPlan, check_trackers, make_plan, prepare_run_dir, take_run_dir, url_of
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.supervisor import Supervisor
 from atropos_verl.training.extensions import check_extensions
@@ -93,6 +93,7 @@ def build_plan(config: RunConfig, launch: LaunchConfig, verl: Mapping[str, Any] 
     model_path, prefix = config.resolve_model_path(), "" if verl is None else "actor_rollout_ref."
     if launch.starts("trainer"):
         check_usable(config, model_path, prefix)
+        check_trackers(config.trainer.logger if verl is None else verl["trainer"]["logger"])
     check_extensions(config, "" if verl is None else "atropos.")
     own_api = config.atropos.api_url is None and launch.starts("api")
     if not own_api and config.atropos.api_url is None:

@@ -1,20 +1,24 @@
 """Configuration → everything that a run starts, as data, to be printed, tested and run by hand; its directory."""
 
+import configparser
 import json
+import netrc
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
 from typing import Any
+from urllib.parse import urlsplit
 
 from atropos_verl.config.composition import KEY_FILE
 from atropos_verl.config.launch_schema import ApiProcessConfig, EnvironmentConfig, LaunchConfig, check_keys
-from atropos_verl.config.schema import ProgramConfig, RunConfig
+from atropos_verl.config.schema import ProgramConfig, RunConfig, did_you_mean
 from atropos_verl.errors import ConfigError, StorageInUseError
 from atropos_verl.http_thread import bracketed, reachable
 from atropos_verl.launch.environment_script import import_path
@@ -34,6 +38,10 @@ from atropos_verl.storage import locked, write_atomic
 _EVALUATIONS = Path("launch", "evaluations.json")
 _LAUNCH_OF = "ATROPOS_VERL_LAUNCH_OF"
 """Variable: the run directory of the launch that started this process."""
+_PACKAGES = ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")
+_TRACKERS = (*_PACKAGES, "console", "file", "rl_insight", "vemlp_wandb", "tracking")
+_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Where its own server is; since 0.31 the second."""
 DISK_FULL_BYTES = 1 << 20
 """With less than this free, a service that died has died of it."""
 
@@ -278,3 +286,30 @@ def prepare_run_dir(plan: LaunchPlan) -> None:
         raise unwritable(run_dir, error) from error
     if (free := shutil.disk_usage(run_dir).free) < DISK_FULL_BYTES:
         raise ConfigError(f"the disk of {run_dir} is full ({free} bytes free)", "run_dir")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """What is missing for a tracker is said before anything slow starts. Raises ``ConfigError``."""
+    for name in names:
+        if name not in _TRACKERS:
+            text = f"{name!r} is no tracker of verl: {', '.join(_TRACKERS)}{did_you_mean(name, _TRACKERS)}"
+            raise ConfigError(text, "trainer.logger")
+        if name in _PACKAGES and find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed: pip install {name}", "trainer.logger")
+    if "wandb" not in names:
+        return
+    # What 'wandb offline' left here; its own place for it becomes the run directory, where it would not be found.
+    stored, here = configparser.ConfigParser(interpolation=None), Path(os.environ.get("WANDB_DIR") or ".")
+    with suppress(configparser.Error, UnicodeError):
+        stored.read([here / "wandb" / "settings", here / ".wandb" / "settings"])
+        if mode := stored.get("default", "mode", fallback=""):
+            os.environ.setdefault("WANDB_MODE", mode)
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
+        return
+    own, known = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname, dict[str, Any]()
+    with suppress(OSError, netrc.NetrcParseError):
+        known = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
+    has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if not has_key and known.keys().isdisjoint([own] if own else _WANDB_HOSTS):
+        text = "there is no API key for wandb: run 'wandb login', or set WANDB_API_KEY, or WANDB_MODE=offline"
+        raise ConfigError(text, "trainer.logger")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import configparser
 import json
 import logging
-import netrc
 import os
 import secrets
 import shlex
@@ -14,17 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
 from atropos_verl.config.model_checks import check_gpu, check_usable, read_json
-from atropos_verl.config.schema import RunConfig, did_you_mean
+from atropos_verl.config.schema import RunConfig
 from atropos_verl.config.verl_keys import RayRun, backend_of, compose_run, notes_for_model, public, ray_help, read_run
 from atropos_verl.errors import AtroposTimeoutError, AtroposVerlError, ConfigError, ServiceError
 from atropos_verl.http_thread import listen
@@ -32,7 +27,15 @@ from atropos_verl.launch.environments import direct, own_temporary, write_tokeni
 from atropos_verl.launch.evaluation import EVALUATIONS, EvaluationProcesses
 from atropos_verl.launch.launch import command_parser
 from atropos_verl.launch.orphan_reaper import TOKEN_VARIABLE
-from atropos_verl.launch.plan import LaunchPlan, make_plan, one_environment, take_run_dir, unwritable, url_of
+from atropos_verl.launch.plan import (
+    LaunchPlan,
+    check_trackers,
+    make_plan,
+    one_environment,
+    take_run_dir,
+    unwritable,
+    url_of,
+)
 from atropos_verl.launch.probes import free_port
 from atropos_verl.launch.process import ended_with_this_process
 from atropos_verl.launch.supervisor import Supervisor
@@ -48,10 +51,6 @@ from atropos_verl.verl_plugin import own_rank
 logger = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
-_PACKAGES = ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")
-_TRACKERS = (*_PACKAGES, "console", "file", "rl_insight", "vemlp_wandb", "tracking")
-_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-"""Where its own server is; since 0.31 the second."""
 
 
 def main(argv: Sequence[str] | None = None, config_name: str | None = None) -> int:
@@ -224,7 +223,7 @@ def _train_locally(config: RunConfig) -> int:
     check_usable(config, config.resolve_model_path())
     check_gpu(config)
     check_extensions(config)
-    _check_trackers(config.trainer.logger)
+    check_trackers(config.trainer.logger)
     checkpoints, progress = run_dir / "checkpoints", ProgressReporter(total_steps=config.steps)
     is_trained = (step := saved_step(checkpoints, config.resume)) >= config.steps
     if is_trained and (read_json(run_dir / "summary.json")[0].get("steps") or -1) >= step:
@@ -287,7 +286,7 @@ def _train_on_ray(run: RayRun) -> int:
     config, verl, run_dir = run.run, run.verl, run.run_dir
     check_usable(config, config.resolve_model_path(), "actor_rollout_ref.")
     check_extensions(config, "atropos.")
-    _check_trackers(verl.trainer.logger)
+    check_trackers(verl.trainer.logger)
     gateway_port = config.gateway.port or free_port(_HOST)
     wanted = verl.trainer.resume_from_path if verl.trainer.resume_mode == "resume_path" else config.resume
     is_resumed = find_checkpoint(Path(str(verl.trainer.default_local_dir)), str(wanted)) is not None
@@ -316,33 +315,6 @@ def _train_on_ray(run: RayRun) -> int:
         )
         progress.summary(write_summary(run_dir, outcome, held_out=held_out, seconds=time.monotonic() - started))
     return 0
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """What is missing for a tracker is said before anything slow starts. Raises ``ConfigError``."""
-    for name in names:
-        if name not in _TRACKERS:
-            text = f"{name!r} is no tracker of verl: {', '.join(_TRACKERS)}{did_you_mean(name, _TRACKERS)}"
-            raise ConfigError(text, "trainer.logger")
-        if name in _PACKAGES and find_spec(name) is None:
-            raise ConfigError(f"{name} is not installed: pip install {name}", "trainer.logger")
-    if "wandb" not in names:
-        return
-    # What 'wandb offline' left here; its own place for it becomes the run directory, where it would not be found.
-    stored, here = configparser.ConfigParser(interpolation=None), Path(os.environ.get("WANDB_DIR") or ".")
-    with suppress(configparser.Error, UnicodeError):
-        stored.read([here / "wandb" / "settings", here / ".wandb" / "settings"])
-        if mode := stored.get("default", "mode", fallback=""):
-            os.environ.setdefault("WANDB_MODE", mode)
-    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared", "run"):
-        return
-    own, known = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname, dict[str, Any]()
-    with suppress(OSError, netrc.NetrcParseError):
-        known = netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
-    has_key = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
-    if not has_key and known.keys().isdisjoint([own] if own else _WANDB_HOSTS):
-        text = "there is no API key for wandb: run 'wandb login', or set WANDB_API_KEY, or WANDB_MODE=offline"
-        raise ConfigError(text, "trainer.logger")
 
 
 def _prepare_run_dir(stack: ExitStack, config: RunConfig, name: str, settings: str, *, log: str, advice: str) -> None:

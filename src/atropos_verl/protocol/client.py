@@ -114,8 +114,7 @@ class AtroposClient:
             verify: check TLS certificates; or the path of a file with the certificates to trust.
             retry_attempts: tries before a failing call is given up; quick polls of ``get_batch``.
             lease_seconds: ask for batches that come back to the API unless they are acked or renewed in so many.
-            transport: replaces the network, for tests.
-        """
+            transport: replaces the network, for tests."""
         host = check_url(api_url)
         self.api_url = without_password(api_url)  # as configured, a password left out
         self.timeout, self.max_wait_time = timeout, max_wait_time
@@ -226,8 +225,7 @@ class AtroposClient:
 
         Raises:
             AtroposTimeoutError: no batch in ``max_wait_time`` seconds; says what the API's queue holds.
-            AtroposAPIError: as ``poll_batch``.
-        """
+            AtroposAPIError: as ``poll_batch``."""
         limit = self.max_wait_time if max_wait_time is None else max_wait_time
         started = time.monotonic()
         for attempt in count():

@@ -82,8 +82,7 @@ def decode_batch(body: bytes) -> list[ScoredGroup]:
     that cannot be decoded is there too, with ``defect`` naming field, sequence, index and value.
 
     Raises:
-        AtroposProtocolError: the server reported an error, or the body is not an answer to ``GET /batch``.
-    """
+        AtroposProtocolError: the server reported an error, or the body is not an answer to ``GET /batch``."""
     if body.startswith(MAGIC):
         return decode_packed(body)
     try:

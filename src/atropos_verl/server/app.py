@@ -539,12 +539,18 @@ def uvicorn_options(app: TrajectoryApi) -> dict[str, Any]:
     }
 
 
+def _place(text: str) -> Path:
+    if not text:  # of a variable that is not set: it would be the current directory
+        raise argparse.ArgumentTypeError("it is empty; name a directory")
+    return Path(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``serve-api``. Defaults are those of ``ServerSettings``."""
     known, add = ServerSettings(), parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     add("--port", type=int, default=8000, help="port; 0 takes a free one (default: 8000)")
-    add("--data-dir", type=Path, help="keep everything here, so that a restart loses nothing (default: in memory)")
+    add("--data-dir", type=_place, help="keep everything here, so that a restart loses nothing (default: in memory)")
     add("--fsync", action="store_true", help="wait for the disk before each answer: safe against power loss, too")
     add(
         "--token",

@@ -46,8 +46,7 @@ def linear_token_logprobs(
         hidden: [N, H]; pass only rows that are trained, so that masked tokens cost nothing.
         weight: [V, H]. bias: [V]. labels: [N] int64.
         temperature: above 0, a constant (no gradient); one number or [N].
-        keep_bytes: bound on what is kept for the backward; at least one row is. None: ``KEEP_BYTES`` of the dtype.
-    """
+        keep_bytes: bound on what is kept for the backward; at least one row is. None: ``KEEP_BYTES`` of the dtype."""
     hidden, weight = _one_dtype(hidden, weight)
     scale = torch.as_tensor(temperature, dtype=_accumulate_dtype(hidden), device=hidden.device).detach()
     with torch.autocast(hidden.device.type, enabled=False):  # it would undo the choice of dtype made here

@@ -114,8 +114,7 @@ def clipped_ratio_loss(
 
     ``metrics``, means over this call's trained tokens: ``ratio_mean``, ``clip_fraction`` (clipped above or below),
     ``clip_fraction_dual``, ``approx_kl`` (Schulman's k3, ``r - 1 - log r``, of old to new); with rollout logprobs also
-    ``importance/*``. Raises ``ValueError`` when the shapes differ.
-    """
+    ``importance/*``. Raises ``ValueError`` when the shapes differ."""
     mask = _trained(loss_mask, logprobs, old_logprobs, advantages)
     logprobs = _masked(_at_least_float32(logprobs), mask)
     old = _masked(old_logprobs.detach().to(logprobs), mask)
@@ -249,8 +248,7 @@ def summarise_importance(means: Mapping[str, float]) -> dict[str, float]:
     ones. ``ratio_mean`` is of the untruncated token ratios, 1 in expectation under the rollout policy. ``kl_k1`` and
     ``kl_k3`` estimate KL(rollout ‖ trainer) from the rollout policy's samples (Schulman, "Approximating KL divergence",
     2020): k1 = -log r, unbiased and of high variance, k3 = r - 1 - log r, unbiased and never negative.
-    ``effective_sample_size`` is mean(w)² / mean(w²), in (0, 1] (Kish 1965, over the number of tokens).
-    """
+    ``effective_sample_size`` is mean(w)² / mean(w²), in (0, 1] (Kish 1965, over the number of tokens)."""
     rest = {name: value for name, value in means.items() if not name.startswith(PREFIX)}
     for name in ("distill", "ref"):
         share, kl = rest.pop(f"{name}/known", 0.0), rest.pop(f"{name}/kl", 0.0)

@@ -264,12 +264,23 @@ def length(task: int, output: str) -> int:
 async def test_evaluation_is_a_mean_in_which_failures_are_zero(gateway: Gateway) -> None:
     solve = gateway.solving(lambda task: ValueError(task) if task == "c" else Reward(3.0))
     assert await runner_of(gateway, solve).evaluate() == {"eval/mean_reward": 2.0, "eval/failed": 1.0}
+    with pytest.raises(AgentError, match=r"the agent failed in every task, at last with ValueError: [abc]"):
+        await runner_of(gateway, gateway.solving(lambda task: ValueError(task))).evaluate()
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+async def test_weights_kept_for_evaluation_answer_what_the_run_started(gateway: Gateway, by_hand: bool) -> None:
+    """Symptom: an evaluation by hand waited for them, which are there while the run evaluates, until its timeout."""
+    runner = runner_of(gateway, gateway.solving(), *([] if by_hand else ["--config", "launch/agent.yaml"]))
+    await runner.evaluate()
+    assert {group.startswith(module.EVALUATION_GROUP) for group in await gateway.told("group")} == {not by_hand}
 
 
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
         (httpx.Response(401, text="who is there?"), "http://gateway/sessions: 401 who is there"),
+        (httpx.Response(501, html="<p>no\n POST</p>"), "http://gateway/sessions: 501 <p>no POST</p>"),
         (httpx.Response(200, html="<p>another site</p>"), "http://gateway/sessions: 200 <p>another"),
         (httpx.ConnectError("refused"), "http://gateway/sessions: ConnectError refused"),
     ],
@@ -356,6 +367,11 @@ def test_no_address_is_guessed(
         ("--tasks {tasks} --command 'x", 'CONFIGURATION ERROR: --command: "\'x": No closing quotation'),
         ("--tasks {tasks} --command nosuchprogram", "CONFIGURATION ERROR: --command: 'nosuchprogram' names no"),
         ("--tasks {tasks} --command ./t.jsonl", "CONFIGURATION ERROR: --command: './t.jsonl' names no"),
+        (
+            "--tasks {tasks} --command true operator:add",
+            "CONFIGURATION ERROR: name the agent: MODULE:FUNCTION or",
+        ),
+        ("--tasks {tasks} --name ../x operator:add", "CONFIGURATION ERROR: --name: '../x' must be the name of a file"),
         ("--tasks {tasks} --scorer a:b operator:add", "CONFIGURATION ERROR: --scorer: it scores the output of a"),
         (
             "--tasks {tasks} operator:add --gateway-url localhost:8001",

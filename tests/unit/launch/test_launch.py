@@ -20,9 +20,9 @@ from atropos_verl.config.verl_keys import backend_of, compose_run, read_run
 from atropos_verl.errors import ConfigError, ServiceError
 from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.launch import build_plan, load_settings, main
-from atropos_verl.launch.plan import LaunchPlan, prepare_run_dir, take_run_dir
+from atropos_verl.launch.plan import LaunchPlan, check_trackers, prepare_run_dir, take_run_dir
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.train import TrainingServices, _check_trackers, _train_locally
+from atropos_verl.launch.train import TrainingServices, _train_locally
 from atropos_verl.report.console import ProgressReporter
 from atropos_verl.training.checkpoint_state import RunState, new_checkpoint
 
@@ -95,6 +95,7 @@ ELSEWHERE = "only=[environments] atropos.api_url=http://a:8000"
         ("environments.demo.script=nowhere.py", "environments.demo.script: there is no "),
         ("api.port=1 api.host=192.0.2.1", "api.port: cannot listen on 192.0.2.1:1: "),
         ("environments.demo.python=/nowhere/python", "environments.demo.python: /nowhere/python does not exist"),
+        ("trainer.logger=[wandbb]", "trainer.logger: 'wandbb' is no tracker of verl"),
         ("env.script=mine.py", "env.script: main_atropos.py reads this key; a launch has it in environments.NAME"),
         ("atropos.server=upstream api.data_dir=/d", "api.data_dir: the embedded API has it, atropos.server="),
         ("environments.demo.cwd=/nowhere", "environments.demo.cwd: /nowhere is not a directory"),
@@ -303,14 +304,14 @@ def test_a_tracker_that_cannot_start_is_named(
     for name, value in {"NETRC": str(tmp_path / "netrc"), **variables}.items():
         monkeypatch.setenv(name, value)
     if fault is None:
-        _check_trackers(names)
+        check_trackers(names)
         return
     with pytest.raises(ConfigError, match=rf"trainer.logger: {fault}"):
-        _check_trackers(names)
+        check_trackers(names)
     if "wandb" in names:
         (tmp_path / "wandb").mkdir()
         (tmp_path / "wandb" / "settings").write_text("[default]\nmode = offline\n\n")
-        _check_trackers(names)
+        check_trackers(names)
         assert os.environ["WANDB_MODE"] == "offline", "what 'wandb offline' has stored holds"
 
 

@@ -1,8 +1,7 @@
 """verl's ``TrainingWorker`` in this process, or one per rank under torchrun.
 
 Rank 0 runs the trainer and calls the methods here; each call is broadcast, and the other ranks, which sit in
-``serve()``, run the same method on their share of the samples.
-"""
+``serve()``, run the same method on their share of the samples."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """``TrajectoryFeed``: batches of the batch source → TransferQueue, slot by slot, with verl's keys, fields and tags.
 
 A slot is one batch of the API; where a batch holds nothing to train on, the next one as well. It is acked when a step
-consumed it. Later the advantages of a step replace verl's. docs/internals.md ("Rows of TransferQueue") has the rest.
-"""
+consumed it. Later the advantages of a step replace verl's. docs/internals.md ("Rows of TransferQueue") has the rest."""
 
 import logging
 import queue

@@ -1,8 +1,7 @@
 """The inference gateway in front of verl's replicas, in the task runner's process.
 
 A replica returns a request early when it is aborted for a weight update. The answer is then continued from the tokens
-it has, with their logprobs and versions, at whichever replica is free: the environment sees one answer.
-"""
+it has, with their logprobs and versions, at whichever replica is free: the environment sees one answer."""
 
 import asyncio
 import logging

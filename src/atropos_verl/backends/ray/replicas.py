@@ -1,8 +1,7 @@
 """verl's replicas in a run: a dead one is replaced, and after every weight sync each of them answers the canary.
 
 verl 0.9.1 does neither. Not replaced: a server that hangs (nothing says so), verl's load balancer, and a training
-worker, whose end is the run's. docs/internals.md ("Dead replicas") draws the way of a request.
-"""
+worker, whose end is the run's. docs/internals.md ("Dead replicas") draws the way of a request."""
 
 import asyncio
 import logging

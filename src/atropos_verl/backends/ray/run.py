@@ -1,8 +1,7 @@
 """One training run on Ray: the command's process starts Ray, shows what the task runner reports, and ends it.
 
 The task runner (verl's ``TaskRunnerV1``) is an actor, perhaps on another machine than the command, that holds trainer,
-gateway and trajectory feed. A mailbox, an actor too, is between the two.
-"""
+gateway and trajectory feed. A mailbox, an actor too, is between the two."""
 
 import contextlib
 import io
