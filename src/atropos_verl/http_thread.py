@@ -1,8 +1,7 @@
 """Serves ASGI applications from a thread of this process: connections are bounded, pages of other sites kept out.
 
 A page of any site can make the browser of whoever works on this machine send requests. ``foreign_page`` finds them by
-what a browser says of itself; programs say nothing.
-"""
+what a browser says of itself; programs say nothing."""
 
 from __future__ import annotations
 

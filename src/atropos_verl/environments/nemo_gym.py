@@ -2,8 +2,7 @@
 
 Gym knows one address of the policy. This listens there, and sends a request to the session whose id the agent hands on
 with the metadata of its task's request. Where a judge or an agent asks without them, the environment is refused.
-Settings: ``tasks`` (JSONL; default: the agents' data sets of type train); others are Gym's (``++KEY=VALUE`` there).
-"""
+Settings: ``tasks`` (JSONL; default: the agents' data sets of type train); others are Gym's (``++KEY=VALUE`` there)."""
 
 import asyncio
 import contextlib

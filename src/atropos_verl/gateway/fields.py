@@ -1,8 +1,7 @@
 """Reads a JSON body field by field, typed and bounded, and answers what cannot be served with an ``ApiError``.
 
 ``parse_sampling`` reads the sampling parameters, which all dialects share. ``Fields.unread`` names what nobody read.
-JSON null means absent, as in the APIs that are imitated here.
-"""
+JSON null means absent, as in the APIs that are imitated here."""
 
 import gc
 import reprlib

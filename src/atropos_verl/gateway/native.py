@@ -1,8 +1,7 @@
 """``POST /generate``: the native dialects of vLLM, SGLang and (with a trailing slash) trl's vLLM server.
 
 Atropos asks for tokens and logprobs through these. vLLM and SGLang share the path and are told apart by their keys:
-``prompt`` / ``prompt_token_ids`` is vLLM, ``input_ids`` / ``text`` / ``sampling_params`` is SGLang.
-"""
+``prompt`` / ``prompt_token_ids`` is vLLM, ``input_ids`` / ``text`` / ``sampling_params`` is SGLang."""
 
 from collections.abc import Sequence
 from operator import itemgetter

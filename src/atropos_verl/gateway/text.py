@@ -3,8 +3,7 @@ calls, and the grammar of a completion that must be a call.
 
 Formats: tags (``<think>…</think>``, ``<tool_call>{"name", "arguments"}</tool_call>``: Hermes, Qwen and most of their
 heirs, and every model whose template knows no tools), read as they are written; and those that the library
-``renderers`` knows (GLM, Kimi, gpt-oss, …), read when the completion has ended.
-"""
+``renderers`` knows (GLM, Kimi, gpt-oss, …), read when the completion has ended."""
 
 import json
 import logging

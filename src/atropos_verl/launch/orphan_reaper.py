@@ -2,8 +2,7 @@
 
 Run by path as ``python -I -S orphan_reaper.py TOKEN OWNER_PID GRACE``, one per service, in a session of its own; it
 uses the standard library only. Its stdin is a pipe whose other end only the owner holds: ``pgid N`` (the service's
-process group), ``done`` (nothing to do), or the end of file (the owner died: SIGTERM, GRACE seconds, SIGKILL).
-"""
+process group), ``done`` (nothing to do), or the end of file (the owner died: SIGTERM, GRACE seconds, SIGKILL)."""
 
 import contextlib
 import os

@@ -60,14 +60,18 @@ _DROPS = {
 """What atroposlib logs when it drops a group instead of sending it → what that means, what to do."""
 
 
+_HELD = list[socket.socket]()
+
+
 def free_port(host: str = "127.0.0.1", port: int = 0) -> int:
-    """``port``, or any free one for 0. Raises ``OSError`` when it cannot be listened on at this moment."""
+    """``port``, or any free one for 0, which no other program then gets. Raises ``OSError`` where it cannot be had."""
     host = host.strip("[]")
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
-        probe.listen()
+        if port == 0:
+            _HELD.append(probe.dup())  # bound, and not listening: our process that is told of it can listen there
         return int(probe.getsockname()[1])
 
 

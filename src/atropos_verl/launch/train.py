@@ -10,11 +10,13 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from atropos_verl.config.composition import KEY_FILE, as_yaml, gateway_key, load_config, train_help
 from atropos_verl.config.launch_schema import LaunchConfig, note_of_unused_keys
@@ -85,6 +87,7 @@ def _exit_code_of(run: Callable[[], int]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, and a shell for what is in its background, want it
             signal.signal(number, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     with output_may_close():
         try:
             return run()
@@ -99,6 +102,14 @@ def _exit_code_of(run: Callable[[], int]) -> int:
             start = "" if code == 2 else "\n"  # a wrong configuration is the first that is said
             sys.stderr.write(start + "\n".join([text, *getattr(error, "__notes__", [])]) + "\n")
             return code
+
+
+def _interrupt_again(ignored: Any) -> None:
+    """Python drops an exception in a finaliser, and with it Ctrl-C or ``kill``."""
+    if ignored.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        sys.__unraisablehook__(ignored)
 
 
 class TrainingServices:

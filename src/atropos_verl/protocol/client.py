@@ -3,8 +3,7 @@
 ``GET /batch`` takes a batch from the queue and then sends it, ``GET /reset_data`` forgets everything: what these lose
 cannot be had again. So these two, and a POST of data without an idempotency key or of a registration, are tried again
 only while nothing of the request can have reached the API. All others are, and ``GET /batch`` of an API with leases,
-after refused or broken connections, time-outs, HTTP 429 and 5xx.
-"""
+after refused or broken connections, time-outs, HTTP 429 and 5xx."""
 
 from __future__ import annotations
 

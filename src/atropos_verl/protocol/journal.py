@@ -3,8 +3,7 @@
 ``batch_N.json`` is the answer of ``GET /batch``, byte for byte, under its final name only when it is complete and
 synced; ``batch_N.meta.json``, written before it and deleted after it, has its checksum, its lease and the step that
 trained on it (docs/internals.md). ``kept/`` holds batches that a checkpoint covers: for a look at them, and to go back
-to the checkpoint before.
-"""
+to the checkpoint before."""
 
 import contextlib
 import json

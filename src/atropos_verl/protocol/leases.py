@@ -2,8 +2,7 @@
 
 A step is durable when the journal says which batch it consumed; only then is its batch acked. An upstream API gives no
 leases: its batches are ours from the moment they leave it, and the same code journals them. docs/internals.md has the
-table of what a resumed run does after a crash at any point, and what each answer to an ack means.
-"""
+table of what a resumed run does after a crash at any point, and what each answer to an ack means."""
 
 import logging
 import threading

@@ -6,8 +6,7 @@ of the wire validates a group once: the server when it is posted (``check_group`
 masks that do not repeat the token ids. The trainer quarantines both.
 
 A typed msgspec decoder reads a group. What it refuses (NaN, lone surrogates, a wrong type) is read again with Python's
-``json``: numbers are converted as upstream's server does, and the place of what is left is found.
-"""
+``json``: numbers are converted as upstream's server does, and the place of what is left is found."""
 
 import contextlib
 import json

@@ -2,8 +2,7 @@
 
 ``decode_batch`` takes the body of ``GET /batch``. Each group is decoded on its own, so a group that breaks the contract
 never takes the good ones with it: it comes back with ``defect`` set, and ``build_samples`` quarantines it.
-docs/internals.md describes the packed wire byte by byte.
-"""
+docs/internals.md describes the packed wire byte by byte."""
 
 import json
 import struct

@@ -1,8 +1,7 @@
 """A batch of scored sequences → policy version and logprob of every trained token, from a ``Ledger``.
 
 Where several records hold the same ids, evidence chooses: time, logprobs bit for bit, records no sequence holds yet,
-one request for a whole group. What the records that are left do not agree on stays unknown: nothing is guessed.
-"""
+one request for a whole group. What the records that are left do not agree on stays unknown: nothing is guessed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence

@@ -6,8 +6,7 @@ themselves: a hash alone never decides. What is not found stays unknown. The lea
 
 ``run_dir/ledger/ledger.sqlite`` (a ``RecordStore``) holds the same for the process that resumes the run. Half a ledger
 is worse than none: of two alike completions it might know only the wrong one. So a store that has lost rows (it and its
-copy are damaged), or that cannot be written any more, is given up as a whole.
-"""
+copy are damaged), or that cannot be written any more, is given up as a whole."""
 
 from __future__ import annotations
 

@@ -4,6 +4,10 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
+import time
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from atropos_verl.http_thread import environment_token
 from atropos_verl.launch.launch import build_plan, load_settings, main
 from atropos_verl.launch.plan import LaunchPlan, check_trackers, prepare_run_dir, take_run_dir
 from atropos_verl.launch.process import ServiceSpec
-from atropos_verl.launch.train import TrainingServices, _train_locally
+from atropos_verl.launch.train import TrainingServices, _interrupt_again, _train_locally
 from atropos_verl.report.console import ProgressReporter
 from atropos_verl.training.checkpoint_state import RunState, new_checkpoint
 
@@ -361,3 +365,21 @@ def test_a_run_interrupted_after_its_last_step_gets_its_summary(
     logging.getLogger().handlers.pop().close()
     assert json.loads(summary.read_text()).get("held_out_after") == (None if summarised == 6 else 0.5)
     assert ("is complete at step 6" in capsys.readouterr().out) == (summarised == 6)
+
+
+def test_an_interrupt_in_a_finaliser_is_not_lost(monkeypatch: Patch) -> None:
+    """Symptom: a run that was ended went on, with "Exception ignored in ... KeyboardInterrupt"."""
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", _interrupt_again)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    thing, seen = Mock(), list[Any]()
+    seen.append(weakref.ref(thing, interrupted))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            del thing
+            time.sleep(60.0)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -39,9 +39,12 @@ def shell(directory: Path, script: str, name: str = "words", **changes: Any) -> 
     return replace(ServiceSpec(name=name, command=("sh", "-c", script), cwd=directory, log_path=log), **changes)
 
 
-def test_a_free_port_can_be_bound_and_none_elsewhere() -> None:
+def test_a_free_port_is_kept_for_who_is_told_of_it() -> None:
     for host in ("127.0.0.1", "localhost"):
-        with socket.create_server((host, probes.free_port(host))):
+        port = probes.free_port(host)
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((host, port))  # as one to whom the system gave it
+        with socket.create_server((host, port)):
             pass
     with pytest.raises(OSError, match="assign requested address"):
         probes.free_port("192.0.2.1")
