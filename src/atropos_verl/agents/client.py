@@ -26,11 +26,14 @@ from atropos_verl.http_thread import SameLines
 logger = logging.getLogger(__name__)
 _LONGEST_WAIT = 5.0
 """Seconds between two tries."""
-NOT_KNOWN = 501
-"""What some servers say of POST that know no such thing: a gateway does not."""
 _TOLD_AFTER = 4
 """Tries, of two to three seconds in all."""
 _LINES = SameLines()
+
+
+def may_pass(status: int) -> bool:
+    """A later try may get another answer. Servers that know no POST say 501, a gateway never."""
+    return status == 429 or (status >= 500 and status != 501)
 
 
 class SessionError(AtroposVerlError):
@@ -143,16 +146,14 @@ class Client:
         headers = {} if key is None else {"Idempotency-Key": key}
         sent = body and {name: value for name, value in body.items() if value is not None}
         # One that has been gone for so long is not waited for again by each request, nor by the end of each session.
-        end, url = (
-            min(self._silent_since, time.monotonic()) + self._patience,
-            f"{str(self._http.base_url).rstrip('/')}{path}",
-        )
+        end = min(self._silent_since, time.monotonic()) + self._patience
+        url = f"{str(self._http.base_url).rstrip('/')}{path}"
         for attempt in itertools.count():
             failure = None
             try:
                 answer = await self._http.request(method, path, json=sent, headers=headers)
                 self._silent_since, status, text = float("inf"), answer.status_code, " ".join(answer.text.split())[:300]
-                if (status < 500 or status == NOT_KNOWN) and status != 429:
+                if not may_pass(status):
                     break
             except httpx.TransportError as error:
                 status, text, failure = 0, f"{type(error).__name__} {error}", error

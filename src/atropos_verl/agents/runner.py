@@ -30,7 +30,7 @@ import httpx
 import numpy as np
 import yaml
 
-from atropos_verl.agents.client import NOT_KNOWN, AgentSession, Client, Reward, SessionError
+from atropos_verl.agents.client import AgentSession, Client, Reward, SessionError, may_pass
 from atropos_verl.config.launch_schema import LAUNCH_DIRECTORY
 from atropos_verl.errors import AtroposAPIError, AtroposHTTPStatusError, AtroposVerlError, ConfigError
 from atropos_verl.http_thread import EVALUATION_GROUP, EVALUATION_PATH, SameLines, check_url
@@ -274,8 +274,7 @@ class Runner:
                     return found
             except Exception as error:  # whatever an agent raises
                 status = error.status if isinstance(error, SessionError) else 429
-                refused = session is None and (status < 429 or status == NOT_KNOWN)
-                if isinstance(error, ConfigError) or status == 0 or refused:
+                if isinstance(error, ConfigError) or status == 0 or (session is None and not may_pass(status)):
                     raise  # the gateway is gone for good, or opens no sessions to this key
                 kind = "infrastructure" if is_infrastructure(error) else "agent"
                 self.failures[kind] += 1
